@@ -1,0 +1,48 @@
+# The one interface of the project: continuous integration, the commit hook and people call these.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?= -c constraints.txt
+WORKERS ?= 2
+BIN := $(VENV)/bin
+SOURCES := src tests $(wildcard examples)
+
+.PHONY: setup demo test check docs golden clean
+
+setup: $(VENV)/.ok-dev
+
+# Prompt to video on a CPU, with the checkpoint that comes with the package.
+demo: $(VENV)/.ok-core
+	$(BIN)/videoar demo
+
+# One torch thread per worker (tests/conftest.py) is faster than two threads in one process.
+test: $(VENV)/.ok-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: $(VENV)/.ok-dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyrefly check
+	$(BIN)/codespell
+
+docs: $(VENV)/.ok-docs
+	$(BIN)/zensical build --strict --clean
+
+# Write the stored loss traces anew. Say in the commit why the numbers moved.
+golden: $(VENV)/.ok-dev
+	$(BIN)/python -m pytest -q -m golden --write-golden
+
+clean:
+	rm -rf site dist build .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp says that an extra is installed at the pinned versions.
+$(VENV)/.ok-core: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e .
+	touch $@
+
+$(VENV)/.ok-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

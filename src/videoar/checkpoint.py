@@ -1,0 +1,336 @@
+"""Checkpoints of this project: folders of safetensors and JSON, written whole and loaded strictly.
+
+A checkpoint is a folder::
+
+    videoar.json         what it is: format, versions, and whatever the writer knows of the run
+    transformer/         one folder per component
+        config.json      the class name and the fields of its config
+        model.safetensors
+        ...              further text files, such as a tokenizer
+
+Foreign formats are read elsewhere. Nothing here knows which components there are.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import typing
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from videoar import __version__
+
+FORMAT = 1
+META = "videoar.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@runtime_checkable
+class DataclassInstance(Protocol):
+    """Any instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of a checkpoint: a module, its config, and the text files that go with it."""
+
+    module: nn.Module
+    """Its state dict is what is saved."""
+    config: DataclassInstance
+    """A frozen dataclass from which the module can be built again."""
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of further files and their text, such as `tokenizer.json`."""
+
+
+def save_component(
+    folder: Path,
+    module: nn.Module,
+    config: DataclassInstance,
+    *,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a module, its config and further text files by name into a folder."""
+    # Serialise first: a config that is no JSON must not leave half a component.
+    fields = {"class": type(module).__name__, **dataclasses.asdict(config)}
+    text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
+    tensors = _tensors_of(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in texts.items():
+        assert name not in (CONFIG, WEIGHTS), f"{name} is written by save_component itself"
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    # Loaded tensors are a view of their file, so a file is replaced and never written over.
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / WEIGHTS)
+
+
+def load_component(
+    folder: Path,
+    classes: Mapping[str, tuple[type[nn.Module], type]],
+    *,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Build the module that a folder describes, with its weights in the precision they have there.
+
+    Args:
+        folder: what `save_component` wrote.
+        classes: for each class name that may occur, the module class and its config class.
+        device: where the weights go.
+    """
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} has no {file.name}, which every component of a checkpoint needs; "
+                f"copy or download the folder again"
+            )
+    values = _read_json(config_file)
+    name = values.pop("class", None)
+    if name not in classes:
+        raise ValueError(
+            f"{config_file} names class {name!r}, but only {', '.join(sorted(classes))} can be "
+            f"loaded here; use the component it was written for"
+        )
+    module_class, config_class = classes[name]
+    config = _build_config(config_class, values, file=config_file)
+    try:
+        weights = load_file(weights_file, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights_file} ({weights_file.stat().st_size} bytes) is truncated or no safetensors "
+            f"file ({error}); copy or download it again"
+        ) from error
+    # No memory is spent on initial values that the weights replace.
+    with torch.device("meta"):
+        module = module_class(config)
+    _check_weights(module, weights, file=weights_file)
+    module.load_state_dict(weights, strict=True, assign=True)
+    for buffer, tensor in module.named_buffers():
+        assert not tensor.is_meta, f"buffer {buffer} of {name} is not saved: compute it in forward"
+    return module
+
+
+def save_checkpoint(
+    folder: Path,
+    components: Mapping[str, Component],
+    meta: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint folder that is complete the moment it appears under its name.
+
+    Args:
+        folder: the new folder.
+        components: by the name of their sub-folder.
+        meta: what `videoar.json` tells of the run; anything that JSON can hold.
+        overwrite: replace a checkpoint of this name. Nothing but a checkpoint is ever replaced.
+    """
+    folder = folder.absolute()
+    check_folder(folder, overwrite=overwrite)
+    own = {"format": FORMAT, "components": sorted(components)}
+    # The writer's versions win: a checkpoint saved again keeps those it was trained with.
+    text = json.dumps({**own, "versions": library_versions(), **meta, **own}, indent=2) + "\n"
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        for name, component in components.items():
+            save_component(
+                partial / name, component.module, component.config, texts=component.texts
+            )
+        (partial / META).write_text(text, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise if a checkpoint cannot be written to this folder; call it before the work starts."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / META).is_file():
+        raise ValueError(
+            f"{folder} exists and is no checkpoint, so it is left alone; choose another folder"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"the checkpoint {folder} exists already; choose another folder or pass --force"
+        )
+
+
+def load_meta(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself."""
+    file = folder / META
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {META}, so it is no checkpoint of VideoAR; pass the folder that "
+            f"holds {META}, or convert a foreign one with `videoar convert`"
+        )
+    meta = _read_json(file)
+    version = meta.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(
+            f"{file} gives format {version!r} where an integer from 1 to {FORMAT} is needed; "
+            f"copy or download the checkpoint again"
+        )
+    if version > FORMAT:
+        raise ValueError(
+            f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
+            f"update it with `pip install --upgrade videoar`"
+        )
+    return meta
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries that decide its numbers."""
+    versions = {"videoar": __version__, "python": platform.python_version()}
+    for library in ("torch", "numpy", "safetensors", "tokenizers"):
+        versions[library] = importlib.metadata.version(library)
+    return versions
+
+
+def bundled() -> list[str]:
+    """Return the names of the checkpoints that come with the package."""
+    assets = _assets()
+    return sorted(path.parent.name for path in assets.glob(f"*/{META}"))
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Find a checkpoint: a folder if there is one, else one that comes with the package."""
+    name = str(name_or_path)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    names = bundled()
+    if name in names:
+        return _assets() / name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"there is no folder {name!r} here, and VideoAR downloads nothing by itself; if it is "
+            f"a Hugging Face repository, run `hf download {name} --local-dir "
+            f"{name.split('/')[1]}` and pass that folder"
+        )
+    known = f"bundled: {', '.join(names)}" if names else "none is bundled"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}" if close else "pass a folder that holds " + META
+    raise ValueError(f"no checkpoint is called {name!r} ({known}); {hint}")
+
+
+def _assets() -> Path:
+    return Path(str(files("videoar").joinpath("assets")))
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict as separate contiguous tensors; safetensors cannot hold shared ones."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    placed = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors.items())
+    placed = [place for place in placed if place[1] > place[0]]
+    for (_, end, name), (start, _, other) in itertools.pairwise(placed):
+        assert end <= start, f"{name} and {other} share memory: save one and tie them in __init__"
+    return tensors
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ValueError(
+            f"{file} is not JSON ({error}); copy or download the checkpoint again"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} holds a {type(values).__name__} where an object is needed; "
+            f"copy or download the checkpoint again"
+        )
+    return values
+
+
+def _build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
+    """Build a config, nested ones included, from what JSON made of it."""
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(
+            f"{file} has a field {unknown[0]!r} that {config_class.__name__} does not know (it "
+            f"knows {', '.join(fields)}); remove the field or update VideoAR"
+        )
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(
+            f"{file} lacks the field {missing[0]!r}, which {config_class.__name__} needs; "
+            f"copy or download the checkpoint again"
+        )
+    hints = typing.get_type_hints(config_class)
+    arguments = {
+        name: _from_json(value, hints[name], name=name, file=file) for name, value in values.items()
+    }
+    try:
+        return config_class(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not make a {config_class.__name__}: {error}") from error
+
+
+def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
+    """Give a JSON value the type of its field; lists become tuples, as frozen configs hold."""
+    if isinstance(value, dict):
+        for choice in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(choice) and isinstance(choice, type):
+                return _build_config(choice, value, file=file)
+    if isinstance(value, list):
+        return tuple(_from_json(item, None, name=name, file=file) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (int, float, bool, str) and type(value) is not hint:
+        raise ValueError(
+            f"{file} gives {name} the value {value!r} where {hint.__name__} is needed; correct it"
+        )
+    return value
+
+
+def _check_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
+    """Raise one sentence for missing, unexpected or wrongly shaped tensors."""
+    wanted = module.state_dict()
+    kind = type(module).__name__
+    remedy = f"{CONFIG} and {WEIGHTS} must come from the same checkpoint"
+    if missing := [key for key in wanted if key not in weights]:
+        raise ValueError(
+            f"{file} lacks {len(missing)} of the {len(wanted)} tensors of {kind}, the first of "
+            f"them {missing[0]!r}; {remedy}"
+        )
+    if unexpected := [key for key in weights if key not in wanted]:
+        raise ValueError(
+            f"{file} has {len(unexpected)} tensors that {kind} does not have, the first of them "
+            f"{unexpected[0]!r}; {remedy}"
+        )
+    for key, tensor in wanted.items():
+        if tensor.shape != weights[key].shape:
+            raise ValueError(
+                f"{file} holds {key!r} in shape {tuple(weights[key].shape)}, but {kind} needs "
+                f"{tuple(tensor.shape)}; {remedy}"
+            )

@@ -1,0 +1,338 @@
+"""Datasets and batches: which samples come at which step, and latents kept in files.
+
+No training loop, no codec and no text encoder lives here.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+INFO_NAME = "latents.json"
+INDEX_NAME = "index.jsonl"
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A finite collection that returns whole batches."""
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        ...
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        """Return the samples of `indices` stacked along a first axis.
+
+        Every random choice (caption, crop) comes from `rng`, so that a batch can be made again.
+        May be called from another thread, one call at a time.
+        """
+        ...
+
+
+class Batches:
+    """The batch of any step, as a pure function of (seed, step).
+
+    Each epoch is a fresh permutation of the dataset, cut into global batches of
+    `batch_size * world_size` samples, of which every rank takes its own part. What does not fill a
+    last global batch is dropped in that epoch: never repeated, and another remainder each time.
+
+    Args:
+        dataset: The samples.
+        batch_size: Samples per batch and rank.
+        seed: Seed of the order and of the random choices within samples.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+        prefetch: How many following batches a background thread prepares; 0 for none. The order
+            and the contents do not depend on it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        assert 0 <= rank < world_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, but must be at least 1: raise it")
+        if len(dataset) < batch_size * world_size:
+            raise ValueError(
+                f"the dataset has {len(dataset)} samples, but one batch takes"
+                f" {batch_size * world_size}: add samples or lower batch_size"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.prefetch = prefetch
+        self.batches_per_epoch = len(dataset) // (batch_size * world_size)
+        self._order: tuple[int, Int[np.ndarray, " samples"]] | None = None
+        self._ready: dict[int, Future[dict[str, Any]]] = {}
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    def indices(self, step: int) -> list[int]:
+        """Return which samples this rank takes at `step`."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        order = self._order
+        if order is None or order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = self._order = (epoch, rng.permutation(len(self.dataset)))
+        start = (position * self.world_size + self.rank) * self.batch_size
+        return order[1][start : start + self.batch_size].tolist()
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """Return the batch of `step`, and have the next ones prepared meanwhile."""
+        if not self.prefetch:
+            return self._make(step)
+        wanted = range(step, step + 1 + self.prefetch)
+        for stale in self._ready.keys() - set(wanted):
+            self._ready.pop(stale).cancel()
+        for ahead in wanted:
+            if ahead not in self._ready:
+                self._ready[ahead] = self._executor.submit(self._make, ahead)
+        return self._ready.pop(step).result()
+
+    def _make(self, step: int) -> dict[str, Any]:
+        # The third word keeps these streams apart from the two-word ones of the permutations.
+        rng = np.random.default_rng([self.seed, step, 1 + self.rank])
+        return self.dataset.get(self.indices(step), rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What one must know of a folder of latents to train on it and to decode what comes out."""
+
+    codec: str
+    """Fingerprint of the codec that encoded the clips."""
+    channels: int
+    """Channels of a latent frame."""
+    stride: tuple[int, int, int]
+    """Pixels per latent along time, height and width."""
+    fps: float
+    """Pixel frames per second."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel over the folder; filled in by the writer."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel over the folder; filled in by the writer."""
+
+
+class ShardWriter:
+    """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.
+
+    Clips of one size are stacked into a shard, one tensor `latents` of shape
+    `clips frames channels height width`. Shards, and at the end the index, appear under their
+    final names only when they are complete; a folder without `latents.json` is unfinished.
+
+    Args:
+        folder: A folder that does not exist yet or is empty.
+        info: Codec, channels, stride and fps of the clips.
+        clips_per_shard: How many clips are stacked into one file.
+        dtype: Type in which the latents are stored.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        info: LatentsInfo,
+        clips_per_shard: int = 1024,
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.info = info
+        self.clips_per_shard = clips_per_shard
+        self.dtype = dtype
+        self._open: dict[torch.Size, list[tuple[Tensor, dict[str, Any]]]] = {}
+        self._index: list[dict[str, Any]] = []
+        self._num_shards = 0
+        self._count = 0
+        self._sums = torch.zeros(2, info.channels, dtype=torch.float64)
+
+    def __enter__(self) -> "ShardWriter":
+        """Start writing."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the folder, unless an error ends the writing."""
+        if kind is None:
+            self._close()
+
+    def add(
+        self,
+        latents: Float[Tensor, "frames channels height width"],
+        *,
+        captions: Sequence[str],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Append one clip with its captions; `extra` is kept in the index as it is."""
+        if latents.shape[1] != self.info.channels:
+            raise ValueError(
+                f"a clip has {latents.shape[1]} channels, but the folder holds clips of"
+                f" {self.info.channels}: encode it with the codec {self.info.codec}"
+            )
+        stored = latents.detach().to("cpu", self.dtype)
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"clip {self._count_clips()} is not finite as {self.dtype}, largest magnitude"
+                f" {latents.abs().max().item():g}: normalise the latents or store torch.bfloat16"
+            )
+        values = stored.double()
+        self._sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        self._count += stored.numel() // self.info.channels
+        frames, _, height, width = stored.shape
+        line = {"captions": list(captions), "frames": frames, "height": height, "width": width}
+        clips = self._open.setdefault(stored.shape, [])
+        clips.append((stored, line | ({"extra": extra} if extra else {})))
+        if len(clips) >= self.clips_per_shard:
+            self._flush(stored.shape)
+
+    def _count_clips(self) -> int:
+        return len(self._index) + sum(len(clips) for clips in self._open.values())
+
+    def _flush(self, shape: torch.Size) -> None:
+        clips = self._open.pop(shape)
+        name = f"shard-{self._num_shards:05d}.safetensors"
+        partial = self.folder / f".{name}.partial"
+        save_file({"latents": torch.stack([latents for latents, _ in clips])}, partial)
+        os.replace(partial, self.folder / name)
+        self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
+        self._num_shards += 1
+
+    def _close(self) -> None:
+        for shape in list(self._open):
+            self._flush(shape)
+        mean, square = self._sums / max(self._count, 1)
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
+        lines = [json.dumps(line, ensure_ascii=False) for line in self._index]
+        _write_text(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines))
+        _write_text(self.folder / INFO_NAME, json.dumps({"format": FORMAT} | info, indent=2) + "\n")
+
+
+class LatentShards:
+    """A dataset of encoded clips, read from a folder that `ShardWriter` wrote.
+
+    Args:
+        folder: The folder.
+        tokenize: Turns captions into token ids; without it batches hold the captions themselves.
+        max_memory_bytes: Folders up to this size are read into memory, larger ones stay mapped
+            files; 0 maps always.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenize: Callable[[list[str]], Int[Tensor, "batch words"]] | None = None,
+        max_memory_bytes: int = 2 << 30,
+    ) -> None:
+        self.folder = folder
+        self.tokenize = tokenize
+        self.info = _read_info(folder / INFO_NAME)
+        self.clips = _read_index(folder / INDEX_NAME)
+        names = sorted({clip["shard"] for clip in self.clips})
+        # Both a tensor and a slice of a mapped file return one clip when indexed by a row.
+        self._shards: dict[str, Any] = {name: _map_shard(folder / name) for name in names}
+        for clip in self.clips:
+            num_rows = self._shards[clip["shard"]].get_shape()[0]
+            if not 0 <= clip["row"] < num_rows:
+                raise ValueError(
+                    f"{folder / INDEX_NAME} names row {clip['row']} of {clip['shard']}, which has"
+                    f" {num_rows} rows: prepare the latents again"
+                )
+        if sum((folder / name).stat().st_size for name in names) <= max_memory_bytes:
+            self._shards = {name: shard[:] for name, shard in self._shards.items()}
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return len(self.clips)
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        """Return `latents` (float32) with `text` token ids, or `captions` without a tokenizer.
+
+        A clip with several captions shows one of them, drawn anew each time.
+        """
+        clips = [self.clips[index] for index in indices]
+        rows = [self._shards[clip["shard"]][clip["row"]] for clip in clips]
+        sizes = {tuple(row.shape) for row in rows}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"a batch of {self.folder} mixes clips of {len(sizes)} sizes, as {min(sizes)} and"
+                f" {max(sizes)}: prepare the videos at one size and length"
+            )
+        captions = [clip["captions"][rng.integers(len(clip["captions"]))] for clip in clips]
+        latents = torch.stack(rows).float()
+        if self.tokenize is None:
+            return {"latents": latents, "captions": captions}
+        return {"latents": latents, "text": self.tokenize(captions)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_info(path: Path) -> LatentsInfo:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare the latents again, or name another folder")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    version = values.pop("format", None)
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, but {FORMAT} is read: prepare it again")
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return LatentsInfo(**(values | tuples))
+
+
+def _read_index(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare the latents again")
+    with path.open(encoding="utf-8") as lines:
+        return list(_parse_lines(path, lines))
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            clip = json.loads(line)
+            _ = clip["shard"], clip["row"], clip["captions"][0]
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} does not describe a clip with shard, row and captions:"
+                " prepare the latents again"
+            ) from error
+        yield clip
+
+
+def _map_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt").get_slice("latents")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"
+        ) from error

@@ -1,0 +1,170 @@
+"""Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from videoar.codecs import TinyCodec, reconstruction_loss
+from videoar.flow import add_noise, random_sigmas, velocity_of
+from videoar.model import VideoTransformer
+from videoar.units import Scheme, Units, Visible, clean_copies, to_tokens, token_mask
+
+
+class Objective(Protocol):
+    """What a training loop needs to know: the module it updates, and the loss of a batch."""
+
+    module: nn.Module
+
+    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+        """Return scalar tensors; `loss` is minimised, the others are logged."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Flow matching over a mix of unit schemes (Lipman et al. 2022, arXiv:2210.02747)."""
+
+    context: Literal["clean", "noisy"] = "clean"
+    """`clean`: teacher forcing, every unit reads clean copies of those before it. `noisy`: diffusion
+    forcing (Chen et al. 2024, arXiv:2407.01392), every unit at its own sigma; needed for `lag < steps`."""
+    clip_frames: int = 12
+    """Latent frames per training clip, cut from longer ones."""
+    far_probability: float = 0.5
+    """How often a clip is its first segment followed by frames from later on: what a unit sees when the
+    window has moved away from the sinks."""
+    shift: float = 3.0
+    """Shift of the training sigmas towards noise."""
+    context_noise: float = 0.15
+    """Clean copies are noised up to this sigma, told to the model: its own output is not perfect."""
+    text_dropout: float = 0.1
+    """How often the prompt is empty, for guidance."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A training clip's sequence: what the tokens are, and who reads whom."""
+
+    units: Units
+    coords: Float[Tensor, "tokens 4"]
+    unit: Int[Tensor, " tokens"]
+    mask: Bool[Tensor, "tokens tokens"]
+
+
+@lru_cache(maxsize=64)
+def layout(units: Units, visible: Visible, *, copies: bool) -> Layout:
+    """The lattice once, or twice with the clean copies in front (teacher forcing)."""
+    index = torch.arange(len(units.sizes))
+    seen = visible.matrix(index, units.waves)
+    coords, unit = units.coords, units.unit
+    if copies:
+        seen = clean_copies(seen)
+        coords, unit = torch.cat([coords] * 2), torch.cat([unit, unit + len(index)])
+    return Layout(units, coords, unit, token_mask(seen, unit, unit))
+
+
+class FlowMatching:
+    """Train one transformer, and its text encoder, on several schemes in turn.
+
+    Every unit of every sample has its own sigma, and all units count alike: the loss is the mean over
+    factors p(unit | units before), whatever their sizes.
+
+    Args:
+        transformer: the model.
+        text: token ids -> text embeddings, trained jointly.
+        schemes: drawn from at every step.
+        config: see `FlowMatchingConfig`.
+    """
+
+    def __init__(
+        self,
+        transformer: VideoTransformer,
+        text: nn.Module,
+        *,
+        schemes: tuple[Scheme, ...],
+        config: FlowMatchingConfig,
+    ):
+        self.module = nn.ModuleDict({"transformer": transformer, "text": text})
+        self.schemes, self.config = schemes, config
+
+    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+        scheme = self.schemes[int(torch.randint(len(self.schemes), (), **_on(rng)))]
+        words = batch["text"]
+        dropped = torch.rand(len(words), **_on(rng)) < self.config.text_dropout
+        words = words.masked_fill(dropped[:, None], 0)
+        return self.scheme_loss(self.clip(batch["latents"], scheme, rng), words, scheme, rng)
+
+    def clip(
+        self,
+        latents: Float[Tensor, "batch frames channels height width"],
+        scheme: Scheme,
+        rng: torch.Generator,
+    ) -> Float[Tensor, "batch clip channels height width"]:
+        """Cut training clips: the first segment, then consecutive frames from anywhere behind it."""
+        batch, frames = latents.shape[:2]
+        length = min(self.config.clip_frames, frames)
+        head = min(scheme.frames or length, length)
+        start = torch.randint(head, frames - (length - head) + 1, (batch,), **_on(rng))
+        near = torch.rand(batch, **_on(rng)) >= self.config.far_probability
+        offset = (start - head).masked_fill(near, 0).to(latents.device)
+        place = torch.arange(length, device=latents.device)
+        index = place + offset[:, None] * (place >= head)
+        return latents[torch.arange(batch, device=latents.device)[:, None], index]
+
+    def scheme_loss(
+        self,
+        latents: Float[Tensor, "batch frames channels height width"],
+        words: Int[Tensor, "batch words"],
+        scheme: Scheme,
+        rng: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The loss of one scheme on clips of any length."""
+        config, device, model = self.config, latents.device, self.module["transformer"]
+        patch = model.config.patch
+        height, width = latents.shape[3] // patch, latents.shape[4] // patch
+        units = Units(scheme, latents.shape[1], height, width)
+        plan = layout(units, Visible(), copies=config.context == "clean")
+        clean = to_tokens(latents, units, patch=patch)
+
+        batch, unit = len(clean), units.unit.to(device)
+        sigma = random_sigmas((batch, len(units.sizes)), rng, shift=config.shift).to(device)
+        noise = torch.randn(clean.shape, **_on(rng)).to(clean)
+        tokens = add_noise(clean, noise, sigma[:, unit, None])
+        sigmas = sigma
+        if config.context == "clean":
+            low = config.context_noise * torch.rand(sigma.shape, **_on(rng)).to(device)
+            other = torch.randn(clean.shape, **_on(rng)).to(clean)
+            copies = add_noise(clean, other, low[:, unit, None])
+            tokens, sigmas = torch.cat([copies, tokens], dim=1), torch.cat([low, sigma], dim=1)
+        output = model(
+            tokens,
+            coords=plan.coords.to(device),
+            sigma=sigmas,
+            unit=plan.unit.to(device),
+            text=model.encode_text(self.module["text"](words)),
+            mask=plan.mask.to(device),
+        )
+        velocity = output.velocity[:, -clean.shape[1] :]
+        error = (velocity.float() - velocity_of(clean, noise)).square().mean(dim=(0, 2))
+        per_unit = torch.zeros(len(units.sizes), device=device).index_add(0, unit, error)
+        return {"loss": (per_unit / torch.tensor(units.sizes, device=device)).mean()}
+
+
+class Reconstruction:
+    """Train a codec to give back its input through slightly noisy latents, so that its decoder forgives
+    what a generator gets wrong."""
+
+    def __init__(self, codec: TinyCodec, *, latent_noise: float):
+        self.module, self.latent_noise = codec, latent_noise
+
+    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+        video = batch["video"]
+        decoded, _ = self.module.reconstruct(video, noise_std=self.latent_noise, generator=rng)
+        return {"loss": reconstruction_loss(video, decoded.float())}
+
+
+def _on(rng: torch.Generator) -> dict[str, Any]:
+    return {"generator": rng, "device": rng.device}

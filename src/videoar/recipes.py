@@ -1,0 +1,102 @@
+"""Recipes: functions that return a complete `TrainConfig`. A name on the command line is a function here, or
+`package.module:function` anywhere."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from videoar.codecs import TinyCodecConfig
+from videoar.model import ModelConfig
+from videoar.objectives import FlowMatchingConfig
+from videoar.tasks import CodecTask, GeneratorTask, SamplingDefaults
+from videoar.text import TextEncoderConfig
+from videoar.train import OptimizerConfig, TrainConfig
+
+TOY_UNITS = (
+    "frame",
+    "chunk:2",
+    "chunk:3",
+    "key-detail:4",
+    "multiscale:4,2,1",
+    "cube:1x2x2",
+    "cube:2x2x2",
+)
+
+
+def codec_toy() -> TrainConfig:
+    """The codec of the embedded checkpoint: `videoar train codec-toy`, 20 minutes on 2 cores."""
+    return TrainConfig(
+        name="codec-toy",
+        out=Path("runs/codec-toy"),
+        task=CodecTask(codec=TinyCodecConfig.toy()),
+        steps=2500,
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.4),
+        ema_decay=0.995,
+        precision="bfloat16",
+        log_every=50,
+        save_every=250,
+        sample_every=500,
+    )
+
+
+def toy() -> TrainConfig:
+    """The embedded checkpoint, one model for every kind of unit: `videoar train toy`, after `codec-toy`."""
+    return TrainConfig(
+        name="toy",
+        out=Path("runs/toy"),
+        task=GeneratorTask(
+            codec=Path("runs/codec-toy/checkpoint"),
+            latents=Path("runs/world-64"),
+            units=TOY_UNITS,
+            model=ModelConfig(
+                num_layers=6,
+                num_heads=4,
+                head_dim=48,
+                ffn_dim=576,
+                text_dim=128,
+                freq_dim=64,
+                rope_theta=100.0,
+                prediction="clean",
+            ),
+            text=TextEncoderConfig(),
+            flow=FlowMatchingConfig(),
+            sampling=SamplingDefaults(),
+        ),
+        steps=4000,
+        batch_size=32,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, decay_fraction=0.3),
+        ema_decay=0.998,
+        precision="bfloat16",
+        log_every=20,
+        save_every=200,
+        sample_every=400,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"codec-toy": codec_toy, "toy": toy}
+
+
+def find(name: str) -> TrainConfig:
+    """Build the recipe of that name.
+
+    Raises:
+        ValueError: there is no such recipe or function.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    module, colon, function = name.partition(":")
+    if colon:
+        try:
+            config = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"Recipe {name!r} cannot be imported ({error}): check both names.") from error
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig.")
+        return config
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)}, or package.module:function.{hint}"
+    )

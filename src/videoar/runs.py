@@ -1,0 +1,344 @@
+"""A run from outside: its folder, its log, its checkpoints and its machine. Nothing here trains.
+
+The folder of a run holds:
+
+out/run.json             the configuration that owns the folder
+out/log.jsonl            one line per logged step
+out/tensorboard/         the same, if TensorBoard is installed
+out/checkpoints/step-N/  everything needed to go on from step N, exactly
+out/checkpoint/          what the task exports at the end
+
+A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import videoar
+
+Report = Callable[[str], None]
+Json = dict[str, Any]
+Row = dict[str, int | float]
+
+# What may differ when a run goes on: none of these changes what a step computes, except that the
+# decay at the end of the schedule moves with `steps`.
+FREE_FIELDS = frozenset(
+    {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
+)
+LOSS_CURVE_POINTS = 100
+
+
+def to_json(value: Any) -> Any:
+    """Return a configuration as plain JSON values; a dataclass also names its class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def claim(out: Path, config: Json) -> None:
+    """Make `out` the folder of the run `config`, or raise if it belongs to anything else."""
+    owner = out / "run.json"
+    if owner.is_file():
+        _check_same(out, _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config))
+    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".run.partial"}):
+        raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / ".run.partial", config)
+    os.replace(out / ".run.partial", owner)
+
+
+def _check_same(out: Path, old: Json, new: Json) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "absent"), new.get(key, "absent")
+        if before != after and key not in FREE_FIELDS:
+            raise ValueError(
+                f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the old"
+                " value to go on, or name another folder for a new run"
+            )
+
+
+def _flatten(value: Any, prefix: str = "") -> Json:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, the newest last."""
+    found = {
+        int(path.name[5:]): path
+        for path in (out / "checkpoints").glob("step-*")
+        if path.name[5:].isdigit()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def write_checkpoint(
+    out: Path, *, step: int, keep: int, tensors: dict[str, dict[str, Tensor]], state: Json
+) -> None:
+    """Write a checkpoint that appears only when complete; keep the newest `keep`.
+
+    Args:
+        out: Folder of the run.
+        step: Steps taken.
+        keep: How many checkpoints stay.
+        tensors: Named tensors of each file.
+        state: Everything that is not a tensor.
+    """
+    target = out / "checkpoints" / f"step-{step}"
+    if target.exists():
+        return
+    for left_over in target.parent.glob(".step-*"):
+        shutil.rmtree(left_over)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(parents=True)
+    for stem, named in tensors.items():
+        dense = {name: value.detach().contiguous() for name, value in named.items()}
+        save_file(dense, partial / f"{stem}.safetensors")
+    _write_json(partial / "state.json", state)
+    os.replace(partial, target)
+    for old in checkpoints(out)[:-keep]:
+        removed = old.with_name(f".{old.name}.removed")
+        os.replace(old, removed)
+        shutil.rmtree(removed)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Json]:
+    """Return the tensors of each file and the state of a checkpoint."""
+    try:
+        tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+        return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{folder} cannot be read ({error}): remove that folder to go on from an earlier"
+            " checkpoint or from the start"
+        ) from error
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what `state_dict` holds, but a shared parameter only once."""
+    kept = module.state_dict().keys()
+    buffers = {name: value for name, value in module.named_buffers() if name in kept}
+    return dict(module.named_parameters()) | buffers
+
+
+def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], *, origin: Path) -> None:
+    """Copy `source` into the tensors of `target`, which must have the same names and shapes."""
+    expected = {name: tuple(value.shape) for name, value in target.items()}
+    found = {name: tuple(value.shape) for name, value in source.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{origin} has {name} of shape {found.get(name)}, but the model has"
+                f" {expected.get(name)}: go on with the code that began the run, or name another"
+                " folder"
+            )
+    with torch.no_grad():
+        for name, value in source.items():
+            target[name].copy_(value)
+
+
+class Log:
+    """The log of a run: JSON lines, TensorBoard if it is installed, and a line for the user.
+
+    Args:
+        out: Folder of the run.
+        after: Lines of later steps are dropped; they are about to be computed again.
+        report: Receives one line per logged step.
+    """
+
+    def __init__(self, out: Path, *, after: int, report: Report) -> None:
+        self.report = report
+        path = out / "log.jsonl"
+        rows = [row for row in read_log(out) if row["step"] <= after]
+        partial = path.with_name(".log.partial")
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+        # Line by line, so that a checkpoint never knows of a line that the file lacks.
+        self.file = path.open("a", buffering=1, encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=after + 1)
+        except ImportError:
+            report(f"TensorBoard is not installed (extra `train`): the log is {path} alone")
+            self.board = None
+
+    def write(self, row: Row, *, total: int) -> None:
+        """Write the line of a step and report it; `total` is the number of steps of the run."""
+        self._write(row)
+        left = timedelta(seconds=round((total - row["step"]) * row["seconds_per_step"]))
+        self.report(
+            f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.4f}"
+            f"  norm {row['grad_norm']:.2f}  rate {row['learning_rate']:.1e}"
+            f"  {row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
+            f"  {left} left"
+        )
+
+    def write_validation(self, step: int, values: Row) -> None:
+        """Write what a validation measured, in a line of its own."""
+        if not values:
+            return
+        self._write({"step": step} | {f"validation/{name}": v for name, v in values.items()})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.report(f"step {step}  validation: {shown}")
+
+    def _write(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(out: Path) -> list[Row]:
+    """Return the lines of the log; one cut short when the run was killed is left out."""
+    path = out / "log.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def loss_curve(out: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) from the log, thinned evenly, first and last included."""
+    curve = [(int(row["step"]), row["loss"]) for row in read_log(out) if "loss" in row]
+    if len(curve) <= LOSS_CURVE_POINTS:
+        return curve
+    chosen = np.linspace(0, len(curve) - 1, LOSS_CURVE_POINTS).round().astype(int)
+    return [curve[index] for index in chosen]
+
+
+def provenance(out: Path, config: Json, *, step: int, seconds: float) -> Json:
+    """Return what a checkpoint says of its making: configuration, code, machine, time, losses."""
+    return {
+        "config": config,
+        "step": step,
+        "seed": config["seed"],
+        "git_commit": git_commit(),
+        "versions": {
+            "videoar": videoar.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "hardware": hardware(config["device"]),
+        "seconds": seconds,
+        "loss_curve": [list(point) for point in loss_curve(out)],
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, marked if files differ; None outside its repository."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside a repository that is not ours: ask for this very file.
+        git("ls-files", "--error-unmatch", here.name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware(device: str) -> str:
+    """Name the machine that trains."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
+    names = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                names = line.partition(":")[2].strip()
+                break
+    return f"{names}, {torch.get_num_threads()} threads"
+
+
+def measure_matmul_rate(device: str, *, precision: str) -> float:
+    """Return the floating point operations per second of a large square matrix product.
+
+    The best of 0.3 s of trials: what the machine can do, however busy it is at this moment.
+    """
+    place = torch.device(device)
+    size = 8192 if place.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    matrix = torch.ones(size, size, device=place, dtype=dtype)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        return time.perf_counter() - started
+
+    seconds()
+    best, end = seconds(), time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        best = min(best, seconds())
+    return 2 * size**3 / best
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Have a first Ctrl-C only set the event, so that no step is cut in half.
+
+    A second one stops at once. Only a main thread receives signals; elsewhere nothing happens.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,251 @@
+"""What the recipes train: the codec, and the generator on latents that were encoded once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from videoar import units, world
+from videoar.checkpoint import Component, load_component, save_checkpoint
+from videoar.codecs import TinyCodec, TinyCodecConfig
+from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter
+from videoar.metrics import psnr
+from videoar.model import ModelConfig, VideoTransformer
+from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction
+from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.train import TrainConfig
+
+HELD_OUT = 1_000_000
+"""Scenes from this index on are never trained on."""
+
+
+def to_video(frames: UInt8[np.ndarray, "*batch height width 3"]) -> Float[Tensor, "*batch 3 height width"]:
+    """Turn pixels into floats in [-1, 1]."""
+    return rearrange(torch.from_numpy(frames), "... h w c -> ... c h w").float() / 127.5 - 1
+
+
+def to_frames(
+    video: Float[Tensor, "frames 3 height width"],
+) -> UInt8[np.ndarray, "frames height width 3"]:
+    """Turn floats in [-1, 1] into pixels."""
+    pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "f c h w -> f h w c").cpu().numpy()
+
+
+def scene_of(index: int, *, seed: int) -> tuple[world.Scene, np.random.Generator]:
+    """Scene number `index` of a world, and the generator for what else is random about it."""
+    rng = np.random.default_rng([seed, index])
+    return world.sample_scene(rng), rng
+
+
+# ---------------------------------------------------------------- the codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecTask:
+    """Train a codec on clips of the procedural world, rendered as they are needed."""
+
+    codec: TinyCodecConfig
+    """Shape of the codec."""
+    num_frames: int = 9
+    """Pixel frames per clip, 1 + 4k."""
+    num_clips: int = 200_000
+    """Clips in an epoch."""
+    latent_noise: float = 0.1
+    """Noise on the latents before decoding."""
+
+    def build(self, config: TrainConfig) -> "CodecTraining":
+        return CodecTraining(self, config)
+
+
+class WorldClips:
+    """Clips of the procedural world: clip i is always the same."""
+
+    def __init__(self, task: CodecTask, *, seed: int):
+        self.task, self.seed = task, seed
+
+    def __len__(self) -> int:
+        return self.task.num_clips
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        clips = []
+        for index in indices:
+            scene, own = scene_of(index, seed=self.seed)
+            start = int(own.integers(1000))
+            clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
+        return {"video": to_video(np.stack(clips))}
+
+
+class CodecTraining:
+    """A `Task`: what the loop needs to train a codec."""
+
+    def __init__(self, task: CodecTask, config: TrainConfig):
+        self.objective = Reconstruction(TinyCodec(task.codec), latent_noise=task.latent_noise)
+        self.clips = WorldClips(task, seed=config.seed)
+        self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
+        latent_frames = 1 + (task.num_frames - 1) // 4
+        self.tokens_per_batch = config.batch_size * latent_frames * 64
+        self.flops_per_batch = 3 * config.batch_size * latent_frames * self._flops_per_latent()
+
+    def _flops_per_latent(self) -> float:
+        """Count the multiply-adds of one latent frame, there and back, by shape."""
+        total = 0.0
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal total
+            total += 2 * output.numel() * module.weight[0].numel()
+
+        codec = self.objective.module
+        hooks = [
+            layer.register_forward_hook(count) for layer in codec.modules() if isinstance(layer, nn.Conv2d)
+        ]
+        with torch.no_grad():
+            codec.reconstruct(torch.zeros(1, 5, 3, 64, 64))
+        for hook in hooks:
+            hook.remove()
+        return total / 2
+
+    def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
+        return self.clips.get(list(range(HELD_OUT, HELD_OUT + count)), np.random.default_rng(0))["video"]
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        video = self.held_out(32)
+        decoded, latents = module.reconstruct(video)
+        return {
+            "psnr": float(psnr(to_frames(decoded.flatten(0, 1)), to_frames(video.flatten(0, 1)))),
+            "latent_std": float(latents.std()),
+        }
+
+    @torch.no_grad()
+    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        latents = module.encode(self.held_out(256))
+        codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
+        save_checkpoint(folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True)
+
+
+# ---------------------------------------------------------------- the generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How a checkpoint wants to be sampled; written into it."""
+
+    num_inference_steps: int = 4
+    """Denoising steps per unit."""
+    shift: float = 3.0
+    """Shift of the sigmas towards noise."""
+    guidance_scale: float = 1.0
+    """1 runs no second, unconditional pass."""
+    window_frames: int = 12
+    """Latent frames that a unit may read, its own and the sinks included."""
+    sink_frames: int = 1
+    """First latent frames that stay readable, rounded up to whole segments."""
+    context_noise: float = 0.0
+    """Noise level at which finished units enter the cache."""
+    fps: int = 16
+    """Pixel frames per second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorTask:
+    """Train a transformer and its text encoder, by flow matching over a mix of units."""
+
+    codec: Path
+    """Checkpoint whose codec encodes the videos."""
+    latents: Path
+    """Folder of latents; made from the procedural world if it does not exist."""
+    units: tuple[str, ...]
+    """Unit schemes, drawn from at every step."""
+    model: ModelConfig
+    """Size of the transformer."""
+    text: TextEncoderConfig
+    """Size of the text encoder."""
+    flow: FlowMatchingConfig
+    """The objective."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """Defaults written into the checkpoint."""
+    num_videos: int = 6000
+    """Videos of the world to encode."""
+    num_latents: int = 20
+    """Latent frames per encoded video."""
+
+    def build(self, config: TrainConfig) -> "GeneratorTraining":
+        return GeneratorTraining(self, config)
+
+
+def encode_world(codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: int) -> None:
+    """Render videos of the procedural world and keep their latents and captions."""
+    info = LatentsInfo(codec=str(task.codec), channels=codec.latent_channels, stride=codec.stride, fps=16.0)
+    num_frames = 1 + 4 * (task.num_latents - 1)
+    with ShardWriter(folder, info=info) as writer:
+        for first in range(0, task.num_videos, 16):
+            scenes = [scene_of(index, seed=seed) for index in range(first, min(first + 16, task.num_videos))]
+            starts = [int(rng.integers(1000)) for _, rng in scenes]
+            clips = [
+                world.render(scene, num_frames=num_frames, start=start)
+                for (scene, _), start in zip(scenes, starts, strict=True)
+            ]
+            latents = codec.encode(to_video(np.stack(clips)))
+            for (scene, rng), latent in zip(scenes, latents, strict=True):
+                captions = [world.caption(scene, rng) for _ in range(6)]
+                writer.add(latent, captions=captions, extra={"scene": scene.to_json()})
+
+
+class GeneratorTraining:
+    """A `Task`: what the loop needs to train a generator."""
+
+    def __init__(self, task: GeneratorTask, config: TrainConfig):
+        self.task = task
+        self.codec = load_component(task.codec / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
+        if not task.latents.exists():
+            encode_world(self.codec, task.latents, task=task, seed=config.seed)
+        captions = [caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]]
+        self.tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
+        text = TextEncoder(task.text)
+        prompt = PromptEncoder(self.tokenizer, text)
+        shards = LatentShards(task.latents, tokenize=prompt.tokenize)
+        transformer = VideoTransformer(task.model)
+        self.objective = FlowMatching(
+            transformer, text, schemes=tuple(map(units.parse, task.units)), config=task.flow
+        )
+        self.batches = Batches(shards, batch_size=config.batch_size, seed=config.seed)
+        self.held_out = shards.get(list(range(32)), np.random.default_rng(0))
+        height, width = self.held_out["latents"].shape[-2:]
+        per_clip = task.flow.clip_frames * height * width // task.model.patch**2
+        tokens = per_clip * (2 if task.flow.context == "clean" else 1)
+        self.tokens_per_batch = tokens * config.batch_size
+        flops = transformer.flops(tokens, keys=tokens, words=task.text.max_tokens)
+        self.flops_per_batch = 3.0 * flops * config.batch_size
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """The loss of every scheme on the same clips and noise."""
+        objective = FlowMatching(
+            module["transformer"], module["text"], schemes=self.objective.schemes, config=self.task.flow
+        )
+        losses = {}
+        for name, scheme in zip(self.task.units, objective.schemes, strict=True):
+            rng = torch.Generator().manual_seed(0)
+            latents = objective.clip(self.held_out["latents"], scheme, rng)
+            losses[name] = float(objective.scheme_loss(latents, self.held_out["text"], scheme, rng)["loss"])
+        return losses
+
+    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        task = self.task
+        text = {"tokenizer.json": self.tokenizer.to_json()}
+        save_checkpoint(
+            folder,
+            {
+                "transformer": Component(module=module["transformer"], config=task.model),
+                "text": Component(module=module["text"], config=task.text, texts=text),
+                "codec": Component(module=self.codec, config=self.codec.config),
+            },
+            {"units": list(task.units), "sampling": vars(task.sampling), **meta},
+            overwrite=True,
+        )
