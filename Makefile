@@ -14,7 +14,7 @@ setup: $(VENV)/.ok-dev
 demo: $(VENV)/.ok-core
 	$(BIN)/videoar demo
 
-# One torch thread per worker (tests/conftest.py) is faster than two threads in one process.
+# One worker per core with one torch thread each (tests/conftest.py): see the figure there.
 test: $(VENV)/.ok-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 

@@ -1,0 +1,161 @@
+"""Rules on the source that a machine can keep: who imports whom, who knows what, and how long."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "videoar"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
+EACH = pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+
+# A module imports from the floors below its own. The package itself holds the version only.
+FLOORS = (
+    {"__init__"},
+    {"units", "flow"},
+    {"attention", "cache", "model"},
+    {"sampler", "objectives", "distillation"}
+    | {"codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"},
+    {"runs", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark"},
+    {"app", "cli"},
+    {"__main__"},
+)
+# Neighbours on one floor that know each other, in one direction. Each line was a decision.
+NEIGHBOURS = {
+    "cache": {"attention"},
+    "model": {"attention", "cache"},
+    "objectives": {"codecs"},
+    "distillation": {"objectives", "sampler"},
+    "data": {"video"},
+    "interop": {"checkpoint", "codecs", "text"},
+    "train": {"runs"},
+    "tasks": {"train"},
+    "recipes": {"tasks", "train"},
+    "evaluate": {"pipeline"},
+    "benchmark": {"pipeline"},
+    "cli": {"app"},
+}
+# Only the geometry and the choice of it name a scheme; everything else sees a partition.
+SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")
+KNOW_SCHEMES = {"units", "recipes"}
+# Reading a device value makes the host wait for the device, at every token or step.
+NO_ITEM = {"sampler", "cache", "model"}
+# These start fast: help and completion must not wait for torch.
+LIGHT = {"__init__", "__main__", "cli"}
+MAX_FILE, MAX_FUNCTION, MAX_TOTAL = 400, 80, 6000
+
+
+def _module(path: Path) -> str:
+    """Return the name of the module, or of the sub-package that it is part of."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the full names of what is imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _modules_imported(tree: ast.AST) -> set[str]:
+    """Return the modules of this package that are imported; a name of the package is `__init__`."""
+    known = {_module(path) for path in SOURCES}
+    found = set()
+    for name in _imports(tree):
+        package, *rest = name.split(".")
+        if package == "videoar":
+            found.add(rest[0] if rest and rest[0] in known else "__init__")
+    return found
+
+
+def _at_import_time(module: str) -> ast.Module:
+    """Return the code of a module without its functions, whose imports come later."""
+    paths = [path for path in SOURCES if _module(path) == module]
+    body = [node for path in paths for node in ast.parse(path.read_text()).body]
+    late = ast.FunctionDef | ast.AsyncFunctionDef
+    return ast.Module(body=[node for node in body if not isinstance(node, late)], type_ignores=[])
+
+
+def _floor(module: str) -> int:
+    floors = [k for k, floor in enumerate(FLOORS) if module in floor]
+    assert len(floors) == 1, f"put {module} on one floor of the table in {Path(__file__).name}"
+    return floors[0]
+
+
+@EACH
+def test_imports_go_down(path: Path) -> None:
+    """A module imports from lower floors or listed neighbours; else a change below shakes above."""
+    module = _module(path)
+    for other in _modules_imported(ast.parse(path.read_text())) - {module}:
+        allowed = _floor(other) < _floor(module) or other in NEIGHBOURS.get(module, set())
+        assert allowed, f"{module} must not import {other}"
+
+
+def test_neighbours_do_not_form_a_circle() -> None:
+    """The listed edges stay on one floor and have an order, so every module can be read alone."""
+    for module, others in NEIGHBOURS.items():
+        assert all(_floor(other) == _floor(module) for other in others)
+    left = dict(NEIGHBOURS)
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+@EACH
+def test_only_the_geometry_names_a_scheme(path: Path) -> None:
+    """A scheme's name elsewhere would be the first branch on the kind of unit."""
+    if _module(path) not in KNOW_SCHEMES:
+        assert not SCHEMES.findall(path.read_text())
+
+
+@pytest.mark.parametrize("module", sorted(NO_ITEM))
+def test_the_inner_loops_do_not_wait_for_the_device(module: str) -> None:
+    """`.item()` in the sampler, cache or model stalls a GPU at every call."""
+    path = PACKAGE / f"{module}.py"
+    tree = ast.parse(path.read_text())
+    calls = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    lines = [f.lineno for f in calls if isinstance(f, ast.Attribute) and f.attr == "item"]
+    assert not lines, f"{path.name} calls .item() in lines {lines}"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    """What is imported when the command starts reaches no module that imports torch."""
+    known = {_module(path) for path in SOURCES}
+    seen, waiting = set(), LIGHT & known
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        tree = _at_import_time(module)
+        heavy = {name.split(".")[0] for name in _imports(tree)} & {"torch", "safetensors"}
+        assert not heavy, f"starting the command imports {heavy} through {module}"
+        waiting |= _modules_imported(tree) & known - seen
+
+
+@EACH
+def test_annotations_stay_checkable(path: Path) -> None:
+    """Postponed annotations would switch off the check of shapes in every test."""
+    assert "__future__.annotations" not in set(_imports(ast.parse(path.read_text())))
+
+
+@EACH
+def test_files_and_functions_stay_short(path: Path) -> None:
+    """A file fits in one reading and a function on one screen."""
+    text = path.read_text()
+    lines = len(text.splitlines())
+    assert lines <= MAX_FILE, f"{path.name} has {lines} lines of {MAX_FILE}: split it by meaning"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines of {MAX_FUNCTION}"
+
+
+def test_the_program_stays_small() -> None:
+    """All of it can be read in a day; what grows beyond that replaces something."""
+    assert sum(len(path.read_text().splitlines()) for path in SOURCES) < MAX_TOTAL
