@@ -18,10 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use one torch thread: tensors are tiny here, and threads that wait for each other are slow.
-
-    On two busy cores a test of small convolutions took 33 s with two threads and 3 s with one.
-    """
+    """Use one torch thread: tensors are tiny here, and the workers share the cores."""
     torch.set_num_threads(1)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,8 @@ FORMAT = 1
 META = "videoar.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @runtime_checkable
@@ -84,10 +86,10 @@ def save_component(
 
 def load_component(
     folder: Path,
-    classes: Mapping[str, tuple[type[nn.Module], type]],
+    classes: Mapping[str, tuple[type[ModuleT], type]],
     *,
     device: torch.device | str = "cpu",
-) -> nn.Module:
+) -> ModuleT:
     """Build the module that a folder describes, with its weights in the precision they have there.
 
     Args:

@@ -154,6 +154,10 @@ class VideoTransformer(nn.Module):
         return Output(out, key_values)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from videoar.codecs import TinyCodecConfig
 from videoar.model import ModelConfig
 from videoar.objectives import FlowMatchingConfig
-from videoar.tasks import CodecTask, GeneratorTask, SamplingDefaults
+from videoar.pipeline import Sampling
+from videoar.tasks import CodecTask, GeneratorTask
 from videoar.text import TextEncoderConfig
 from videoar.train import OptimizerConfig, TrainConfig
 
@@ -30,10 +31,12 @@ def codec_toy() -> TrainConfig:
         name="codec-toy",
         out=Path("runs/codec-toy"),
         task=CodecTask(codec=TinyCodecConfig.toy()),
-        steps=3000,
+        steps=1600,
         batch_size=8,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.4),
-        ema_decay=0.995,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, muon_learning_rate=0.02, warmup_steps=50, decay_fraction=0.4
+        ),
+        ema_decay=0.99,
         precision="bfloat16",
         log_every=50,
         save_every=250,
@@ -62,7 +65,7 @@ def toy() -> TrainConfig:
             ),
             text=TextEncoderConfig(),
             flow=FlowMatchingConfig(),
-            sampling=SamplingDefaults(),
+            sampling=Sampling(),
         ),
         steps=4000,
         batch_size=32,

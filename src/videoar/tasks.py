@@ -17,6 +17,7 @@ from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter
 from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction
+from videoar.pipeline import Sampling, to_frames
 from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
 
@@ -27,14 +28,6 @@ HELD_OUT = 1_000_000
 def to_video(frames: UInt8[np.ndarray, "*batch height width 3"]) -> Float[Tensor, "*batch 3 height width"]:
     """Turn pixels into floats in [-1, 1]."""
     return rearrange(torch.from_numpy(frames), "... h w c -> ... c h w").float() / 127.5 - 1
-
-
-def to_frames(
-    video: Float[Tensor, "frames 3 height width"],
-) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Turn floats in [-1, 1] into pixels."""
-    pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(pixels, "f c h w -> f h w c").cpu().numpy()
 
 
 def scene_of(index: int, *, seed: int) -> tuple[world.Scene, np.random.Generator]:
@@ -133,26 +126,6 @@ class CodecTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingDefaults:
-    """How a checkpoint wants to be sampled; written into it."""
-
-    num_inference_steps: int = 4
-    """Denoising steps per unit."""
-    shift: float = 3.0
-    """Shift of the sigmas towards noise."""
-    guidance_scale: float = 1.0
-    """1 runs no second, unconditional pass."""
-    window_frames: int = 12
-    """Latent frames that a unit may read, its own and the sinks included."""
-    sink_frames: int = 1
-    """First latent frames that stay readable, rounded up to whole segments."""
-    context_noise: float = 0.0
-    """Noise level at which finished units enter the cache."""
-    fps: int = 16
-    """Pixel frames per second."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class GeneratorTask:
     """Train a transformer and its text encoder, by flow matching over a mix of units."""
 
@@ -168,7 +141,7 @@ class GeneratorTask:
     """Size of the text encoder."""
     flow: FlowMatchingConfig
     """The objective."""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    sampling: Sampling = field(default_factory=Sampling)
     """Defaults written into the checkpoint."""
     num_videos: int = 6000
     """Videos of the world to encode."""

@@ -1,140 +1,216 @@
-"""Text: a byte-level BPE tokenizer and a small transformer encoder, trained jointly with the generator."""
+"""Text: prompts to token ids and to the rows of channels that a transformer attends to.
 
-from collections.abc import Iterable
+The encoder is small and trained together with the video transformer; its last layer norm makes it
+a fair substitute for a large pretrained one. No templates, no negative prompts, no guidance here.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import tokenizers
 import torch
-from jaxtyping import Float, Int
-from tokenizers import Tokenizer as Backend
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 PAD = 0
+"""Token id of the places behind the end of a prompt."""
 
 
 class Tokenizer:
-    """Byte-level BPE: any UTF-8 text has tokens, and id 0 is padding."""
+    """Byte-level BPE: any text becomes ids of 1 and more, and comes back exactly."""
 
-    def __init__(self, backend: Backend):
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        # Else a prompt that happens to spell the padding token would end there.
+        backend.encode_special_tokens = True
         self._backend = backend
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
-        """Learn merges from texts; the result does not depend on their order."""
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> "Tokenizer":
+        """Learn the merges of a corpus; the same corpus gives the same tokenizer."""
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size <= len(alphabet):
+            raise ValueError(
+                f"A vocabulary of {vocab_size} has no room for the padding token and every byte: "
+                f"raise it to {len(alphabet) + 1} or more."
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=["<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=alphabet,
             show_progress=False,
         )
-        backend.train_from_iterator(sorted(texts), trainer)
+        backend.train_from_iterator(texts, trainer)
+        assert backend.token_to_id("<pad>") == PAD
         return cls(backend)
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
         """Read what `to_json` wrote."""
-        return cls(Backend.from_str(text))
+        return cls(tokenizers.Tokenizer.from_str(text))
 
     def to_json(self) -> str:
-        """Return the content of `tokenizer.json`."""
-        return self._backend.to_str()
+        """Return all there is to the tokenizer."""
+        return self._backend.to_str(pretty=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`."""
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding included."""
+        return self._backend.get_vocab_size()
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text."""
+        return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of a text."""
+        return self._backend.encode(text).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids."""
-        return self._backend.decode(ids)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, which may end in padding."""
+        return self._backend.decode([id_ for id_ in ids if id_ != PAD])
+
+    def encode_batch(self, texts: Sequence[str], *, max_tokens: int) -> Int[Tensor, "batch words"]:
+        """Return the ids of texts, padded to `max_tokens` columns."""
+        batch = torch.full((len(texts), max_tokens), PAD, dtype=torch.int64)
+        for row, text in zip(batch, texts, strict=True):
+            ids = self.encode(text)
+            if len(ids) > max_tokens:
+                start = text if len(text) <= 40 else text[:40] + "..."
+                raise ValueError(
+                    f"The prompt {start!r} has {len(ids)} tokens, but the limit is {max_tokens}: "
+                    "shorten it."
+                )
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """Size of a `TextEncoder`."""
+    """Shape of a `TextEncoder`."""
 
     vocab_size: int = 512
-    """Tokens of the vocabulary; the 256 bytes and padding are among them."""
+    """Number of token ids."""
     hidden_size: int = 128
-    """Channels of the embeddings."""
+    """Channels of a row."""
     num_layers: int = 2
     """Transformer layers."""
     num_heads: int = 4
-    """Attention heads."""
+    """Attention heads of a layer."""
     max_tokens: int = 48
-    """Longest prompt in tokens."""
+    """Longest prompt, in tokens."""
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.vocab_size < 257:
-            raise ValueError(f"vocab_size is {self.vocab_size}: use at least 257, bytes and padding.")
-        if min(self.num_layers, self.num_heads, self.max_tokens) < 1:
-            raise ValueError("num_layers, num_heads and max_tokens must be 1 or more: raise them.")
+        sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
+        if min(sizes) < 1 or self.num_layers < 0:
+            raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of {self.num_heads} heads: make it one."
+                f"hidden_size {self.hidden_size} does not divide among {self.num_heads} heads: "
+                "make it a multiple."
             )
 
 
 class TextEncoder(nn.Module):
-    """A small bidirectional transformer over token ids; rows of padding come out as zeros."""
+    """Bidirectional transformer over token ids, with learned positions."""
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Parameter(0.02 * torch.randn(config.max_tokens, config.hidden_size))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                config.hidden_size,
-                config.num_heads,
-                4 * config.hidden_size,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.num_layers)
-        )
+        self.positions = nn.Embedding(config.max_tokens, config.hidden_size)
+        for table in (self.embedding, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+        layers = (_Layer(config.hidden_size, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, ids: Int[Tensor, "batch words"]) -> Float[Tensor, "batch words channels"]:
-        """Embed token ids; a text never reads its padding."""
-        padding = ids == PAD
-        x = self.embedding(ids) + self.position[: ids.shape[1]]
-        # An empty prompt has nothing to read: let it read its padding rather than divide by zero.
-        ignored = padding & ~padding.all(dim=1, keepdim=True)
+    def forward(
+        self, token_ids: Int[Tensor, "batch words"]
+    ) -> Float[Tensor, "batch words channels"]:
+        """Encode prompts; the rows of padding are zero and no other row reads them."""
+        num_words = token_ids.shape[1]
+        assert num_words <= self.config.max_tokens
+        real = token_ids != PAD
+        # A row may always read itself: the softmax of an empty prompt must not be empty.
+        itself = torch.eye(num_words, dtype=torch.bool, device=token_ids.device)
+        mask = rearrange(real, "batch words -> batch 1 1 words") | itself
+        x = self.embedding(token_ids) + self.positions.weight[:num_words]
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=ignored)
-        return self.norm(x).masked_fill(padding[..., None], 0.0)
+            x = layer(x, mask)
+        return self.norm(x) * real[..., None]
 
 
+class _Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.ffn = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * hidden_size, hidden_size),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch words channels"],
+        mask: Bool[Tensor, "batch 1 words words"],
+    ) -> Float[Tensor, "batch words channels"]:
+        pattern = "batch words (three heads channels) -> three batch heads words channels"
+        q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, heads=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = rearrange(attended, "batch heads words channels -> batch words (heads channels)")
+        x = x + self.out(attended)
+        return x + self.ffn(self.norm2(x))
+
+
+@dataclass(frozen=True)
 class PromptEncoder:
-    """Prompts to text embeddings: a tokenizer and its encoder."""
+    """A tokenizer and the encoder trained with it."""
 
-    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder):
-        self.tokenizer, self.encoder = tokenizer, encoder
+    tokenizer: Tokenizer
+    """Cuts prompts into tokens."""
+    encoder: TextEncoder
+    """Encodes tokens."""
+
+    def __post_init__(self) -> None:
+        """Check that the two belong together."""
+        ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
+        if ids > rows:
+            raise ValueError(
+                f"The tokenizer has {ids} ids, but the encoder knows {rows}: "
+                "load both from one checkpoint."
+            )
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "batch words"]:
-        """Return token ids, padded to the longest prompt the encoder takes.
-
-        Raises:
-            ValueError: a prompt is too long.
-        """
-        limit = self.encoder.config.max_tokens
-        ids = torch.full((len(prompts), limit), PAD)
-        for row, prompt in enumerate(prompts):
-            tokens = self.tokenizer.encode(prompt) if prompt else []
-            if len(tokens) > limit:
-                raise ValueError(
-                    f"The prompt has {len(tokens)} tokens, but the text encoder takes {limit}: shorten it."
-                )
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        return ids
+        """Return token ids padded to the encoder's limit; a longer prompt is an error."""
+        return self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "batch words channels"]:
-        """Embed prompts; the empty prompt gives zeros, the unconditional embedding."""
-        device = next(self.encoder.parameters()).device
-        return self.encoder(self.tokenize(prompts).to(device))
+        """Encode prompts, each to the encoder's limit of rows.
+
+        The empty prompt gives rows of zeros: the condition that says nothing, as guidance needs it.
+        """
+        return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))

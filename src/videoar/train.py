@@ -19,15 +19,20 @@ from torch import Tensor, nn
 from videoar import runs
 from videoar.data import Batches
 from videoar.objectives import Objective
+from videoar.optim import Muon
 from videoar.runs import Report, Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a warm-up, a plateau and a linear decay to zero."""
+    """AdamW, or Muon and AdamW, with a warm-up, a plateau and a linear decay to zero."""
 
     learning_rate: float
-    """Step size on the plateau."""
+    """Step size of AdamW on the plateau."""
+    muon_learning_rate: float | None = None
+    """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
+    muon_excludes: tuple[str, ...] = ("embed", "proj_out", "scale_shift_table", "position")
+    """Parameters with one of these in their name stay with AdamW: what comes first and last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.01
@@ -214,23 +219,10 @@ class _Run:
         self.module = self.task.objective.module.to(device).train()
         self.ema = copy.deepcopy(self.module).float().requires_grad_(False).eval()
         named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        groups = [
-            {n: p for n, p in named.items() if p.ndim >= 2},
-            {n: p for n, p in named.items() if p.ndim < 2},
-        ]
-        self.parameters = groups[0] | groups[1]
+        self.parameters = named
         averages = dict(self.ema.named_parameters())
         self._averages = [(averages[name], value) for name, value in self.parameters.items()]
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(group.values()), "weight_decay": decay}
-                for group, decay in zip(groups, (options.weight_decay, 0.0), strict=True)
-            ],
-            lr=options.learning_rate,
-            betas=options.betas,
-            fused=True,
-        )
+        self.optimizers = _optimizers(config, named)
         self.step = 0
         self.seconds = 0.0
         self.window = _Window()
@@ -254,10 +246,11 @@ class _Run:
                     " begin in another folder with a lower learning rate"
                 )
         rate = learning_rate(config.optimizer, step=self.step, steps=config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate / config.optimizer.learning_rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._average()
         self.step += 1
         self.window.add(terms, rate, time.perf_counter() - started)
@@ -284,6 +277,11 @@ class _Run:
         weight = 1 - ema_decay_at(self.config.ema_decay, step=self.step)
         for average, parameter in self._averages:
             average.lerp_(parameter.float(), weight)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer state of a parameter, which exactly one optimizer holds."""
+        owner = next(o for o in self.optimizers if any(parameter is p for p in _members(o)))
+        return owner.state[parameter]
 
     def row(self, peak: float) -> Row:
         """Return the log line of the steps since the last one, and begin anew."""
@@ -328,7 +326,7 @@ class _Run:
             "optimizer": {
                 f"{name}/{key}": value
                 for name, parameter in self.parameters.items()
-                for key, value in self.optimizer.state[parameter].items()
+                for key, value in self._state(parameter).items()
             },
         }
         runs.write_checkpoint(
@@ -348,7 +346,7 @@ class _Run:
             parameter = self.parameters[name]
             # Moments take the memory layout of their parameter: fused AdamW walks both alike.
             place = torch.empty_like(parameter if value.shape == parameter.shape else value)
-            self.optimizer.state[parameter][key] = place.to(parameter.device).copy_(value)
+            self._state(parameter)[key] = place.to(parameter.device).copy_(value)
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.window = _Window(**state["window"])
@@ -364,6 +362,42 @@ class _Run:
         )
         self.task.export(folder, self.ema, meta)
         return folder
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizers(
+    config: TrainConfig, named: dict[str, nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    options = config.optimizer
+    matrices = {
+        name: parameter
+        for name, parameter in named.items()
+        if options.muon_learning_rate is not None
+        and parameter.ndim >= 2
+        and not any(part in name for part in options.muon_excludes)
+    }
+    rest = [parameter for name, parameter in named.items() if name not in matrices]
+    decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay}
+    free = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+    rate = options.learning_rate
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([decayed, free], lr=rate, betas=options.betas, fused=True)
+    ]
+    if matrices and options.muon_learning_rate is not None:
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        decay = options.weight_decay
+        optimizers.append(
+            Muon(
+                matrices.values(), lr=options.muon_learning_rate, weight_decay=decay, dtype=dtype
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 @dataclass

@@ -537,3 +537,11 @@ class Assembler:
         return rearrange(
             grid, "b t h w (c p q) -> b t c (h p) (w q)", p=self.patch, q=self.patch
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The frames that are begun but not complete."""
+        return {"done": torch.tensor(self.done)} | {str(t): f for t, f in self._open.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.done = int(state["done"])
+        self._open = {int(t): frame for t, frame in state.items() if t != "done"}

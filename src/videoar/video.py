@@ -96,10 +96,11 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._container is None or self._stream is None:
+        if self._container is None:
             return
         try:
-            self._container.mux(self._stream.encode())
+            if self._stream is not None:
+                self._container.mux(self._stream.encode())
         finally:
             self._container.close()
         if self.num_frames == 0:
