@@ -101,7 +101,7 @@ class _RegressionConfig:
     poisoned: int | None = None
     poison: Literal["loss", "grad_norm"] = "loss"
 
-    def build(self, config):
+    def build(self, config, report):
         return _RegressionTask(self, config)
 
 
@@ -286,7 +286,7 @@ def test_exported_weights_are_the_average_by_its_formula(tmp_path):
 
     @dataclass(frozen=True, kw_only=True)
     class Recorded(_RegressionConfig):
-        def build(self, config):
+        def build(self, config, report):
             task = _RegressionTask(self, config)
             task.objective.module.register_forward_pre_hook(
                 lambda module, args: trail.append(module[0].weight.detach().double().clone())

@@ -31,13 +31,15 @@ class FlowMatchingConfig:
     context: Literal["clean", "noisy"] = "clean"
     """`clean`: teacher forcing, every unit reads clean copies of those before it. `noisy`: diffusion
     forcing (Chen et al. 2024, arXiv:2407.01392), every unit at its own sigma; needed for `lag < steps`."""
-    clip_frames: int = 12
-    """Latent frames per training clip, cut from longer ones."""
+    clip_frames: int = 8
+    """Latent frames per training clip, cut from longer ones: the window of the generation."""
+    sink_frames: int = 2
+    """First frames of a clip that may stand apart from the rest, in whole segments that fit: what a unit
+    sees when the window has moved away from the sinks."""
     far_probability: float = 0.5
-    """How often a clip is its first segment followed by frames from later on: what a unit sees when the
-    window has moved away from the sinks."""
-    shift: float = 3.0
-    """Shift of the training sigmas towards noise."""
+    """How often the frames behind the sinks come from anywhere in the video."""
+    shift: float = 5.0
+    """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
     context_noise: float = 0.15
     """Clean copies are noised up to this sigma, told to the model: its own output is not perfect."""
     text_dropout: float = 0.1
@@ -103,10 +105,11 @@ class FlowMatching:
         scheme: Scheme,
         rng: torch.Generator,
     ) -> Float[Tensor, "batch clip channels height width"]:
-        """Cut training clips: the first segment, then consecutive frames from anywhere behind it."""
+        """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
         batch, frames = latents.shape[:2]
         length = min(self.config.clip_frames, frames)
-        head = min(scheme.frames or length, length)
+        segment = scheme.frames or length
+        head = self.config.sink_frames // segment * segment
         start = torch.randint(head, frames - (length - head) + 1, (batch,), **_on(rng))
         near = torch.rand(batch, **_on(rng)) >= self.config.far_probability
         offset = (start - head).masked_fill(near, 0).to(latents.device)

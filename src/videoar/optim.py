@@ -13,8 +13,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    PyTorch's own Muon takes matrices only; here a convolution is the matrix of its filters. Measured on
-    the toy codec: 225 steps reach the loss of 1150 steps of AdamW.
+    PyTorch's own Muon takes matrices only; here a convolution is the matrix of its filters.
 
     Args:
         parameters: weights of two and more axes.

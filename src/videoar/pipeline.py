@@ -49,16 +49,16 @@ class Sampling:
     """Unit scheme: see `videoar.units.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
-    shift: float = 3.0
+    shift: float = 5.0
     """Shift of the sigmas towards noise."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 runs no second, unconditional pass."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    window_frames: int | None = 12
+    window_frames: int | None = 8
     """Latent frames that a unit may read, its own and the sinks included; None: all before it."""
-    sink_frames: int = 1
-    """First latent frames that stay readable for ever, in whole segments of the scheme."""
+    sink_frames: int = 2
+    """First latent frames that stay readable for ever: as many whole segments as fit."""
     lag: int | None = None
     """Rows between the starts of two waves: see `SamplerConfig`."""
     context_noise: float = 0.0
@@ -73,7 +73,7 @@ class Sampling:
             raise ValueError(f"sink_frames is {self.sink_frames}: use 0 or more.")
         if self.window_frames is None or units.count == units.units_per_segment:
             return Visible()
-        sink = math.ceil(self.sink_frames / segment) * segment
+        sink = self.sink_frames // segment * segment
         if self.window_frames < segment:
             raise ValueError(
                 f"A window of {self.window_frames} latent frames is smaller than one unit of "

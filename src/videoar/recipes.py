@@ -31,12 +31,10 @@ def codec_toy() -> TrainConfig:
         name="codec-toy",
         out=Path("runs/codec-toy"),
         task=CodecTask(codec=TinyCodecConfig.toy()),
-        steps=1600,
+        steps=3000,
         batch_size=8,
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, muon_learning_rate=0.02, warmup_steps=50, decay_fraction=0.4
-        ),
-        ema_decay=0.99,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.4),
+        ema_decay=0.995,
         precision="bfloat16",
         log_every=50,
         save_every=250,
@@ -56,8 +54,8 @@ def toy() -> TrainConfig:
             model=ModelConfig(
                 num_layers=6,
                 num_heads=4,
-                head_dim=48,
-                ffn_dim=576,
+                head_dim=32,
+                ffn_dim=512,
                 text_dim=128,
                 freq_dim=64,
                 rope_theta=100.0,
@@ -69,7 +67,9 @@ def toy() -> TrainConfig:
         ),
         steps=4000,
         batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, decay_fraction=0.3),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=100, decay_fraction=0.3
+        ),
         ema_decay=0.998,
         precision="bfloat16",
         log_every=20,

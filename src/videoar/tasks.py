@@ -1,6 +1,9 @@
 """What the recipes train: the codec, and the generator on latents that were encoded once."""
 
+import shutil
+import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction
 from videoar.pipeline import Sampling, to_frames
+from videoar.runs import Report
 from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
 
@@ -52,7 +56,7 @@ class CodecTask:
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
 
-    def build(self, config: TrainConfig) -> "CodecTraining":
+    def build(self, config: TrainConfig, report: Report) -> "CodecTraining":
         return CodecTraining(self, config)
 
 
@@ -143,21 +147,30 @@ class GeneratorTask:
     """The objective."""
     sampling: Sampling = field(default_factory=Sampling)
     """Defaults written into the checkpoint."""
-    num_videos: int = 6000
+    num_videos: int = 4000
     """Videos of the world to encode."""
-    num_latents: int = 20
+    num_latents: int = 16
     """Latent frames per encoded video."""
 
-    def build(self, config: TrainConfig) -> "GeneratorTraining":
-        return GeneratorTraining(self, config)
+    def build(self, config: TrainConfig, report: Report) -> "GeneratorTraining":
+        return GeneratorTraining(self, config, report)
 
 
-def encode_world(codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: int) -> None:
+def encode_world(
+    codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: int, report: Report
+) -> None:
     """Render videos of the procedural world and keep their latents and captions."""
     info = LatentsInfo(codec=str(task.codec), channels=codec.latent_channels, stride=codec.stride, fps=16.0)
     num_frames = 1 + 4 * (task.num_latents - 1)
-    with ShardWriter(folder, info=info) as writer:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    started = time.perf_counter()
+    with ShardWriter(partial, info=info) as writer:
         for first in range(0, task.num_videos, 16):
+            if first and first % 512 == 0:
+                rate = first / (time.perf_counter() - started)
+                left = timedelta(seconds=round((task.num_videos - first) / rate))
+                report(f"encoded {first}/{task.num_videos} videos  {rate:.1f}/s  {left} left")
             scenes = [scene_of(index, seed=seed) for index in range(first, min(first + 16, task.num_videos))]
             starts = [int(rng.integers(1000)) for _, rng in scenes]
             clips = [
@@ -168,16 +181,17 @@ def encode_world(codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: i
             for (scene, rng), latent in zip(scenes, latents, strict=True):
                 captions = [world.caption(scene, rng) for _ in range(6)]
                 writer.add(latent, captions=captions, extra={"scene": scene.to_json()})
+    partial.rename(folder)
 
 
 class GeneratorTraining:
     """A `Task`: what the loop needs to train a generator."""
 
-    def __init__(self, task: GeneratorTask, config: TrainConfig):
+    def __init__(self, task: GeneratorTask, config: TrainConfig, report: Report):
         self.task = task
         self.codec = load_component(task.codec / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
         if not task.latents.exists():
-            encode_world(self.codec, task.latents, task=task, seed=config.seed)
+            encode_world(self.codec, task.latents, task=task, seed=config.seed, report=report)
         captions = [caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]]
         self.tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
         text = TextEncoder(task.text)

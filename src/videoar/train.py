@@ -77,8 +77,11 @@ class Task(Protocol):
 class TaskConfig(Protocol):
     """A frozen dataclass that knows how to build its task."""
 
-    def build(self, config: "TrainConfig") -> Task:
-        """Build module, objective and batches; the loop has seeded the global generator."""
+    def build(self, config: "TrainConfig", report: Report) -> Task:
+        """Build module, objective and batches; the loop has seeded the global generator.
+
+        What takes long (latents that must be encoded first) tells `report` how far it is.
+        """
         ...
 
 
@@ -164,7 +167,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     runs.claim(config.out, runs.to_json(config))
-    run = _Run(config)
+    run = _Run(config, report)
     if run.restore():
         report(f"going on from step {run.step} of {config.out}")
     if run.step > config.steps:
@@ -177,12 +180,12 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     return run.export()
 
 
-def export(config: TrainConfig) -> Path:
+def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     """Export the newest checkpoint of a run that is not finished, and return the folder."""
     if not runs.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
     runs.claim(config.out, runs.to_json(config))
-    run = _Run(config)
+    run = _Run(config, report)
     run.restore()
     return run.export()
 
@@ -209,13 +212,13 @@ def _loop(run: "_Run", report: Report) -> None:
 class _Run:
     """Everything that a step changes, and how it is kept in files."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, report: Report) -> None:
         self.config = config
         # Initial weights come from the global generator: seeded here, and given back as it was.
         device = torch.device(config.device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            self.task = config.task.build(config)
+            self.task = config.task.build(config, report)
         self.module = self.task.objective.module.to(device).train()
         self.ema = copy.deepcopy(self.module).float().requires_grad_(False).eval()
         named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
