@@ -21,7 +21,8 @@ from videoar.model import ModelConfig, TextContext, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig
 from videoar.sampler import Sampler, SamplerConfig
 from videoar.text import TextEncoder, TextEncoderConfig
-from videoar.units import Cells, Scheme, Units, Visible, box, to_latents, to_tokens, token_mask
+from videoar.tokens import to_latents, to_tokens
+from videoar.units import Cells, Scheme, Units, Visible, box, token_mask
 
 MODEL = ModelConfig(
     latent_channels=3,

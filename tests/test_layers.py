@@ -15,27 +15,28 @@ EACH = pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 # A module imports from the floors below its own. The package itself holds the version only.
 FLOORS = (
     {"__init__"},
-    {"units", "flow"},
+    {"units", "tokens", "flow"},
     {"attention", "cache", "model"},
     {"sampler", "objectives", "distillation"}
     | {"codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"},
-    {"runs", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark"},
+    {"runs", "optim", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark", "measure"},
     {"app", "cli"},
     {"__main__"},
 )
 # Neighbours on one floor that know each other, in one direction. Each line was a decision.
 NEIGHBOURS = {
+    "tokens": {"units"},
     "cache": {"attention"},
     "model": {"attention", "cache"},
     "objectives": {"codecs"},
     "distillation": {"objectives", "sampler"},
     "data": {"video"},
     "interop": {"checkpoint", "codecs", "text"},
-    "train": {"runs"},
-    "tasks": {"train", "pipeline"},
+    "train": {"runs", "optim"},
+    "tasks": {"runs", "train", "pipeline"},
     "recipes": {"tasks", "train", "pipeline"},
-    "evaluate": {"pipeline"},
-    "benchmark": {"pipeline"},
+    "evaluate": {"pipeline", "tasks"},
+    "measure": {"benchmark", "pipeline", "runs"},
     "cli": {"app"},
 }
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.

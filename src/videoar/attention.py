@@ -35,7 +35,7 @@ def rope_table(
 
 
 def rotate(
-    x: Float[Tensor, "*batch tokens head_dim"], table: Float[Tensor, "2 tokens pairs"]
+    x: Float[Tensor, "*batch tokens head_dim"], table: Float[Tensor, "2 #tokens pairs"]
 ) -> Float[Tensor, "*batch tokens head_dim"]:
     """Rotate interleaved pairs (2i, 2i+1). Rotations compose, so cached keys can be moved again."""
     cos, sin = table

@@ -17,14 +17,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from videoar.codec_layers import Memory, build_decoder, build_encoder, run
+
 Video = Float[Tensor, "batch frames channels height width"]
 """Pixels in [-1, 1]."""
 Latents = Float[Tensor, "batch latent_frames latent_channels rows columns"]
 """The same clips, smaller by the codec's stride."""
-Frames = Float[Tensor, "time_batch _ _ _"]
-"""Feature maps in (time, batch) order, so that all frames of one time are neighbours."""
-Memory = tuple[Tensor, ...]
-"""What a network remembers of the frames before; None stands for the beginning of a clip."""
 
 
 class Codec(nn.Module, ABC):
@@ -231,6 +229,9 @@ class TinyCodecConfig:
         sizes = (self.image_channels, self.latent_channels, self.num_blocks, self.patch_size)
         if min(*sizes, *self.encoder_channels, *self.decoder_channels) < 1:
             raise ValueError(f"A size of {self} is below 1: raise it to at least 1.")
+        widths = (*self.encoder_channels, *self.decoder_channels)
+        if any(width % 2 for width in widths):
+            raise ValueError(f"Of the channels {widths} some are odd: make them even.")
         for values in (self.latents_mean, self.latents_std):
             if values is not None and len(values) != self.latent_channels:
                 raise ValueError(
@@ -243,7 +244,7 @@ class TinyCodecConfig:
         """Return the codec of the embedded default: narrow and causal."""
         return cls(
             encoder_channels=(16, 32, 64),
-            decoder_channels=(128, 64, 32, 16),
+            decoder_channels=(64, 32, 16, 16),
             num_blocks=2,
             pixel_range="signed",
             time_padding="front",
@@ -261,8 +262,19 @@ class TinyCodec(Codec):
         side = 8 * config.patch_size
         super().__init__(stride=(4, side, side), latent_channels=config.latent_channels)
         self.config = config
-        self.encoder = _build_encoder(config)
-        self.decoder = _build_decoder(config)
+        pixels = config.image_channels * config.patch_size**2
+        self.encoder = build_encoder(
+            pixels=pixels,
+            widths=config.encoder_channels,
+            latents=config.latent_channels,
+            num_blocks=config.num_blocks,
+        )
+        self.decoder = build_decoder(
+            latents=config.latent_channels,
+            widths=config.decoder_channels,
+            pixels=pixels,
+            num_blocks=config.num_blocks,
+        )
 
     def encode(self, video: Video) -> Latents:
         """Encode whole clips; deterministic, without gradient."""
@@ -346,7 +358,7 @@ class TinyCodec(Codec):
             frames = frames * 0.5 + 0.5
         x = rearrange(frames, "batch time c h w -> (time batch) c h w")
         x = F.pixel_unshuffle(x, self.config.patch_size)
-        x, kept = _run(self.encoder, x, memory, batch=frames.shape[0])
+        x, kept = run(self.encoder, x, memory, batch=frames.shape[0])
         mean, std = self._statistics(x)
         x = (x - mean) / std
         return rearrange(x, "(time batch) c h w -> batch time c h w", batch=frames.shape[0]), kept
@@ -354,7 +366,7 @@ class TinyCodec(Codec):
     def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         x = rearrange(latents, "batch time c h w -> (time batch) c h w")
         mean, std = self._statistics(x)
-        x, kept = _run(self.decoder, x * std + mean, memory, batch=latents.shape[0])
+        x, kept = run(self.decoder, x * std + mean, memory, batch=latents.shape[0])
         x = F.pixel_shuffle(x, self.config.patch_size)
         x = rearrange(x, "(time batch) c h w -> batch time c h w", batch=latents.shape[0])
         return x * 2 - 1 if self.config.pixel_range == "unit" else x, kept
@@ -366,117 +378,6 @@ class TinyCodec(Codec):
         mean = like.new_tensor(self.config.latents_mean or (0.0,) * channels)
         std = like.new_tensor(self.config.latents_std or (1.0,) * channels)
         return mean.view(-1, 1, 1), std.view(-1, 1, 1)
-
-
-def _run(
-    layers: nn.Sequential, x: Frames, memory: Memory | None, *, batch: int
-) -> tuple[Tensor, Memory]:
-    """Apply layers to frames in (time, batch) order; return also what each block remembers.
-
-    Channels last is 3.5 times as fast as channels first on a CPU (16 channels, 64x64 pixels).
-    """
-    x = x.contiguous(memory_format=torch.channels_last)
-    past = None if memory is None else iter(memory)
-    kept = []
-    for layer in layers:
-        if isinstance(layer, MemBlock):
-            last = torch.zeros_like(x[:batch]) if past is None else next(past)
-            kept.append(x[-batch:])
-            x = layer(x, torch.cat([last, x[:-batch]]))
-        elif isinstance(layer, TPool | TGrow):
-            x = layer(x, batch=batch)
-        else:
-            x = layer(x)
-    return x, tuple(kept)
-
-
-class MemBlock(nn.Module):
-    """Residual block that sees a frame and the one before."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            _conv(2 * channels, channels),
-            nn.ReLU(inplace=True),
-            _conv(channels, channels),
-            nn.ReLU(inplace=True),
-            _conv(channels, channels),
-        )
-        nn.init.zeros_(self.conv[4].weight)
-
-    def forward(self, x: Frames, past: Frames) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
-
-
-class TPool(nn.Module):
-    """Merges each `stride` frames into one."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = _conv(channels * stride, channels, kernel=1, bias=False)
-
-    def forward(self, x: Frames, *, batch: int) -> Tensor:
-        x = rearrange(x, "(t s b) c h w -> (t b) (s c) h w", s=self.stride, b=batch)
-        return self.conv(x.contiguous(memory_format=torch.channels_last))
-
-
-class TGrow(nn.Module):
-    """Splits each frame into `stride` frames of twice the height and width."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = _conv(channels, channels * stride, kernel=1, bias=False)
-
-    def forward(self, x: Frames, *, batch: int) -> Tensor:
-        x = rearrange(self.conv(x), "(t b) (s c) h w -> (t s b) c h w", s=self.stride, b=batch)
-        # The original enlarges before this convolution. Copies and a 1x1 convolution commute, and
-        # before it is four times the work.
-        x = x.contiguous(memory_format=torch.channels_last)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class Clamp(nn.Module):
-    """Bounds values smoothly to (-3, 3)."""
-
-    def forward(self, x: Frames) -> Tensor:
-        return torch.tanh(x / 3) * 3
-
-
-def _conv(
-    channels_in: int, channels_out: int, *, kernel: int = 3, stride: int = 1, bias: bool = True
-) -> nn.Conv2d:
-    conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=bias)
-    # The default of PyTorch loses 0.58 of the signal per layer: latents began at 0.05 and the
-    # first hundred steps of training went by before anything was seen in them.
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if kernel > 1 else "linear")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-def _build_encoder(config: TinyCodecConfig) -> nn.Sequential:
-    width = config.encoder_channels[0]
-    pixels = config.image_channels * config.patch_size**2
-    layers: list[nn.Module] = [_conv(pixels, width), nn.ReLU(inplace=True)]
-    for channels, time_stride in zip(config.encoder_channels, (2, 2, 1), strict=True):
-        layers += [TPool(width, time_stride), _conv(width, channels, stride=2, bias=False)]
-        layers += [MemBlock(channels) for _ in range(config.num_blocks)]
-        width = channels
-    return nn.Sequential(*layers, _conv(width, config.latent_channels))
-
-
-def _build_decoder(config: TinyCodecConfig) -> nn.Sequential:
-    width, *widths = config.decoder_channels
-    layers = [Clamp(), _conv(config.latent_channels, width), nn.ReLU(inplace=True)]
-    for channels, time_stride in zip(widths, (1, 2, 2), strict=True):
-        layers += [MemBlock(width) for _ in range(config.num_blocks)]
-        # The identity stands where the original enlarges, so that the numbers of layers agree.
-        layers += [nn.Identity(), TGrow(width, time_stride), _conv(width, channels, bias=False)]
-        width = channels
-    pixels = config.image_channels * config.patch_size**2
-    return nn.Sequential(*layers, nn.ReLU(inplace=True), _conv(width, pixels))
 
 
 def reconstruction_loss(video: Video, reconstruction: Video) -> Float[Tensor, ""]:

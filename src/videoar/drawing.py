@@ -16,8 +16,21 @@ from PIL import Image, ImageDraw, ImageFont
 from videoar.units import Unit, Units, Visible, parse, token_mask
 
 Color = tuple[int, int, int]
-Paint = tuple[Hashable, Color, bool, str]
-"""What a cell shows: its block (cells of one block are joined), colour, frame line, text."""
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Paint:
+    """What a cell of a picture shows."""
+
+    unit: int
+    """Cells of one unit lie close together."""
+    token: Hashable
+    """Cells of one token run into each other."""
+    color: Color
+    working: bool = False
+    """Whether the unit gets a frame."""
+
 
 PAPER, EMPTY, GREY, INK = (252, 252, 250), (233, 234, 231), (120, 123, 128), (32, 34, 40)
 MAX_TOKENS = 4096
@@ -72,16 +85,11 @@ def order(units: Units, *, title: str) -> Image.Image:
     Coarse levels stand above the finest, as grids of their own.
     """
     check_size(units)
-    grids: dict[tuple[int, int], dict[tuple[int, int], Paint]] = {}
+    grids: dict[tuple[int, int], dict[Place, Paint]] = {}
     for unit in units:
         shade = color(unit.index / max(1, len(units.sizes) - 1))
-        for level, t in dict.fromkeys((cell[3], cell[0]) for cell in unit.cells):
-            places = [(h, w) for at, h, w, n in unit.cells if (at, n) == (t, level)]
-            middle = [sum(axis) / len(places) for axis in zip(*places, strict=True)]
-            named = min(places, key=lambda place: math.dist(place, middle))
-            grid = grids.setdefault((level, t), {})
-            for place in places:
-                grid[place] = (unit.index, shade, False, str(unit.index) if place == named else "")
+        for t, h, w, level in unit.cells:
+            grids.setdefault((level, t), {})[h, w] = Paint(unit.index, (h, w), shade)
     assert units.frames is not None
     columns = min(units.frames, 16)
     cell = max(12, min(40, 1500 // (columns * (units.width + 1))))
@@ -99,6 +107,7 @@ def order(units: Units, *, title: str) -> Image.Image:
             left = 84 + key[1] % columns * cell * (units.width + 1)
             draw.text((left, top), f"t={key[1]}", fill=GREY, font=_font(11))
             _draw_grid(draw, grids[key], left=left, top=top + 16, cell=cell)
+            _number(draw, grids[key], left=left, top=top + 16, cell=cell)
         top += height
     return picture
 
@@ -110,42 +119,44 @@ def _rows_of_grids(keys: Mapping[tuple[int, int], object], columns: int) -> list
 
 
 def _draw_grid(
-    draw: ImageDraw.ImageDraw,
-    grid: Mapping[tuple[int, int], Paint],
-    *,
-    left: int,
-    top: int,
-    cell: int,
+    draw: ImageDraw.ImageDraw, grid: Mapping[Place, Paint], *, left: int, top: int, cell: int
 ) -> None:
-    """Draw cells; those of one block run into each other."""
+    """Draw cells: wide gaps between units, hair lines between the tokens of one."""
     gap = max(1, cell // 12)
-    for (h, w), (block, shade, framed, text) in grid.items():
+    for (h, w), paint in grid.items():
+        x, y = left + w * cell, top + h * cell
+        box = [x, y, x + cell - 1, y + cell - 1]
+        lines = []
+        for side, (dh, dw) in enumerate(((0, -1), (-1, 0), (0, 1), (1, 0))):
+            other = grid.get((h + dh, w + dw))
+            if other is None or other.unit != paint.unit:
+                box[side] += gap if side < 2 else -gap
+                lines.append((side, gap, INK if paint.working else paint.color))
+            elif other.token != paint.token and side < 2:
+                lines.append((side, 1, mix(paint.color, PAPER, 0.3)))
+        draw.rectangle(box, fill=paint.color)
+        for side, width, shade in lines:
+            edge = box.copy()
+            edge[(side + 2) % 4] = box[side] + (width - 1 if side < 2 else 1 - width)
+            first, last = (edge[:2], edge[2:]) if side < 2 else (edge[2:], edge[:2])
+            draw.rectangle([*map(min, first, last), *map(max, first, last)], fill=shade)
 
-        def joined(dh: int, dw: int, here: tuple[int, int] = (h, w), own: Hashable = block) -> bool:
-            other = grid.get((here[0] + dh, here[1] + dw))
-            return other is not None and other[0] == own
 
-        x0, y0 = left + w * cell, top + h * cell
-        x1, y1 = x0 + cell - 1, y0 + cell - 1
-        inner = [
-            x0 + (0 if joined(0, -1) else gap),
-            y0 + (0 if joined(-1, 0) else gap),
-            x1 - (0 if joined(0, 1) else gap),
-            y1 - (0 if joined(1, 0) else gap),
-        ]
-        draw.rectangle(inner, fill=shade)
-        if framed:
-            a, b, c, d = inner
-            edges = {(0, -1): (a, b, a, d), (0, 1): (c, b, c, d)}
-            edges |= {(-1, 0): (a, b, c, b), (1, 0): (a, d, c, d)}
-            for (dh, dw), line in edges.items():
-                if not joined(dh, dw):
-                    draw.line(line, fill=INK, width=max(1, gap))
-        if text:
-            light = sum(shade) > 390
-            size = max(8, min(15, 2 * cell // (1 + max(2, len(text)))))
-            place = (x0 + cell / 2, y0 + cell / 2)
-            draw.text(place, text, fill=INK if light else PAPER, font=_font(size), anchor="mm")
+def _number(
+    draw: ImageDraw.ImageDraw, grid: Mapping[Place, Paint], *, left: int, top: int, cell: int
+) -> None:
+    """Write its number into the middle of every unit, or its cell nearest to the middle."""
+    places: dict[int, list[Place]] = {}
+    for place, paint in grid.items():
+        places.setdefault(paint.unit, []).append(place)
+    for index, own in places.items():
+        middle = (sum(h for h, _ in own) / len(own), sum(w for _, w in own) / len(own))
+        nearest = min(own, key=lambda place, middle=middle: math.dist(place, middle))
+        h, w = middle if math.dist(nearest, middle) < 0.75 else nearest
+        size = max(8, min(15, 2 * cell // (1 + max(2, len(str(index))))))
+        shade = INK if sum(grid[nearest].color) > 390 else PAPER
+        spot = (left + (w + 0.5) * cell, top + (h + 0.5) * cell)
+        draw.text(spot, str(index), fill=shade, font=_font(size), anchor="mm")
 
 
 def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
@@ -200,14 +211,15 @@ class _Track:
 
 
 def _track(name: str, *, frames: int, height: int, width: int) -> _Track:
-    """Give every wave the share of time that its tokens are of all tokens."""
+    """Give every wave time by the root of its tokens: small units can be seen, large ones take longer."""
     units = Units(parse(name), frames, height, width)
     check_size(units)
-    spans, done, total = [], 0, sum(units.sizes)
-    for _, wave in itertools.groupby(units, key=lambda unit: unit.wave):
-        sizes = [len(unit.cells) for unit in wave]
-        spans += [(done / total, (done + sum(sizes)) / total)] * len(sizes)
-        done += sum(sizes)
+    waves = [list(wave) for _, wave in itertools.groupby(units, key=lambda unit: unit.wave)]
+    times = [math.sqrt(sum(len(unit.cells) for unit in wave)) for wave in waves]
+    ends = list(itertools.accumulate(times, initial=0.0))
+    spans: list[tuple[float, float]] = []
+    for wave, (start, end) in zip(waves, itertools.pairwise(ends), strict=True):
+        spans += [(start / ends[-1], end / ends[-1])] * len(wave)
     return _Track(name=name, units=tuple(units), spans=tuple(spans))
 
 
@@ -216,9 +228,8 @@ def filling(
 ) -> list[Image.Image]:
     """Draw lattices that fill unit by unit, one row for each scheme, on one clock.
 
-    The clock counts tokens, so that every scheme ends at the same moment; the unit at work is
-    framed and takes on its colour in as many steps as it is denoised in. Coarse cells lie as pale
-    large blocks where the finest will be.
+    All end at the same moment. The unit at work is framed and takes on its colour in as many steps
+    as it is denoised in; coarse tokens lie as pale large blocks where the finest will be.
     """
     tracks = [_track(name, frames=frames, height=height, width=width) for name in schemes]
     cell = max(4, min(20, 1000 // (frames * (width + 1))))
@@ -236,14 +247,14 @@ def filling(
             draw.text(place, str(t), fill=GREY, font=_font(12), anchor="mm")
         for row, track in enumerate(tracks):
             top = 38 + row * high
-            done = sum(end <= now for _, end in track.spans)
+            done = sum(end <= now + 1e-9 for _, end in track.spans)
             draw.text((16, top), track.name, fill=INK, font=_font(16))
             count = f"{done} of {len(track.units)} unit{'s' * (len(track.units) > 1)}"
             draw.text((16, top + 24), count, fill=GREY, font=_font(12))
             painted = _painted(track, now=now, steps=steps)
             for t in range(frames):
                 grid = {
-                    place: painted.get((t, *place), (place, EMPTY, False, ""))
+                    place: painted.get((t, *place), Paint(-1, place, EMPTY))
                     for place in itertools.product(range(height), range(width))
                 }
                 left = 146 + t * cell * (width + 1)
@@ -259,13 +270,12 @@ def _painted(track: _Track, *, now: float, steps: int) -> dict[tuple[int, int, i
         if start >= now:
             break
         share = min(1.0, math.ceil(steps * (now - start) / (end - start)) / steps)
-        working = end > now
+        working = end > now + 1e-9
         shade = color(unit.index / max(1, len(track.units) - 1))
         for t, h, w, level in unit.cells:
             # A finished unit is opaque; the coarser, the paler.
             strength = (0.2 + 0.8 * share * (0.8 if working else 1.0)) * 0.6**level
-            block = (unit.index, h, w) if level else unit.index
-            paint = (block, mix(EMPTY, shade, strength), working, "")
+            paint = Paint(unit.index, (h, w, level), mix(EMPTY, shade, strength), working)
             for dh, dw in itertools.product(range(2**level), repeat=2):
                 painted[t, h * 2**level + dh, w * 2**level + dw] = paint
     return painted

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from videoar.codecs import TinyCodec, reconstruction_loss
 from videoar.flow import add_noise, random_sigmas, velocity_of
 from videoar.model import VideoTransformer
-from videoar.units import Scheme, Units, Visible, clean_copies, to_tokens, token_mask
+from videoar.tokens import to_tokens
+from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 
 
 class Objective(Protocol):

@@ -25,7 +25,8 @@ from videoar.flow import sigma_steps
 from videoar.model import ModelConfig, TextContext, VideoTransformer
 from videoar.sampler import Guided, Sampler, SamplerConfig
 from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
-from videoar.units import Assembler, Scheme, Units, Visible, parse
+from videoar.tokens import Assembler
+from videoar.units import Scheme, Units, Visible, parse
 from videoar.video import Video
 
 MAX_PROMPT_CHARACTERS = 2000

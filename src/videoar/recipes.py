@@ -4,6 +4,7 @@
 import difflib
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from videoar.codecs import TinyCodecConfig
@@ -25,12 +26,21 @@ TOY_UNITS = (
 )
 
 
+TOY_CODEC = TinyCodecConfig(
+    encoder_channels=(16, 16, 32),
+    decoder_channels=(64, 32, 16, 16),
+    num_blocks=2,
+    pixel_range="signed",
+    time_padding="front",
+)
+
+
 def codec_toy() -> TrainConfig:
     """The codec of the embedded checkpoint: `videoar train codec-toy`, 20 minutes on 2 cores."""
     return TrainConfig(
         name="codec-toy",
         out=Path("runs/codec-toy"),
-        task=CodecTask(codec=TinyCodecConfig.toy()),
+        task=CodecTask(codec=TOY_CODEC),
         steps=3000,
         batch_size=8,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.4),
@@ -42,13 +52,29 @@ def codec_toy() -> TrainConfig:
     )
 
 
+def codec_toy_sharp() -> TrainConfig:
+    """The second half of the codec's training, by Muon: `videoar train codec-toy-sharp`, 10 minutes."""
+    first = codec_toy()
+    return replace(
+        first,
+        name="codec-toy-sharp",
+        out=Path("runs/codec-toy-sharp"),
+        task=replace(first.task, start=first.out / "checkpoint"),
+        steps=950,
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, muon_learning_rate=0.01, warmup_steps=20, decay_fraction=0.8
+        ),
+        sample_every=100,
+    )
+
+
 def toy() -> TrainConfig:
     """The embedded checkpoint, one model for every kind of unit: `videoar train toy`, after `codec-toy`."""
     return TrainConfig(
         name="toy",
         out=Path("runs/toy"),
         task=GeneratorTask(
-            codec=Path("runs/codec-toy/checkpoint"),
+            codec=Path("runs/codec-toy-sharp/checkpoint"),
             latents=Path("runs/world-64"),
             units=TOY_UNITS,
             model=ModelConfig(
@@ -78,7 +104,11 @@ def toy() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"codec-toy": codec_toy, "toy": toy}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "codec-toy": codec_toy,
+    "codec-toy-sharp": codec_toy_sharp,
+    "toy": toy,
+}
 
 
 def find(name: str) -> TrainConfig:

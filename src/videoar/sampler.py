@@ -7,7 +7,7 @@ cache. So the commit of unit i shares a forward with the first step of unit i+1.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
 """(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
 
 
+@runtime_checkable
 class Network(Protocol):
     """What the sampler calls: a `VideoTransformer`, or something that wraps it."""
 

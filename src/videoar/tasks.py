@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def scene_of(index: int, *, seed: int) -> tuple[world.Scene, np.random.Generator
     return world.sample_scene(rng), rng
 
 
+def load_codec(checkpoint: Path) -> TinyCodec:
+    """Load the codec of a checkpoint."""
+    return load_component(checkpoint / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
+
+
 # ---------------------------------------------------------------- the codec
 
 
@@ -49,6 +54,8 @@ class CodecTask:
 
     codec: TinyCodecConfig
     """Shape of the codec."""
+    start: Path | None = None
+    """Checkpoint whose codec, of the same shape, is trained on; None begins with random weights."""
     num_frames: int = 9
     """Pixel frames per clip, 1 + 4k."""
     num_clips: int = 200_000
@@ -82,7 +89,13 @@ class CodecTraining:
     """A `Task`: what the loop needs to train a codec."""
 
     def __init__(self, task: CodecTask, config: TrainConfig):
-        self.objective = Reconstruction(TinyCodec(task.codec), latent_noise=task.latent_noise)
+        codec = TinyCodec(task.codec) if task.start is None else load_codec(task.start)
+        if replace(codec.config, latents_mean=None, latents_std=None) != task.codec:
+            raise ValueError(
+                f"The codec in {task.start} has the shape {codec.config}, the recipe asks for "
+                f"{task.codec}: give the same shape, or start from random weights."
+            )
+        self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
         self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
         latent_frames = 1 + (task.num_frames - 1) // 4
@@ -189,7 +202,7 @@ class GeneratorTraining:
 
     def __init__(self, task: GeneratorTask, config: TrainConfig, report: Report):
         self.task = task
-        self.codec = load_component(task.codec / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
+        self.codec = load_codec(task.codec)
         if not task.latents.exists():
             encode_world(self.codec, task.latents, task=task, seed=config.seed, report=report)
         captions = [caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]]

@@ -24,14 +24,13 @@ A new scheme is a frozen dataclass with `frames` and `segment`: see `docs/extend
 import difflib
 import itertools
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -174,57 +173,40 @@ def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
 
 # ---------------------------------------------------------------- names
 
+# An example of each kind, how it is written, and what it builds.
+_KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
+    ("frame", r"frame", lambda: Blocks(1)),
+    ("chunk:3", r"chunk:(\d+)", lambda t: Blocks(int(t))),
+    ("key-detail:4", r"key-detail:(\d+)", lambda t: KeyDetail(int(t))),
+    (
+        "multiscale:4,2,1",
+        r"multiscale:([\d,]+\d)(?:/frames=(\d+))?",
+        lambda factors, t: Pyramid(tuple(map(int, factors.split(","))), int(t or 2)),
+    ),
+    (
+        "cube:1x2x2",
+        r"cube:(\d+)x(\d+)x(\d+)(?:/([a-z]+))?",
+        lambda t, h, w, order: Blocks(int(t), int(h), int(w), order or "raster"),
+    ),
+    ("full", r"full", lambda: Blocks(None)),
+)
+
 
 def parse(text: str) -> Scheme:
     """Read a scheme from its name, as `frame`, `chunk:3`, `key-detail:4`, `multiscale:4,2,1`,
-    `cube:1x2x2`, `full`; options follow a slash: `cube:1x2x2/wavefront`, `multiscale:4,2,1/frames=4`.
+    `cube:1x2x2`, `full`; options follow a slash: `cube:1x2x2/wavefront`, `multiscale:2,1/frames=4`.
 
     Raises:
         ValueError: unknown name, missing or impossible sizes.
     """
-    head, *options = text.strip().split("/")
-    name, _, sizes = head.partition(":")
-    known = {
-        "full": (r"full", lambda: Blocks(None)),
-        "frame": (r"frame", lambda: Blocks(1)),
-        "chunk": ("chunk:3", lambda: Blocks(_numbers(sizes, ",", count=1)[0])),
-        "key-detail": ("key-detail:4", lambda: KeyDetail(_numbers(sizes, ",", count=1)[0])),
-        "multiscale": ("multiscale:4,2,1", lambda: Pyramid(_numbers(sizes, ","), **_frames(options))),
-        "cube": ("cube:1x2x2", lambda: Blocks(*_numbers(sizes, "x", count=3), *options)),
-    }
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {known[close[0]][0]}?" if close else ""
-        examples = ", ".join(example for example, _ in known.values())
-        raise ValueError(f"Unknown units {text!r}: use one of {examples}.{hint}")
-    example, build = known[name]
-    takes_options = name in ("cube", "multiscale")
-    if (sizes and ":" not in example) or (options and not takes_options) or len(options) > 1:
-        raise ValueError(f"Units {text!r} have parts that {name} does not take: write {example}.")
-    try:
-        return build()
-    except _Malformed as error:
-        raise ValueError(f"Units {text!r} are malformed: write them as {example}.") from error
-
-
-class _Malformed(Exception):
-    """The sizes of a unit string do not parse."""
-
-
-def _numbers(sizes: str, separator: str, count: int | None = None) -> tuple[int, ...]:
-    parts = sizes.split(separator)
-    if not all(part.isdecimal() and len(part) < 7 for part in parts) or count not in (None, len(parts)):
-        raise _Malformed
-    return tuple(int(part) for part in parts)
-
-
-def _frames(options: list[str]) -> dict[str, int]:
-    if not options:
-        return {}
-    key, _, value = options[0].partition("=")
-    if key != "frames":
-        raise _Malformed
-    return {"frames": _numbers(value, ",", count=1)[0]}
+    if len(text) <= 100:
+        for _, pattern, build in _KINDS:
+            if match := re.fullmatch(pattern, text.strip()):
+                return build(*match.groups())
+    names = {example.partition(":")[0]: example for example, _, _ in _KINDS}
+    close = difflib.get_close_matches(re.split("[:/]", text[:100])[0], names, n=1)
+    hint = f" Did you mean {names[close[0]]}?" if close else ""
+    raise ValueError(f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{hint}")
 
 
 # ---------------------------------------------------------------- partitions
@@ -325,18 +307,18 @@ class Units:
         return (self.at(index) for index in indices)
 
     @cached_property
-    def _all(self) -> tuple[Unit, ...]:
+    def clip(self) -> tuple[Unit, ...]:
         assert self.frames is not None, "an endless stream has no last unit"
         return tuple(self)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Tokens per unit."""
-        return tuple(len(unit.cells) for unit in self._all)
+        return tuple(len(unit.cells) for unit in self.clip)
 
     @cached_property
     def coords(self) -> Float[Tensor, "tokens 4"]:
-        return torch.cat([unit.coords for unit in self._all])
+        return torch.cat([unit.coords for unit in self.clip])
 
     @cached_property
     def unit(self) -> Int[Tensor, " tokens"]:
@@ -344,12 +326,12 @@ class Units:
 
     @cached_property
     def waves(self) -> Int[Tensor, " units"]:
-        return torch.tensor([unit.wave for unit in self._all])
+        return torch.tensor([unit.wave for unit in self.clip])
 
     @cached_property
     def complete_frames(self) -> tuple[int, ...]:
         """Latent frames that are finished after each unit."""
-        return tuple(unit.complete_frames for unit in self._all)
+        return tuple(unit.complete_frames for unit in self.clip)
 
     def units_of(self, frames: int) -> int:
         """Units that span at least `frames` latent frames: whole segments, for windows and sinks."""
@@ -448,100 +430,3 @@ def token_mask(
 ) -> Bool[Tensor, "queries keys"]:
     """Expand a unit matrix to tokens: `visible[reader[q], read[k]]`."""
     return visible[reader[:, None], read[None, :]]
-
-
-# ---------------------------------------------------------------- latents <-> tokens
-
-
-def to_tokens(
-    latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
-) -> Float[Tensor, "batch tokens features"]:
-    """Patchify latents and store the tokens in unit order; features are ordered (channel, row, column).
-
-    Raises:
-        ValueError: the latents do not cover the lattice of `units`.
-    """
-    expected = (units.frames, units.height * patch, units.width * patch)
-    given = (latents.shape[1], *latents.shape[3:])
-    if given != expected:
-        raise ValueError(f"Latents of {given} (t, h, w) do not fit units over {expected}.")
-    levels = sorted({cell[3] for unit in units._all for cell in unit.cells})
-    grids, starts, start = [], {}, 0
-    for level in levels:
-        grid = _patchify(_pooled(latents, 2**level, patch), patch)
-        starts[level], start = (start, *grid.shape[2:4]), start + math.prod(grid.shape[1:4])
-        grids.append(rearrange(grid, "b t h w c -> b (t h w) c"))
-    index = [
-        starts[n][0] + (t * starts[n][1] + h) * starts[n][2] + w
-        for unit in units._all
-        for t, h, w, n in unit.cells
-    ]
-    return torch.cat(grids, dim=1)[:, torch.tensor(index, device=latents.device)]
-
-
-def to_latents(
-    tokens: Float[Tensor, "batch tokens features"], units: Units, *, patch: int = 2
-) -> Float[Tensor, "batch frames channels height width"]:
-    """Inverse of `to_tokens`: read the latents from the tokens of the finest level."""
-    cells = [cell for unit in units._all for cell in unit.cells]
-    where = {cell[:3]: position for position, cell in enumerate(cells) if cell[3] == 0}
-    lattice = box(range(units.frames or 0), range(units.height), range(units.width))
-    index = torch.tensor([where[cell[:3]] for cell in lattice], device=tokens.device)
-    grid = rearrange(
-        tokens[:, index], "b (t h w) c -> b t h w c", h=units.height, w=units.width
-    )
-    return rearrange(grid, "b t h w (c p q) -> b t c (h p) (w q)", p=patch, q=patch)
-
-
-def _patchify(
-    latents: Float[Tensor, "batch frames channels height width"], patch: int
-) -> Float[Tensor, "batch frames rows columns features"]:
-    return rearrange(latents, "b t c (h p) (w q) -> b t h w (c p q)", p=patch, q=patch)
-
-
-def _pooled(
-    latents: Float[Tensor, "batch frames channels height width"], factor: int, patch: int
-) -> Float[Tensor, "batch frames channels rows columns"]:
-    if factor == 1:
-        return latents
-    batch, step = len(latents), factor * patch
-    flat = rearrange(latents, "b t c h w -> (b t) c h w")
-    below, right = (-flat.shape[2]) % step, (-flat.shape[3]) % step
-    flat = F.avg_pool2d(F.pad(flat, (0, right, 0, below), mode="replicate"), factor)
-    return rearrange(flat, "(b t) c h w -> b t c h w", b=batch)
-
-
-class Assembler:
-    """Collect the tokens of finished units and hand out the latent frames that are complete."""
-
-    def __init__(self, units: Units, *, patch: int = 2):
-        self.units, self.patch, self.done = units, patch, 0
-        self._open: dict[int, Tensor] = {}
-
-    def add(
-        self, unit: Unit, tokens: Float[Tensor, "batch tokens features"]
-    ) -> Float[Tensor, "batch frames channels height width"] | None:
-        """Store a unit; return the newly complete latent frames, None if there are none."""
-        finest = [i for i, cell in enumerate(unit.cells) if cell[3] == 0]
-        for t, group in itertools.groupby(finest, key=lambda i: unit.cells[i][0]):
-            rows = list(group)
-            frame = self._open.setdefault(
-                t, tokens.new_empty(len(tokens), self.units.height, self.units.width, tokens.shape[2])
-            )
-            h, w = zip(*(unit.cells[i][1:3] for i in rows), strict=True)
-            frame[:, list(h), list(w)] = tokens[:, rows]
-        if unit.complete_frames == self.done:
-            return None
-        grid = torch.stack([self._open.pop(t) for t in range(self.done, unit.complete_frames)], dim=1)
-        self.done = unit.complete_frames
-        return rearrange(
-            grid, "b t h w (c p q) -> b t c (h p) (w q)", p=self.patch, q=self.patch
-        )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The frames that are begun but not complete."""
-        return {"done": torch.tensor(self.done)} | {str(t): f for t, f in self._open.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.done = int(state["done"])
-        self._open = {int(t): frame for t, frame in state.items() if t != "done"}

@@ -1,0 +1,76 @@
+"""What README, docs and examples show must run: code, commands, file names."""
+
+import re
+import runpy
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import TEXT, tiny_pipeline
+
+from videoar.checkpoint import bundled
+from videoar.pipeline import VideoPipeline
+from videoar.text import PromptEncoder, TextEncoder
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a page, each moved down to its lines there."""
+    text = page.read_text("utf-8")
+    found = [match for match in BLOCK.finditer(text) if match[1] == language]
+    return ["\n" * text[: match.start(2)].count("\n") + match[2] for match in found]
+
+
+def stand_in() -> VideoPipeline:
+    """Return a tiny pipeline with room for the prompts of the pages."""
+    pipeline = tiny_pipeline()
+    encoder = TextEncoder(replace(TEXT, max_tokens=96)).eval()
+    prompts = PromptEncoder(pipeline.prompt_encoder.tokenizer, encoder)
+    return replace(pipeline, prompt_encoder=prompts)
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of every `videoar` command, in blocks and in running text."""
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    shell = [line for page in PAGES for code in blocks(page, "sh") for line in code.splitlines()]
+    inline = re.findall(r"`(videoar [^`\n]+)`", text)
+    words = [shlex.split(line, comments=True) for line in (*shell, *inline)]
+    return [line[1:] for line in words if line[:1] == ["videoar"]]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page, "python")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in order; if not, a reader's first try ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    if "toy" not in bundled():
+        stand_in().save_pretrained("toy")  # a folder is found before a bundled name
+    namespace = {"__name__": page.stem}
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_the_example_runs() -> None:
+    """`examples/new_scheme.py` draws, checks and trains; if not, the way to extend is broken."""
+    example = runpy.run_path(str(ROOT / "examples" / "new_scheme.py"))
+    lines: list[str] = []
+    example["main"](lines.append)
+    assert lines[0].splitlines()[0].split() == "2 0 1 3 6 4 5 7".split()
+    assert example["check"](example["Columns"]()) < 1e-5  # rounding, if the cache changes nothing
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_tree_in_the_readme_is_complete() -> None:
+    """The README lists every module, and no other; a reader finds the file that a line promises."""
+    tree = next(code for code in blocks(ROOT / "README.md", "text") if "src/videoar/" in code)
+    listed = set(re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE))
+    modules = {path.name for path in (ROOT / "src" / "videoar").glob("[!_]*.py")}
+    assert listed == modules
