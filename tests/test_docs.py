@@ -10,6 +10,7 @@ import pytest
 from tiny import TEXT, tiny_pipeline
 
 from videoar.checkpoint import bundled
+from videoar.cli import parse
 from videoar.pipeline import VideoPipeline
 from videoar.text import PromptEncoder, TextEncoder
 
@@ -37,8 +38,8 @@ def commands() -> list[list[str]]:
     """Return the arguments of every `videoar` command, in blocks and in running text."""
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
     shell = [line for page in PAGES for code in blocks(page, "sh") for line in code.splitlines()]
-    inline = re.findall(r"`(videoar [^`\n]+)`", text)
-    words = [shlex.split(line, comments=True) for line in (*shell, *inline)]
+    inline = re.findall(r"`(videoar [^`]+)`", text)
+    words = [shlex.split(line, comments=True) for line in dict.fromkeys((*shell, *inline))]
     return [line[1:] for line in words if line[:1] == ["videoar"]]
 
 
@@ -74,3 +75,9 @@ def test_the_tree_in_the_readme_is_complete() -> None:
     listed = set(re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE))
     modules = {path.name for path in (ROOT / "src" / "videoar").glob("[!_]*.py")}
     assert listed == modules
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    """Every command in the text is one that the program takes; nothing is run."""
+    parse(words)

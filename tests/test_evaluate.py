@@ -91,7 +91,7 @@ def test_every_kind_gets_the_same_prompts_and_seeds(report: Report) -> None:
 
 
 def test_the_judge_is_right_about_real_clips(report: Report) -> None:
-    """The ceiling is near 1 on clean clips; otherwise scores say more of the judge than of a model."""
+    """The ceiling is near 1 on clean clips; else scores say more of the judge than of a model."""
     assert min(_row(report, CLEAN).values()) > 0.9
 
 
@@ -149,7 +149,7 @@ def _videos(colors: list[float]) -> dict:
 
 
 def test_shares_and_differences_are_those_of_the_scores() -> None:
-    """Half right where the judge is right in 4 of 5 is 62.5 % of the ceiling; pairs are in order."""
+    """Half right, where the judge is right in 4 of 5, is 62.5 % of the ceiling."""
     parts = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
     parts |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
     rows = {(row.table, row.name): row for row in tabulate(parts, units=("a", "b"))}

@@ -18,9 +18,10 @@ FLOORS = (
     {"units", "tokens", "flow"},
     {"attention", "cache", "model"},
     {"sampler", "objectives", "distillation"}
-    | {"codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"},
+    | {"codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"}
+    | {"drawing"},
     {"runs", "optim", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark", "measure"},
-    {"app", "cli"},
+    {"app", "cli", "options", "output", "describe"},
     {"__main__"},
 )
 # Neighbours on one floor that know each other, in one direction. Each line was a decision.
@@ -37,7 +38,7 @@ NEIGHBOURS = {
     "recipes": {"tasks", "train", "pipeline"},
     "evaluate": {"pipeline", "tasks"},
     "measure": {"benchmark", "pipeline", "runs"},
-    "cli": {"app"},
+    "cli": {"app", "options", "output", "describe"},
 }
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
 SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")

@@ -23,12 +23,15 @@ def rope_table(
 ) -> Float[Tensor, "2 *tokens pairs"]:
     """Cosines and sines for coordinates (t, h, w, level); the level takes no part.
 
-    Angles are formed in float64: positions have no upper limit, as a table would impose. (Su et al. 2021,
-    arXiv:2104.09864, split over three axes.)
+    Angles are formed in float64: positions have no upper limit, as a table would impose. (Su et
+    al. 2021, arXiv:2104.09864, split over three axes.)
     """
     frequencies = _frequencies(head_dim, theta)
     angles = torch.cat(
-        [coords[..., axis, None].double() * f.to(coords.device) for axis, f in enumerate(frequencies)],
+        [
+            coords[..., axis, None].double() * f.to(coords.device)
+            for axis, f in enumerate(frequencies)
+        ],
         dim=-1,
     )
     return torch.stack([angles.cos(), angles.sin()]).float()
@@ -50,12 +53,16 @@ def attend(
     value: Float[Tensor, "batch heads keys head_dim"],
     mask: Bool[Tensor, "queries keys"] | BlockMask | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Softmax attention. A dense mask runs on SDPA, a block mask on FlexAttention (CUDA), none on the
-    fastest kernel SDPA finds. There is no silent change of backend."""
+    """Softmax attention.
+
+    A dense mask runs on SDPA, a block mask on FlexAttention (CUDA), none on the fastest kernel that
+    SDPA finds. There is no silent change of backend.
+    """
     if isinstance(mask, BlockMask):
         return _compiled_flex()(query, key, value, block_mask=mask)
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # In training on a CPU the bfloat16 kernel's backward takes twice as long as the float32 one.
+        # In training on a CPU the bfloat16 kernel's backward takes twice as long as the float32
+        # one.
         with torch.autocast("cpu", enabled=False):
             wide = (part.float() for part in (query, key, value))
             return F.scaled_dot_product_attention(*wide, attn_mask=mask)

@@ -1,7 +1,8 @@
 """The KV cache of a generation: finished units' keys and values, per layer.
 
-Keys are stored after the rotary embedding, at absolute positions: attention depends on differences of
-positions only. The cache is read-only during a forward pass; `commit` is the only place where it grows.
+Keys are stored after the rotary embedding, at absolute positions: attention depends on differences
+of positions only. The cache is read-only during a forward pass; `commit` is the only place where
+it grows.
 """
 
 import torch
@@ -17,9 +18,10 @@ KeyValue = tuple[Tensor, Tensor]
 class KVCache:
     """Keys and values of the units that later units may still read.
 
-    Slots 0 .. tokens-1 are always in use, in no particular order: attention does not care, so the slots
-    of an evicted unit are filled by the next one, and nothing is ever shifted. Behind them lies scratch
-    space, where a pass puts its own keys and values beside the cached ones without a copy of the cache.
+    Slots 0 .. tokens-1 are always in use, in no particular order: attention does not care, so the
+    slots of an evicted unit are filled by the next one, and nothing is ever shifted. Behind them
+    lies scratch space, where a pass puts its own keys and values beside the cached ones without a
+    copy of the cache.
     """
 
     def __init__(self):
@@ -99,15 +101,19 @@ class KVCache:
     def place_sinks(self, sink: int, shift: Float[Tensor, "2 1 pairs"]) -> None:
         """Move the keys of units below `sink` by a rotation of positions.
 
-        The rotation starts from where they were committed: rotations compose, but over an hour their
-        rounding would add up. Sinks are committed first and never evicted, so they hold the first slots.
+        The rotation starts from where they were committed: rotations compose, but over an hour
+        their rounding would add up. Sinks are committed first and never evicted, so they hold the
+        first slots.
         """
         if self._kv is None:
             return
         count = int((self.unit < sink).sum())
-        if self._sink is None or self._sink.shape[-2] != count:
-            self._sink = self._kv[:, 0, :, :, :count].clone()
-        self._kv[:, 0, :, :, :count] = rotate(self._sink, shift)
+        kept = 0 if self._sink is None else self._sink.shape[-2]
+        if kept < count:  # committed since: with a lag the first sinks may have moved already
+            fresh = self._kv[:, 0, :, :, kept:count].clone()
+            self._sink = fresh if self._sink is None else torch.cat([self._sink, fresh], dim=-2)
+        if count:
+            self._kv[:, 0, :, :, :count] = rotate(self._sink, shift)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that is needed to go on later; empty tensors before the first commit."""

@@ -36,6 +36,10 @@ def run(
     for layer in layers:
         if isinstance(layer, MemBlock):
             last = torch.zeros_like(x[:batch]) if past is None else next(past)
+            # A stream that was saved comes back channels first, which rounds differently.
+            last = last.contiguous(memory_format=torch.channels_last)
+            # What was saved and loaded lost its format, and another format gives other bits.
+            last = last.contiguous(memory_format=torch.channels_last)
             kept.append(x[-batch:])
             x = layer(x, torch.cat([last, x[:-batch]]))
         elif isinstance(layer, TPool | TGrow):
@@ -57,7 +61,7 @@ def build_encoder(
         layers += [MemBlock(channels) for _ in range(num_blocks)]
         width = channels
     return nn.Sequential(
-        *layers, _mirrored(nn.Conv2d(width, latents, 3, padding=1), plain_out=True)
+        *layers, _mirrored(nn.Conv2d(width, latents, 3, padding=1), gain=2.0, plain_out=True)
     )
 
 
@@ -66,7 +70,7 @@ def build_decoder(
 ) -> nn.Sequential:
     """Build the layers from latent to pixel channels; widths at strides 8, 4, 2 and 1."""
     width = widths[0]
-    first = _mirrored(nn.Conv2d(latents, width, 3, padding=1), plain_in=True)
+    first = _mirrored(nn.Conv2d(latents, width, 3, padding=1), gain=0.5, plain_in=True)
     layers = [Clamp(), first, nn.ReLU()]
     for channels, time_stride in zip(widths[1:], (1, 2, 2), strict=True):
         layers += [MemBlock(width) for _ in range(num_blocks)]

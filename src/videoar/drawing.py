@@ -41,8 +41,8 @@ FRAMES_PER_SECOND, FILL_SECONDS, HOLD_SECONDS = 12, 5.0, 1.5
 def color(share: float) -> Color:
     """Return the colour of a place in the order: 0 is light yellow, 1 dark violet.
 
-    Lightness falls evenly in OKLab (Ottosson 2020), so that equal distances look equal, in print and
-    to colour-blind eyes too.
+    Lightness falls evenly in OKLab (Ottosson 2020), so that equal distances look equal, in print
+    and to colour-blind eyes too.
     """
     lightness, chroma = 0.89 - 0.47 * share, 0.125 + 0.03 * share
     hue = math.radians(95 + 200 * share)
@@ -64,9 +64,7 @@ def color(share: float) -> Color:
 
 def mix(under: Color, over: Color, share: float) -> Color:
     """Lay a colour over another."""
-    red, green, blue = (
-        round(u + (o - u) * share) for u, o in zip(under, over, strict=True)
-    )
+    red, green, blue = (round(u + (o - u) * share) for u, o in zip(under, over, strict=True))
     return red, green, blue
 
 
@@ -133,7 +131,8 @@ def _draw_grid(
                 box[side] += gap if side < 2 else -gap
                 lines.append((side, gap, INK if paint.working else paint.color))
             elif other.token != paint.token and side < 2:
-                lines.append((side, 1, mix(paint.color, PAPER, 0.3)))
+                # First, so that a frame lies on top.
+                lines.insert(0, (side, 1, mix(paint.color, PAPER, 0.3)))
         draw.rectangle(box, fill=paint.color)
         for side, width, shade in lines:
             edge = box.copy()
@@ -170,7 +169,9 @@ def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
     ).numpy()
     last = max(1, len(units.sizes) - 1)
     ramp = np.array([color(index / last) for index in range(len(units.sizes))], dtype=np.uint8)
-    dots = np.where(reads[..., None], ramp[units.unit.numpy()][None], np.uint8(EMPTY))
+    dots = np.where(
+        reads[..., None], ramp[units.unit.numpy()][None], np.array(EMPTY, dtype=np.uint8)
+    )
     scale = max(1, 760 // len(dots))
     square = Image.fromarray(dots).resize((len(dots) * scale,) * 2, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(square)
@@ -211,7 +212,7 @@ class _Track:
 
 
 def _track(name: str, *, frames: int, height: int, width: int) -> _Track:
-    """Give every wave time by the root of its tokens: small units can be seen, large ones take longer."""
+    """Give every wave time by the root of its tokens, so that small units can be seen too."""
     units = Units(parse(name), frames, height, width)
     check_size(units)
     waves = [list(wave) for _, wave in itertools.groupby(units, key=lambda unit: unit.wave)]
@@ -274,7 +275,7 @@ def _painted(track: _Track, *, now: float, steps: int) -> dict[tuple[int, int, i
         shade = color(unit.index / max(1, len(track.units) - 1))
         for t, h, w, level in unit.cells:
             # A finished unit is opaque; the coarser, the paler.
-            strength = (0.2 + 0.8 * share * (0.8 if working else 1.0)) * 0.6**level
+            strength = (0.2 + 0.8 * share * (0.8 if working else 1.0)) * 0.7**level
             paint = Paint(unit.index, (h, w, level), mix(EMPTY, shade, strength), working)
             for dh, dw in itertools.product(range(2**level), repeat=2):
                 painted[t, h * 2**level + dh, w * 2**level + dw] = paint
@@ -287,11 +288,17 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
     durations = [pace] * (len(pictures) - 1) + [round(1000 * HOLD_SECONDS)]
     first, *rest = pictures
     first.save(
-        path, save_all=True, append_images=rest, duration=durations, loop=0, lossless=True, quality=80
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        lossless=True,
+        quality=50,
+        method=4,
+        minimize_size=True,
     )
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-

@@ -5,8 +5,8 @@
     velocity = noise - clean
     clean    = x - sigma * velocity
 
-(rectified flow, Liu et al. 2022, arXiv:2209.03003; the signs of SD3, FLUX and Wan.) Sampling is a matrix of
-sigmas, rows x waves of units; `level` evaluates it, for a clip as for an endless stream.
+(rectified flow, Liu et al. 2022, arXiv:2209.03003; the signs of SD3, FLUX and Wan.) Sampling is a
+matrix of sigmas, rows x waves of units; `level` evaluates it, for a clip as for an endless stream.
 """
 
 import math
@@ -19,7 +19,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """Move sigmas towards noise: `s * sigma / (1 + (s - 1) * sigma)` (Esser et al. 2024, eq. 23)."""
+    """Move sigmas towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -48,7 +48,7 @@ def level(row: int, wave: int, *, steps: int, lag: int) -> int:
 def sigma_matrix(
     sigmas: tuple[float, ...], waves: Int[Tensor, " units"], *, lag: int
 ) -> Float[Tensor, "rows units"]:
-    """All of sampling as a table: the noise level of every unit before every row, and after the last."""
+    """All of sampling as a table: every unit's noise level before each row, and after the last."""
     steps = len(sigmas) - 1
     rows = torch.arange(lag * int(waves.max()) + steps + 1)[:, None]
     return torch.tensor(sigmas)[(rows - lag * waves[None, :]).clamp(0, steps)]
@@ -69,14 +69,20 @@ def clean_of(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     return x - sigma * velocity
 
 
-def euler_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor) -> Tensor:
+def euler_step(
+    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
+) -> Tensor:
     """Follow the probability-flow ODE; `noise` is not used."""
     return x + (next_sigma - sigma) * velocity
 
 
-def renoise_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor) -> Tensor:
-    """Predict the clean data and noise it again with fresh noise (consistency sampling, Song et al.
-    2023, algorithm 1): the step of distilled few-step models."""
+def renoise_step(
+    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
+) -> Tensor:
+    """Predict the clean data and noise it again with fresh noise: for distilled models.
+
+    Consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm 1.
+    """
     return add_noise(clean_of(x, velocity, sigma), noise, next_sigma)
 
 
@@ -86,8 +92,9 @@ def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: 
 
 
 def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
-    """The random numbers of one unit: a function of (seed, unit, draw) alone, so that a stream equals
-    the offline run bit for bit and can go on from a file.
+    """The random numbers of one unit: a function of (seed, unit, draw) alone.
+
+    So a stream equals the offline run bit for bit, and can go on from a file.
 
     Args:
         seed: the user's seed.
@@ -95,7 +102,11 @@ def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
         draw: 0 for the starting noise, r for the fresh noise of step r.
     """
     state = 0
-    for value in (seed, unit, draw):  # splitmix64 (Steele et al. 2014): close seeds, unrelated streams
+    for value in (
+        seed,
+        unit,
+        draw,
+    ):  # splitmix64 (Steele et al. 2014): close seeds, unrelated streams
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -106,7 +117,7 @@ def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
 def unit_noise(
     seeds: tuple[int, ...], unit: int, shape: tuple[int, ...], *, draw: int = 0
 ) -> Float[Tensor, "batch tokens features"]:
-    """Standard normal noise of one unit for a batch of seeds, on the CPU (same bits on every device)."""
+    """Standard normal noise of one unit for a batch of seeds; the same bits on every device."""
     return torch.stack(
         [torch.randn(shape, generator=unit_generator(seed, unit, draw)) for seed in seeds]
     )

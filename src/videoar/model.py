@@ -1,8 +1,10 @@
-"""The transformer: tokens with coordinates and noise levels in, velocity out. No word of frames here.
+"""The transformer: tokens with coordinates and noise levels in, velocity out.
 
-Block structure, numerics and key names are those of Wan2.1 in diffusers, so that public weights load without a
-mapping of shapes; the zero-initialised `scale_embedding` is the only addition. Causality is not a property of
-the network: it lies in the mask and in what the cache holds.
+No word of frames here.
+
+Block structure, numerics and key names are those of Wan2.1 in diffusers, so that public weights
+load without a mapping of shapes; the zero-initialised `scale_embedding` is the only addition.
+Causality is not a property of the network: it lies in the mask and in what the cache holds.
 """
 
 from dataclasses import dataclass
@@ -46,18 +48,26 @@ class ModelConfig:
     eps: float = 1e-6
     """Added to variances."""
     prediction: Literal["velocity", "clean"] = "velocity"
-    """What the last layer says. `clean` suits small models: noise need not pass through the network (Li and
-    He 2025, arXiv:2511.13720). The model returns a velocity either way."""
+    """What the last layer says. `clean` suits small models: noise need not pass through the
+    network (Li and He 2025, arXiv:2511.13720). The model returns a velocity either way."""
     min_sigma: float = 0.05
     """With `clean`, the smallest sigma that divides."""
 
     def __post_init__(self):
-        for name in ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels"):
+        for name in (
+            "latent_channels",
+            "patch",
+            "num_layers",
+            "num_heads",
+            "ffn_dim",
+            "num_levels",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
         if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:
             raise ValueError(
-                f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim} must be even numbers."
+                f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim} must be even"
+                " numbers."
             )
 
     @property
@@ -76,8 +86,8 @@ class Output:
 
     velocity: Float[Tensor, "batch tokens features"]
     key_values: list[KeyValue]
-    """Per layer, keys and values of the tokens of this pass: what a cache may commit. They alias the
-    pass's own tensors, never the cache."""
+    """Per layer, keys and values of the tokens of this pass: what a cache may commit. They alias
+    the pass's own tensors, never the cache."""
 
 
 TextContext = list[KeyValue]
@@ -146,7 +156,8 @@ class VideoTransformer(nn.Module):
             key_values.append(key_value)
         shift, scale = (self.scale_shift_table.float() + embedded[:, :, None].float()).unbind(2)
         x = (self.norm_out(x.float()) * (1 + scale) + shift).type_as(x)
-        # Wan's output features are ordered (row, column, channel), its inputs (channel, row, column).
+        # Wan's output features are ordered (row, column, channel), its inputs (channel, row,
+        # column).
         out = rearrange(self.proj_out(x), "b n (p c) -> b n (c p)", c=config.latent_channels)
         if config.prediction == "clean":
             level = sigma[:, unit, None]
@@ -256,7 +267,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, size: int, ffn_dim: int):
         super().__init__()
-        self.net = nn.ModuleList([Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size)])
+        self.net = nn.ModuleList(
+            [Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -274,8 +287,8 @@ class Projection(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention over tokens, cross-attention to text, feed-forward; the first and last modulated by
-    sigma, whose levels are one per token, or a single one."""
+    """Self-attention over tokens, cross-attention to text, feed-forward; the first and last
+    modulated by sigma, whose levels are one per token, or a single one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -314,4 +327,3 @@ class Block(nn.Module):
         normed = (self.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
         x = (x.float() + self.ffn(normed).float() * ffn_gate).type_as(x)
         return x, own
-

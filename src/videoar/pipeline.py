@@ -165,8 +165,8 @@ class Generation:
 class VideoPipeline:
     """A generator with everything around it.
 
-        pipe = VideoPipeline.from_pretrained("toy")
-        pipe("a red ball bounces", seconds=4).save("ball.mp4")
+    pipe = VideoPipeline.from_pretrained("toy")
+    pipe("a red ball bounces", seconds=4).save("ball.mp4")
     """
 
     transformer: VideoTransformer

@@ -1,12 +1,14 @@
 """Sampling: one generator for clips, batches, endless streams and training rollouts.
 
-All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units whose level
-moves run through the model, together with the units that reached 0 in the row before: their pass writes the
-cache. So the commit of unit i shares a forward with the first step of unit i+1.
+All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units
+whose level moves run through the model, together with the units that reached 0 in the row before:
+their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
+i+1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -39,8 +41,9 @@ class SamplerConfig:
     sigmas: tuple[float, ...]
     """Falling noise levels of one unit, 1 first and 0 last: `flow.sigma_steps`."""
     lag: int | None = None
-    """Rows between the starts of successive waves; None: one wave after the other. Less than the number of
-    steps is pipelined and needs a model trained with noisy context; 0 is full sequence."""
+    """Rows between the starts of successive waves; None: one wave after the other. Less than the
+    number of steps is pipelined and needs a model trained with noisy context; 0 is full
+    sequence."""
     visible: Visible = field(default_factory=Visible)
     """What a unit may read."""
     context_noise: float = 0.0
@@ -90,10 +93,17 @@ class Sampler:
         self.network, self.units, self.text, self.config = network, units, text, config
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
         self.lag = config.num_steps if config.lag is None else config.lag
+        if self.lag == 0 and units.count is None:
+            raise ValueError(
+                "With lag 0 all units start at once, which an endless stream cannot: "
+                "use a lag of 1 or more, or give a number of frames."
+            )
         self.cache = KVCache()
         self.row = 0
         self.entered = 0
         """Units that have started."""
+        self.delivered = 0
+        """Units that have been handed out."""
         self.active: dict[int, Tensor] = {}
         """Tokens of the units in flight, the finished but uncommitted ones included."""
         self._mask_of: tuple[tuple[int, ...], Tensor | None] | None = None
@@ -101,8 +111,20 @@ class Sampler:
         """Forward passes so far."""
 
     def __iter__(self) -> Iterator[Finished]:
+        yield from self._deliver()
         while self._enter() or self._moving():
-            yield from self._advance()
+            self._advance()
+            yield from self._deliver()
+
+    def _deliver(self) -> Iterator[Finished]:
+        """Hand out finished units. They finish in order; who stops between two units of a wave, or
+        saves there, gets the rest later."""
+        while self.delivered in self.active:
+            index = self.delivered
+            if self._level(index, self.row) < self.config.num_steps:
+                return
+            self.delivered += 1
+            yield Finished(self.units.at(index), self.active[index])
 
     def _level(self, index: int, row: int) -> int:
         wave = self.units.wave_of(index)
@@ -113,7 +135,7 @@ class Sampler:
         return any(self._level(index, self.row) < steps for index in self.active)
 
     def _enter(self) -> bool:
-        """Start every unit whose level moves for the first time in this row; say whether any did."""
+        """Start the units whose level first moves in this row; say whether there were any."""
         before = self.entered
         while self.units.count is None or self.entered < self.units.count:
             unit = self.units.at(self.entered)
@@ -125,7 +147,7 @@ class Sampler:
             self.entered += 1
         return self.entered > before
 
-    def _advance(self) -> Iterator[Finished]:
+    def _advance(self) -> None:
         """Run one row."""
         row, config = self.row, self.config
         group = [self.units.at(index) for index in sorted(self.active)]
@@ -134,7 +156,6 @@ class Sampler:
 
         sizes = [len(unit.cells) for unit in group]
         velocities = output.velocity.split(sizes, dim=1)
-        finished = []
         for unit, at, velocity in zip(group, levels, velocities, strict=True):
             if at == config.num_steps:
                 del self.active[unit.index]
@@ -146,11 +167,8 @@ class Sampler:
                 noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=at + 1)
                 fresh = noise.to(x)
             self.active[unit.index] = config.step(x, velocity, sigma, after, fresh)
-            if at + 1 == config.num_steps:
-                finished.append(Finished(unit, self.active[unit.index]))
         self._commit(group, levels, output)
         self.row += 1
-        yield from finished
 
     def _forward(self, group: list[Unit], levels: list[int]) -> Output:
         config, device = self.config, self.device
@@ -179,7 +197,7 @@ class Sampler:
         )
 
     def _mask(self, group: list[Unit], row: Tensor) -> Tensor | None:
-        """What the tokens of this pass may read: cached tokens, then each other. None: everything."""
+        """What tokens of this pass may read: cached tokens, then each other. None: everything."""
         key = (self.cache.version, *(unit.index for unit in group))
         if self._mask_of is None or self._mask_of[0] != key:
             cached, inverse = torch.unique(self.cache.unit, return_inverse=True)
@@ -199,13 +217,18 @@ class Sampler:
         if not visible.sink or visible.window is None or newest - visible.window < visible.sink:
             return
         window = range(newest - visible.window + 1, newest + 1)
-        sink_frames = self.units.at(visible.sink - 1).complete_frames
-        shift = min(self.units.start_of(index) for index in window) - sink_frames
+        shift = min(self.units.start_of(index) for index in window) - self._sink_frames
         if shift > 0:
             model = self.network.config
             coords = torch.tensor([[float(shift), 0, 0, 0]], device=self.device)
             table = rope_table(coords, head_dim=model.head_dim, theta=model.rope_theta)
             self.cache.place_sinks(visible.sink, table)
+
+    @cached_property
+    def _sink_frames(self) -> int:
+        """Latent frames that the sinks reach into."""
+        sinks = (self.units.at(index) for index in range(self.config.visible.sink))
+        return 1 + max(cell[0] for unit in sinks for cell in unit.cells)
 
     def _commit(self, group: list[Unit], levels: list[int], output: Output) -> None:
         """Write the units that were clean in this pass to the cache, and drop what nobody reads."""
@@ -229,10 +252,12 @@ class Sampler:
         """Tensors that are enough to go on in another process."""
         state = {f"cache.{name}": value for name, value in self.cache.state_dict().items()}
         state |= {f"active.{index}": value for index, value in self.active.items()}
-        return state | {"position": torch.tensor([self.row, self.entered, self.passes])}
+        position = [self.row, self.entered, self.delivered, self.passes]
+        return state | {"position": torch.tensor(position)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.row, self.entered, self.passes = state["position"].tolist()
+        self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
+        self._mask_of = None
         prefix = "cache."
         self.cache.load_state_dict(
             {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}

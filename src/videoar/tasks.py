@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
 
 
-def to_video(frames: UInt8[np.ndarray, "*batch height width 3"]) -> Float[Tensor, "*batch 3 height width"]:
+def to_video(
+    frames: UInt8[np.ndarray, "*batch height width 3"],
+) -> Float[Tensor, "*batch 3 height width"]:
     """Turn pixels into floats in [-1, 1]."""
     return rearrange(torch.from_numpy(frames), "... h w c -> ... c h w").float() / 127.5 - 1
 
@@ -54,8 +57,6 @@ class CodecTask:
 
     codec: TinyCodecConfig
     """Shape of the codec."""
-    start: Path | None = None
-    """Checkpoint whose codec, of the same shape, is trained on; None begins with random weights."""
     num_frames: int = 9
     """Pixel frames per clip, 1 + 4k."""
     num_clips: int = 200_000
@@ -89,12 +90,7 @@ class CodecTraining:
     """A `Task`: what the loop needs to train a codec."""
 
     def __init__(self, task: CodecTask, config: TrainConfig):
-        codec = TinyCodec(task.codec) if task.start is None else load_codec(task.start)
-        if replace(codec.config, latents_mean=None, latents_std=None) != task.codec:
-            raise ValueError(
-                f"The codec in {task.start} has the shape {codec.config}, the recipe asks for "
-                f"{task.codec}: give the same shape, or start from random weights."
-            )
+        codec = TinyCodec(task.codec)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
         self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
@@ -112,7 +108,9 @@ class CodecTraining:
 
         codec = self.objective.module
         hooks = [
-            layer.register_forward_hook(count) for layer in codec.modules() if isinstance(layer, nn.Conv2d)
+            layer.register_forward_hook(count)
+            for layer in codec.modules()
+            if isinstance(layer, nn.Conv2d)
         ]
         with torch.no_grad():
             codec.reconstruct(torch.zeros(1, 5, 3, 64, 64))
@@ -121,7 +119,9 @@ class CodecTraining:
         return total / 2
 
     def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
-        return self.clips.get(list(range(HELD_OUT, HELD_OUT + count)), np.random.default_rng(0))["video"]
+        return self.clips.get(list(range(HELD_OUT, HELD_OUT + count)), np.random.default_rng(0))[
+            "video"
+        ]
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -136,7 +136,9 @@ class CodecTraining:
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         latents = module.encode(self.held_out(256))
         codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
-        save_checkpoint(folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True)
+        save_checkpoint(
+            folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True
+        )
 
 
 # ---------------------------------------------------------------- the generator
@@ -169,31 +171,51 @@ class GeneratorTask:
         return GeneratorTraining(self, config, report)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A video of the world as the generator sees it."""
+
+    latents: Float[Tensor, "frames channels height width"]
+    captions: list[str]
+    scene: world.Scene
+
+
+def encode_scenes(
+    codec: TinyCodec, indices: Sequence[int], *, num_latents: int, seed: int
+) -> Iterator[Encoded]:
+    """Render scenes from a random moment on, and encode them in batches of 16."""
+    num_frames = 1 + codec.stride[0] * (num_latents - 1)
+    for first in range(0, len(indices), 16):
+        scenes = [scene_of(index, seed=seed) for index in indices[first : first + 16]]
+        clips = [
+            world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
+            for scene, rng in scenes
+        ]
+        latents = codec.encode(to_video(np.stack(clips)))
+        for (scene, rng), latent in zip(scenes, latents, strict=True):
+            yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
+
+
 def encode_world(
     codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: int, report: Report
 ) -> None:
-    """Render videos of the procedural world and keep their latents and captions."""
-    info = LatentsInfo(codec=str(task.codec), channels=codec.latent_channels, stride=codec.stride, fps=16.0)
-    num_frames = 1 + 4 * (task.num_latents - 1)
+    """Keep the latents and captions of the world's first videos in a new folder."""
+    info = LatentsInfo(
+        codec=str(task.codec), channels=codec.latent_channels, stride=codec.stride, fps=16.0
+    )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     started = time.perf_counter()
     with ShardWriter(partial, info=info) as writer:
-        for first in range(0, task.num_videos, 16):
-            if first and first % 512 == 0:
-                rate = first / (time.perf_counter() - started)
-                left = timedelta(seconds=round((task.num_videos - first) / rate))
-                report(f"encoded {first}/{task.num_videos} videos  {rate:.1f}/s  {left} left")
-            scenes = [scene_of(index, seed=seed) for index in range(first, min(first + 16, task.num_videos))]
-            starts = [int(rng.integers(1000)) for _, rng in scenes]
-            clips = [
-                world.render(scene, num_frames=num_frames, start=start)
-                for (scene, _), start in zip(scenes, starts, strict=True)
-            ]
-            latents = codec.encode(to_video(np.stack(clips)))
-            for (scene, rng), latent in zip(scenes, latents, strict=True):
-                captions = [world.caption(scene, rng) for _ in range(6)]
-                writer.add(latent, captions=captions, extra={"scene": scene.to_json()})
+        indices = range(task.num_videos)
+        videos = encode_scenes(codec, indices, num_latents=task.num_latents, seed=seed)
+        for done, video in enumerate(videos):
+            if done and done % 512 == 0:
+                rate = done / (time.perf_counter() - started)
+                left = timedelta(seconds=round((task.num_videos - done) / rate))
+                report(f"encoded {done}/{task.num_videos} videos  {rate:.1f}/s  {left} left")
+            extra = {"scene": video.scene.to_json()}
+            writer.add(video.latents, captions=video.captions, extra=extra)
     partial.rename(folder)
 
 
@@ -205,7 +227,9 @@ class GeneratorTraining:
         self.codec = load_codec(task.codec)
         if not task.latents.exists():
             encode_world(self.codec, task.latents, task=task, seed=config.seed, report=report)
-        captions = [caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]]
+        captions = [
+            caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]
+        ]
         self.tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
         text = TextEncoder(task.text)
         prompt = PromptEncoder(self.tokenizer, text)
@@ -215,7 +239,13 @@ class GeneratorTraining:
             transformer, text, schemes=tuple(map(units.parse, task.units)), config=task.flow
         )
         self.batches = Batches(shards, batch_size=config.batch_size, seed=config.seed)
-        self.held_out = shards.get(list(range(32)), np.random.default_rng(0))
+        indices = range(HELD_OUT, HELD_OUT + 32)
+        unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, seed=config.seed)
+        videos = list(unseen)
+        self.held_out = {
+            "latents": torch.stack([video.latents for video in videos]),
+            "text": prompt.tokenize([video.captions[0] for video in videos]),
+        }
         height, width = self.held_out["latents"].shape[-2:]
         per_clip = task.flow.clip_frames * height * width // task.model.patch**2
         tokens = per_clip * (2 if task.flow.context == "clean" else 1)
@@ -227,13 +257,18 @@ class GeneratorTraining:
     def validate(self, module: nn.Module) -> dict[str, float]:
         """The loss of every scheme on the same clips and noise."""
         objective = FlowMatching(
-            module["transformer"], module["text"], schemes=self.objective.schemes, config=self.task.flow
+            module["transformer"],
+            module["text"],
+            schemes=self.objective.schemes,
+            config=self.task.flow,
         )
         losses = {}
         for name, scheme in zip(self.task.units, objective.schemes, strict=True):
             rng = torch.Generator().manual_seed(0)
             latents = objective.clip(self.held_out["latents"], scheme, rng)
-            losses[name] = float(objective.scheme_loss(latents, self.held_out["text"], scheme, rng)["loss"])
+            losses[name] = float(
+                objective.scheme_loss(latents, self.held_out["text"], scheme, rng)["loss"]
+            )
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Text: prompts to token ids and to the rows of channels that a transformer attends to.
 
-The encoder is small and trained together with the video transformer; its last layer norm makes it
-a fair substitute for a large pretrained one. No templates, no negative prompts, no guidance here.
+The encoder is small and trained together with the video transformer. No templates, no negative
+prompts, no guidance here.
 """
 
 from collections.abc import Iterable, Sequence

@@ -15,7 +15,9 @@ from videoar.units import Unit, Units, box
 def to_tokens(
     latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
 ) -> Float[Tensor, "batch tokens features"]:
-    """Patchify latents and store the tokens in unit order; features are ordered (channel, row, column).
+    """Patchify latents and store the tokens in unit order.
+
+    The features of a token are ordered (channel, row, column).
 
     Raises:
         ValueError: the latents do not cover the lattice of `units`.

@@ -371,9 +371,7 @@ def _members(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizers(
-    config: TrainConfig, named: dict[str, nn.Parameter]
-) -> list[torch.optim.Optimizer]:
+def _optimizers(config: TrainConfig, named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
     options = config.optimizer
     matrices = {
         name: parameter
@@ -393,9 +391,7 @@ def _optimizers(
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         decay = options.weight_decay
         optimizers.append(
-            Muon(
-                matrices.values(), lr=options.muon_learning_rate, weight_decay=decay, dtype=dtype
-            )
+            Muon(matrices.values(), lr=options.muon_learning_rate, weight_decay=decay, dtype=dtype)
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

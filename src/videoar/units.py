@@ -1,10 +1,10 @@
-"""Units: ordered partitions of a token lattice. All geometry of VideoAR lives here, and nowhere else.
+"""Units: ordered partitions of a token lattice. All geometry of VideoAR lives here.
 
-A video's latents are patchified into a lattice of `frames x height x width` cells. A **scheme** says how
-one *segment* of that lattice (a few latent frames) falls into **units**, and in which order they are
-generated; a clip, or an endless stream, is that segment again and again. Everything above this file
-(mask, cache, sampler, losses, streaming) reads a partition through four things and never asks which
-scheme made it:
+A video's latents are patchified into a lattice of `frames x height x width` cells. A **scheme**
+says how one *segment* of that lattice (a few latent frames) falls into **units**, and in which
+order they are generated; a clip, or an endless stream, is that segment again and again. Everything
+above this file (mask, cache, sampler, losses, streaming) reads a partition through four things and
+never asks which scheme made it:
 
     coords    (t, h, w, level) of every token, tokens stored in unit order
     unit      the index of every token's unit
@@ -35,8 +35,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Cells = tuple[tuple[int, int, int, int], ...]
-"""The tokens of one unit: (t, h, w, level) indices into the grid of that level. Level n is the latents
-pooled by 2**n in height and width; level 0 is the lattice itself, from which the video is read."""
+"""The tokens of one unit: (t, h, w, level) indices into the grid of that level. Level n is the
+latents pooled by 2**n in height and width; level 0 is the lattice itself, from which the video is
+read."""
 
 ORDERS = ("raster", "snake", "wavefront")
 MAX_LEVELS = 5
@@ -193,8 +194,10 @@ _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
 
 
 def parse(text: str) -> Scheme:
-    """Read a scheme from its name, as `frame`, `chunk:3`, `key-detail:4`, `multiscale:4,2,1`,
-    `cube:1x2x2`, `full`; options follow a slash: `cube:1x2x2/wavefront`, `multiscale:2,1/frames=4`.
+    """Read a scheme from its name, as `chunk:3`.
+
+    Others are `frame`, `key-detail:4`, `multiscale:4,2,1`, `cube:1x2x2`, `full`; options follow a
+    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`.
 
     Raises:
         ValueError: unknown name, missing or impossible sizes.
@@ -334,7 +337,7 @@ class Units:
         return tuple(unit.complete_frames for unit in self.clip)
 
     def units_of(self, frames: int) -> int:
-        """Units that span at least `frames` latent frames: whole segments, for windows and sinks."""
+        """Units of the whole segments that span at least `frames` latent frames."""
         return math.ceil(frames / self.segment_frames) * self.units_per_segment
 
 
@@ -346,9 +349,8 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
     for wave, blocks in enumerate(scheme.segment(frames, height, width)):
         for cells in blocks:
             finest = [cell[:3] for cell in cells if cell[3] == 0]
-            assert len(set(finest)) == len(finest) and missing.issuperset(finest), (
-                f"{scheme} is not a partition: unit {len(units)} repeats or leaves the lattice"
-            )
+            fresh = missing.issuperset(finest) and len(set(finest)) == len(finest)
+            assert fresh, f"{scheme} is not a partition: unit {len(units)} repeats a cell"
             missing.difference_update(finest)
             units.append(
                 Unit(
@@ -379,8 +381,10 @@ def _centres(cells: Cells, height: int, width: int) -> Float[Tensor, "tokens 4"]
 
 @dataclass(frozen=True, kw_only=True)
 class Visible:
-    """Causal visibility over units: a unit reads itself, the units of earlier waves inside its window,
-    and the sinks (Xiao et al. 2023, arXiv:2309.17453)."""
+    """Causal visibility over units: itself, earlier waves inside the window, and the sinks.
+
+    Sinks are the first units of a stream (Xiao et al. 2023, arXiv:2309.17453).
+    """
 
     window: int | None = None
     """Units that a unit may read, itself included; None: all before it."""

@@ -1,0 +1,150 @@
+"""From a generation to a file: frames are written as they come, timed, and kept when it is stopped.
+
+Nothing here knows of options; the command line and the demo call it.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from videoar.measure import peak_bytes
+from videoar.pipeline import Generation
+from videoar.video import STREAMS, Video, VideoWriter
+
+MAX_PICTURES = 1000
+"""Frames of an animation or contact sheet, which is held in memory until it is complete."""
+MIB = 2**20
+
+
+def open_output(path: Path, *, num_frames: int, fps: float) -> "VideoWriter | Pictures":
+    """Return what writes a file of this kind; one that exists is replaced."""
+    if path.suffix.lower() in STREAMS:
+        return VideoWriter(path, fps=fps, overwrite=True)
+    if num_frames > MAX_PICTURES:
+        raise ValueError(
+            f"a {path.suffix} of {num_frames} frames would be held in memory: make it "
+            f"{MAX_PICTURES} frames or fewer, or write {' or '.join(STREAMS)}"
+        )
+    return Pictures(path, fps=fps)
+
+
+class Pictures:
+    """Stands in for a `VideoWriter` where a format is written in one piece."""
+
+    def __init__(self, path: Path, *, fps: float) -> None:
+        self.path, self.fps = path, fps
+        self.frames: list[UInt8[np.ndarray, "frames height width 3"]] = []
+
+    def __enter__(self) -> "Pictures":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.frames and (kind is None or issubclass(kind, KeyboardInterrupt)):
+            video = Video(frames=np.concatenate(self.frames), fps=self.fps)
+            video.save(self.path, overwrite=True)
+
+    def write(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> None:
+        """Keep frames for the end."""
+        self.frames.append(frames)
+
+
+def write(
+    generation: Generation, writer: VideoWriter | Pictures, *, started: float, fps: int
+) -> tuple[dict[str, Any], bool]:
+    """Write frames as they come, until the end or Ctrl-C.
+
+    Args:
+        generation: of one video.
+        writer: a context manager that is entered here.
+        started: when the work began, on the clock `time.perf_counter`.
+        fps: frames per second of the video.
+
+    Returns:
+        What was done and what it took; and whether the user stopped it.
+    """
+    stats, interrupted = generation.stats, False
+    start_seconds, written, closing = None, 0.0, None
+    progress = Progress(generation.num_frames or 0, fps=fps)
+    try:
+        with writer:
+            for frames in generation:
+                before = time.perf_counter()
+                start_seconds = start_seconds or process_seconds()
+                writer.write(frames[0])
+                written += time.perf_counter() - before
+                progress.update(stats.frames)
+            closing = time.perf_counter()
+    except KeyboardInterrupt:
+        interrupted = True
+    ended = time.perf_counter()
+    progress.close()
+    figures = vars(stats) | {
+        "video_seconds": stats.frames / fps,
+        "fps": stats.frames / (ended - started),
+        "seconds": ended - started,
+        "write_seconds": written + (ended - closing if closing else 0.0),
+        "start_seconds": start_seconds,
+        "peak_bytes": peak_bytes(),
+    }
+    return figures, interrupted
+
+
+class Progress:
+    """A line that rewrites itself on a terminal, and is repeated now and then elsewhere."""
+
+    def __init__(self, total: int, *, fps: int) -> None:
+        self.total, self.fps, self.live = total, fps, sys.stderr.isatty()
+        self.started = self.shown = time.perf_counter()
+
+    def update(self, frames: int) -> None:
+        """Show how far it is, unless that was done a moment ago."""
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if self.live else 5.0):
+            return
+        self.shown = now
+        rate = frames / (now - self.started)
+        line = (
+            f"{frames / self.fps:.1f} of {self.total / self.fps:.1f} s, {rate:.1f} frames/s, "
+            f"{(self.total - frames) / rate:.0f} s left"
+        )
+        sys.stderr.write(f"\r\033[K{line}" if self.live else f"{line}\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Make room for other lines."""
+        if self.live:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
+def process_seconds() -> float | None:
+    """Return the age of this process, imports and all; None where the system does not tell."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not (stat.is_file() and uptime.is_file()):
+        return None
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def summary(path: Path, figures: dict[str, Any]) -> str:
+    """Return what `write` measured, as sentences."""
+    start = figures["start_seconds"]
+    since = "" if start is None else f", {start:.1f} s after the start of the process"
+    return (
+        "{path}: {frames} frames, {video_seconds:.1f} s\n"
+        "{fps:.1f} frames/s with decoding and writing: {seconds:.2f} s, of them model "
+        "{model_seconds:.2f}, decoding {decode_seconds:.2f}, writing {write_seconds:.2f}\n"
+        "{units} units of {scheme} in {passes} passes; up to {cache_tokens} tokens in the cache\n"
+        "first frames after {first_frame_seconds:.2f} s{since}; peak memory {peak:.0f} MiB"
+    ).format(**figures, path=path, since=since, peak=figures["peak_bytes"] / MIB)
