@@ -22,11 +22,12 @@ from videoar.units import parse
 
 Json = dict[str, Any]
 MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0
-"""The cost of a long video is taken at every multiple of the first, over the second before it."""
+"""A long video is timed at every multiple of 10 s, over the 5 s before."""
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
-    "[lowest, highest]. {seconds:g} s of video, {num_inference_steps} steps per unit, {hardware}."
+    "[lowest, highest], no warm-up. {seconds:g} s of video, {num_inference_steps} steps per unit, "
+    "{hardware}."
 )
 
 
@@ -167,7 +168,7 @@ def speed_cells(row: Row) -> dict[str, str]:
         "frames/s": spread([run.fps for run in row.runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
         "passes": str(first.passes),
-        "units in it": str(first.units),
+        "units made": str(first.units),
         "tokens/pass": f"{first.tokens / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",

@@ -112,7 +112,7 @@ class KVCache:
         if kept < count:  # committed since: with a lag the first sinks may have moved already
             fresh = self._kv[:, 0, :, :, kept:count].clone()
             self._sink = fresh if self._sink is None else torch.cat([self._sink, fresh], dim=-2)
-        if count:
+        if self._sink is not None:
             self._kv[:, 0, :, :, :count] = rotate(self._sink, shift)
 
     def state_dict(self) -> dict[str, Tensor]:

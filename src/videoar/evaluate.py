@@ -31,7 +31,8 @@ Json = dict[str, Any]
 Clips = UInt8[np.ndarray, "batch frames height width 3"]
 FIRST_SCENE = 2 * HELD_OUT
 """Training ends below `HELD_OUT`, validation soon after it."""
-ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count")
+ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
+"""`count` is right if nothing else is there: noise shows every colour. `all`: everything right."""
 COMPARED = ATTRIBUTES[:3]
 CLEAN, CODEC = "real clips", "real clips through the codec"
 WINDOW_SECONDS = 4.0
@@ -225,7 +226,8 @@ def run(config: EvaluateConfig, report: Callable[[str], None]) -> Report:
             videos += judge(blocks, batch, fps=fps)
         store.parts[name] = {"settings": asked, "videos": videos}
         store.save({"parts": store.parts})
-        report(str(_row("", name, videos, "last" if name.endswith(LONG) else "scores")))
+        means = _row("", name, videos, "last" if name.endswith(LONG) else "scores").scores
+        report(f"{name}: {', '.join(f'{key} {100 * s.mean:.1f}' for key, s in means.items())}")
     wanted = (CLEAN, CODEC, *config.units, *(f"{name}{LONG}" for name in config.units))
     parts = {name: store.parts[name] for name in wanted if name in store.parts}
     result = Report(parts=parts, rows=tuple(tabulate(parts, units=config.units)))
@@ -279,6 +281,7 @@ def look(frames: UInt8[np.ndarray, "frames height width 3"], prompt: Json, *, fp
     names = ("color", "shape", "size", "motion", "confidence")
     things = [{name: getattr(thing, name) for name in names} for thing in reading.things]
     scores = world.score(reading, world.Scene.from_json(prompt["scene"]))
+    scores["all"] = float(min(scores.values()) == 1)
     return {"scores": scores, "seen": {"background": reading.background, "things": things}}
 
 

@@ -102,11 +102,8 @@ def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
         draw: 0 for the starting noise, r for the fresh noise of step r.
     """
     state = 0
-    for value in (
-        seed,
-        unit,
-        draw,
-    ):  # splitmix64 (Steele et al. 2014): close seeds, unrelated streams
+    # splitmix64 (Steele et al. 2014): seeds that are close give unrelated streams.
+    for value in (seed, unit, draw):
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64

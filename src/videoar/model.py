@@ -287,8 +287,10 @@ class Projection(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention over tokens, cross-attention to text, feed-forward; the first and last
-    modulated by sigma, whose levels are one per token, or a single one."""
+    """Self-attention over tokens, cross-attention to text, feed-forward.
+
+    The first and last are modulated by sigma, whose levels are one per token, or a single one.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -42,6 +42,9 @@ class FlowMatchingConfig:
     """How often the frames behind the sinks come from anywhere in the video."""
     shift: float = 5.0
     """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
+    sigma_floor: float = 0.4
+    """Below this sigma an error of the clean data counts as it does here. The error of the velocity
+    is that of the clean data over sigma: a few nearly clean units would drown the rest."""
     context_noise: float = 0.15
     """Clean copies are noised up to this sigma, told to the model: its own output is not
     perfect."""
@@ -154,7 +157,9 @@ class FlowMatching:
             mask=plan.mask.to(device),
         )
         velocity = output.velocity[:, -clean.shape[1] :]
-        error = (velocity.float() - velocity_of(clean, noise)).square().mean(dim=(0, 2))
+        weight = (sigma / sigma.clamp(min=config.sigma_floor)).square()[:, unit, None]
+        error = (velocity.float() - velocity_of(clean, noise)).square()
+        error = (weight * error).mean(dim=(0, 2))
         per_unit = torch.zeros(len(units.sizes), device=device).index_add(0, unit, error)
         return {"loss": (per_unit / torch.tensor(units.sizes, device=device)).mean()}
 

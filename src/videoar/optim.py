@@ -13,7 +13,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz.
 
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon. PyTorch's own Muon takes matrices only; here a convolution is the matrix of its filters.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. PyTorch's own Muon takes matrices only;
+    here a convolution is the matrix of its filters.
 
     Args:
         parameters: weights of two and more axes.

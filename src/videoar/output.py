@@ -38,7 +38,7 @@ class Pictures:
     """Stands in for a `VideoWriter` where a format is written in one piece."""
 
     def __init__(self, path: Path, *, fps: float) -> None:
-        self.path, self.fps = path, fps
+        self.path, self.fps, self.num_frames = path, fps, 0
         self.frames: list[UInt8[np.ndarray, "frames height width 3"]] = []
 
     def __enter__(self) -> "Pictures":
@@ -57,6 +57,7 @@ class Pictures:
     def write(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> None:
         """Keep frames for the end."""
         self.frames.append(frames)
+        self.num_frames += len(frames)
 
 
 def write(
@@ -78,10 +79,10 @@ def write(
     progress = Progress(generation.num_frames or 0, fps=fps)
     try:
         with writer:
-            for frames in generation:
+            for batch in generation:
                 before = time.perf_counter()
                 start_seconds = start_seconds or process_seconds()
-                writer.write(frames[0])
+                writer.write(batch[0])
                 written += time.perf_counter() - before
                 progress.update(stats.frames)
             closing = time.perf_counter()
@@ -89,9 +90,11 @@ def write(
         interrupted = True
     ended = time.perf_counter()
     progress.close()
+    frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
     figures = vars(stats) | {
-        "video_seconds": stats.frames / fps,
-        "fps": stats.frames / (ended - started),
+        "frames": frames,
+        "video_seconds": frames / fps,
+        "fps": frames / (ended - started),
         "seconds": ended - started,
         "write_seconds": written + (ended - closing if closing else 0.0),
         "start_seconds": start_seconds,

@@ -46,8 +46,8 @@ def to_frames(
 class Sampling:
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
-    units: str = "cube:1x2x2"
-    """Unit scheme: see `videoar.units.parse`."""
+    units: str | Scheme = "cube:1x2x2"
+    """Unit scheme, or its name: see `videoar.units.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
     shift: float = 5.0
@@ -74,13 +74,13 @@ class Sampling:
             raise ValueError(f"sink_frames is {self.sink_frames}: use 0 or more.")
         if self.window_frames is None or units.count == units.units_per_segment:
             return Visible()
-        sink = self.sink_frames // segment * segment
         if self.window_frames < segment:
             raise ValueError(
                 f"A window of {self.window_frames} latent frames is smaller than one unit of "
                 f"{self.units} with its {segment} latent frames: use a window of {segment} or more."
             )
-        window = max(segment, self.window_frames - sink) // segment * segment
+        sink = min(self.sink_frames, self.window_frames - segment) // segment * segment
+        window = (self.window_frames - sink) // segment * segment
         return Visible(window=units.units_of(window), sink=units.units_of(sink))
 
 
@@ -166,7 +166,7 @@ class VideoPipeline:
     """A generator with everything around it.
 
     pipe = VideoPipeline.from_pretrained("toy")
-    pipe("a red ball bounces", seconds=4).save("ball.mp4")
+    pipe("a red ball bounces", num_frames=61).save("ball.mp4")
     """
 
     transformer: VideoTransformer
@@ -224,7 +224,8 @@ class VideoPipeline:
     ) -> Video:
         """Generate one video; further keywords override fields of `Sampling`."""
         frames = list(self.stream(prompt, num_frames=num_frames, seed=seed, **sampling))
-        return Video(frames=np.concatenate(frames), fps=float(self.sampling.fps))
+        fps = sampling.get("fps", self.sampling.fps)
+        return Video(frames=np.concatenate(frames), fps=float(fps))
 
     def stream(
         self, prompt: str, *, num_frames: int | None = None, seed: int = 0, **sampling: Any
@@ -239,13 +240,23 @@ class VideoPipeline:
         *,
         num_frames: int | None,
         seeds: Sequence[int],
+        units: str | Scheme | None = None,
         **sampling: Any,
     ) -> Generation:
         """Begin to generate a batch of videos, one per prompt and seed.
 
+        Args:
+            prompts: one per video.
+            num_frames: pixel frames; None for an endless stream.
+            seeds: one per video.
+            units: a name that `videoar.units.parse` knows, or a scheme of your own.
+            sampling: further fields of `Sampling` to override.
+
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
         """
+        if isinstance(units, str):
+            sampling["units"] = units
         options = replace(self.sampling, **sampling)
         for prompt in (*prompts, options.negative_prompt):
             _check_prompt(prompt)
@@ -258,19 +269,29 @@ class VideoPipeline:
                 raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
         if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
             raise ValueError(f"guidance_scale is {options.guidance_scale}: use 0 or more.")
-        assert len(prompts) == len(seeds)
-        units = self.lattice(parse(options.units), num_frames)
+        if len(prompts) != len(seeds):
+            raise ValueError(
+                f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
+            )
+        scheme = (
+            units
+            if isinstance(units, Scheme)
+            else parse(options.units)
+            if isinstance(options.units, str)
+            else options.units
+        )
+        lattice = self.lattice(scheme, num_frames)
         config = SamplerConfig(
             sigmas=sigma_steps(options.num_inference_steps, shift=options.shift),
             lag=options.lag,
-            visible=options.visible(units),
+            visible=options.visible(lattice),
             context_noise=options.context_noise,
         )
         guided = options.guidance_scale != 1
         device = next(self.transformer.parameters()).device
         sampler = Sampler(
             Guided(self.transformer, options.guidance_scale) if guided else self.transformer,
-            units,
+            lattice,
             self.encode([*prompts, *([options.negative_prompt] * len(prompts) * guided)]),
             config,
             seeds=seeds,

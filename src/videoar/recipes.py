@@ -1,9 +1,12 @@
-"""Recipes: functions that return a complete `TrainConfig`. A name on the command line is a
-function here, or `package.module:function` anywhere."""
+"""Recipes: functions that return a complete `TrainConfig`.
+
+A name on the command line is a function here, or `package.module:function` anywhere.
+"""
 
 import difflib
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from videoar.codecs import TinyCodecConfig
@@ -42,9 +45,20 @@ def codec_toy() -> TrainConfig:
     )
 
 
+def codec_toy_decoder() -> TrainConfig:
+    """The decoder of `codec-toy`, trained on: `videoar train codec-toy-decoder`."""
+    first = codec_toy()
+    return replace(
+        first,
+        name="codec-toy-decoder",
+        out=Path("runs/codec-toy-decoder"),
+        task=CodecTask(codec=first.out / "checkpoint"),
+        steps=3000,
+    )
+
+
 def toy() -> TrainConfig:
-    """The embedded checkpoint, one model for every kind of unit: `videoar train toy`, after
-    `codec-toy`."""
+    """The embedded checkpoint, one model for every kind of unit: `videoar train toy`."""
     return TrainConfig(
         name="toy",
         out=Path("runs/toy"),
@@ -81,6 +95,7 @@ def toy() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "codec-toy": codec_toy,
+    "codec-toy-decoder": codec_toy_decoder,
     "toy": toy,
 }
 

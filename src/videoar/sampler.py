@@ -117,8 +117,10 @@ class Sampler:
             yield from self._deliver()
 
     def _deliver(self) -> Iterator[Finished]:
-        """Hand out finished units. They finish in order; who stops between two units of a wave, or
-        saves there, gets the rest later."""
+        """Hand out finished units, in order.
+
+        Who stops or saves between two units of a wave gets the rest later.
+        """
         while self.delivered in self.active:
             index = self.delivered
             if self._level(index, self.row) < self.config.num_steps:

@@ -55,8 +55,9 @@ def load_codec(checkpoint: Path) -> TinyCodec:
 class CodecTask:
     """Train a codec on clips of the procedural world, rendered as they are needed."""
 
-    codec: TinyCodecConfig
-    """Shape of the codec."""
+    codec: TinyCodecConfig | Path
+    """Shape of a new codec; or the checkpoint of one whose decoder is trained on, so that latents
+    keep their meaning, and a generator trained on them stays valid."""
     num_frames: int = 9
     """Pixel frames per clip, 1 + 4k."""
     num_clips: int = 200_000
@@ -90,7 +91,10 @@ class CodecTraining:
     """A `Task`: what the loop needs to train a codec."""
 
     def __init__(self, task: CodecTask, config: TrainConfig):
-        codec = TinyCodec(task.codec)
+        self.task = task
+        begins = isinstance(task.codec, TinyCodecConfig)
+        codec = TinyCodec(task.codec) if begins else load_codec(task.codec)
+        codec.encoder.requires_grad_(begins)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
         self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
@@ -134,8 +138,10 @@ class CodecTraining:
 
     @torch.no_grad()
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        latents = module.encode(self.held_out(256))
-        codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
+        codec = module
+        if isinstance(self.task.codec, TinyCodecConfig):
+            latents = module.encode(self.held_out(256))
+            codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
         save_checkpoint(
             folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True
         )
@@ -181,23 +187,25 @@ class Encoded:
 
 
 def encode_scenes(
-    codec: TinyCodec, indices: Sequence[int], *, num_latents: int, seed: int
+    codec: TinyCodec, indices: Sequence[int], *, num_latents: int, config: TrainConfig
 ) -> Iterator[Encoded]:
     """Render scenes from a random moment on, and encode them in batches of 16."""
     num_frames = 1 + codec.stride[0] * (num_latents - 1)
     for first in range(0, len(indices), 16):
-        scenes = [scene_of(index, seed=seed) for index in indices[first : first + 16]]
+        scenes = [scene_of(index, seed=config.seed) for index in indices[first : first + 16]]
         clips = [
             world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
             for scene, rng in scenes
         ]
-        latents = codec.encode(to_video(np.stack(clips)))
+        # Half the time in bfloat16, and what is lost is below the precision in which shards store.
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            latents = codec.encode(to_video(np.stack(clips))).float()
         for (scene, rng), latent in zip(scenes, latents, strict=True):
             yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
 
 
 def encode_world(
-    codec: TinyCodec, folder: Path, *, task: GeneratorTask, seed: int, report: Report
+    codec: TinyCodec, folder: Path, *, task: "GeneratorTask", config: TrainConfig, report: Report
 ) -> None:
     """Keep the latents and captions of the world's first videos in a new folder."""
     info = LatentsInfo(
@@ -208,7 +216,7 @@ def encode_world(
     started = time.perf_counter()
     with ShardWriter(partial, info=info) as writer:
         indices = range(task.num_videos)
-        videos = encode_scenes(codec, indices, num_latents=task.num_latents, seed=seed)
+        videos = encode_scenes(codec, indices, num_latents=task.num_latents, config=config)
         for done, video in enumerate(videos):
             if done and done % 512 == 0:
                 rate = done / (time.perf_counter() - started)
@@ -226,7 +234,7 @@ class GeneratorTraining:
         self.task = task
         self.codec = load_codec(task.codec)
         if not task.latents.exists():
-            encode_world(self.codec, task.latents, task=task, seed=config.seed, report=report)
+            encode_world(self.codec, task.latents, task=task, config=config, report=report)
         captions = [
             caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]
         ]
@@ -240,7 +248,7 @@ class GeneratorTraining:
         )
         self.batches = Batches(shards, batch_size=config.batch_size, seed=config.seed)
         indices = range(HELD_OUT, HELD_OUT + 32)
-        unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, seed=config.seed)
+        unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, config=config)
         videos = list(unseen)
         self.held_out = {
             "latents": torch.stack([video.latents for video in videos]),
