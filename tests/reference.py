@@ -44,7 +44,9 @@ class Plan:
     def mask(self, readers: list[Unit], reads: list[Unit]) -> Tensor:
         """Which token may read which, tokens in the order of the lists."""
         rows = [
-            torch.tensor([self.reads(a, b) for b in reads for _ in b.cells]).expand(len(a.cells), -1)
+            torch.tensor([self.reads(a, b) for b in reads for _ in b.cells]).expand(
+                len(a.cells), -1
+            )
             for a in readers
         ]
         return torch.cat(rows)
@@ -135,7 +137,10 @@ def rebased(
         past = [group[index] for index in sorted(stored)]
         places = [u.coords + torch.tensor([shift * (u.index < plan.sink), 0, 0, 0]) for u in past]
         keys = [
-            [torch.cat(parts, dim=2) for parts in zip(*(stored[u.index][n] for u in past), strict=True)]
+            [
+                torch.cat(parts, dim=2)
+                for parts in zip(*(stored[u.index][n] for u in past), strict=True)
+            ]
             for n in range(model.config.num_layers if past else 0)
         ]
         velocity, fresh = _unroped_pass(
@@ -156,7 +161,11 @@ def rebased(
                 stored[u.index] = [(k[:, :, tokens], v[:, :, tokens]) for k, v in fresh]
             else:
                 state[u.index] = plan.next(
-                    state[u.index], velocity[:, tokens], level=levels[u.index], seeds=seeds, unit=u.index
+                    state[u.index],
+                    velocity[:, tokens],
+                    level=levels[u.index],
+                    seeds=seeds,
+                    unit=u.index,
                 )
     return torch.cat(state, dim=1)
 

@@ -5,9 +5,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from reference import attention, turned
 from torch.nn.attention.flex_attention import create_mask
 
-from reference import attention, turned
 import videoar.attention
 from videoar.attention import attend, rope_table, rotate
 from videoar.units import Units, Visible, clean_copies, parse, token_mask

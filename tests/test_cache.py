@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from reference import turned
+
 from videoar.attention import rope_table
 from videoar.cache import KVCache
 

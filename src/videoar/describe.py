@@ -168,7 +168,7 @@ def seen(clips: Iterable[UInt8[np.ndarray, "frames height width 3"]], *, fps: fl
     for clip in clips:
         reading = world.read(clip, fps=round(fps))
         things = [
-            f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'moving'}"
+            f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
             for thing in reading.things
         ]
         ground = reading.background or "another colour"

@@ -35,9 +35,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Cells = tuple[tuple[int, int, int, int], ...]
-"""The tokens of one unit: (t, h, w, level) indices into the grid of that level. Level n is the
-latents pooled by 2**n in height and width; level 0 is the lattice itself, from which the video is
-read."""
+"""The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
+by 2**level in height and width. The video is read from level 0, the lattice itself."""
 
 ORDERS = ("raster", "snake", "wavefront")
 MAX_LEVELS = 5
@@ -51,16 +50,11 @@ class Scheme(ABC):
 
     @abstractmethod
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
-        """Cut a segment into waves of units.
+        """Cut a segment of `frames x height x width` cells into waves of units.
 
-        Args:
-            frames: latent frames of this segment: `self.frames`, or fewer at the end of a clip.
-            height: cells of the lattice.
-            width: cells of the lattice.
-
-        Returns:
-            Waves in order of generation. A wave lists the units that are generated side by side,
-            most often one. Every cell of level 0 stands in exactly one unit.
+        There are `self.frames` frames, or fewer at the end of a clip. Waves come in order of
+        generation; a wave lists the units that are generated side by side, most often one. Every
+        cell of level 0 stands in exactly one unit.
         """
 
 
@@ -88,26 +82,19 @@ class Blocks(Scheme):
         return self.t
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
-        h, w = self.h or height, self.w or width
-        rows, columns = math.ceil(height / h), math.ceil(width / w)
-        blocks = list(itertools.product(range(rows), range(columns)))
+        rows, columns = _spans(height, self.h or height), _spans(width, self.w or width)
+        places = list(itertools.product(range(len(rows)), range(len(columns))))
         if self.order == "snake":
-            blocks.sort(key=lambda rc: (rc[0], rc[1] if rc[0] % 2 == 0 else -rc[1]))
-        waves = [[block] for block in blocks]
+            places.sort(key=lambda place: (place[0], place[1] * (-1) ** place[0]))
+        waves = [[place] for place in places]
         if self.order == "wavefront":
-            diagonals = range(rows + columns - 1)
-            waves = [[(r, c) for r, c in blocks if r + c == d] for d in diagonals]
-        return [
-            [
-                box(
-                    range(frames),
-                    range(r * h, min((r + 1) * h, height)),
-                    range(c * w, min((c + 1) * w, width)),
-                )
-                for r, c in wave
-            ]
-            for wave in waves
-        ]
+            diagonals = itertools.groupby(sorted(places, key=sum), key=sum)
+            waves = [list(diagonal) for _, diagonal in diagonals]
+        return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
+
+
+def _spans(size: int, step: int) -> list[range]:
+    return [range(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @dataclass(frozen=True)
@@ -154,16 +141,11 @@ class Pyramid(Scheme):
             )
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        grids = ((range(-(-height // f)), range(-(-width // f))) for f in self.factors)
+        levels = (factor.bit_length() - 1 for factor in self.factors)
         return [
-            [
-                box(
-                    range(frames),
-                    range(math.ceil(height / factor)),
-                    range(math.ceil(width / factor)),
-                    level=factor.bit_length() - 1,
-                )
-            ]
-            for factor in self.factors
+            [box(range(frames), *grid, level=level)]
+            for grid, level in zip(grids, levels, strict=True)
         ]
 
 
@@ -172,8 +154,6 @@ def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
     return tuple((*cell, level) for cell in itertools.product(t, h, w))
 
 
-# ---------------------------------------------------------------- names
-
 # An example of each kind, how it is written, and what it builds.
 _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
     ("frame", r"frame", lambda: Blocks(1)),
@@ -181,7 +161,7 @@ _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
     ("key-detail:4", r"key-detail:(\d+)", lambda t: KeyDetail(int(t))),
     (
         "multiscale:4,2,1",
-        r"multiscale:([\d,]+\d)(?:/frames=(\d+))?",
+        r"multiscale:(\d+(?:,\d+)*)(?:/frames=(\d+))?",
         lambda factors, t: Pyramid(tuple(map(int, factors.split(","))), int(t or 2)),
     ),
     (
@@ -197,10 +177,7 @@ def parse(text: str) -> Scheme:
     """Read a scheme from its name, as `chunk:3`.
 
     Others are `frame`, `key-detail:4`, `multiscale:4,2,1`, `cube:1x2x2`, `full`; options follow a
-    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`.
-
-    Raises:
-        ValueError: unknown name, missing or impossible sizes.
+    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`. Else raises ValueError.
     """
     if len(text) <= 100:
         for _, pattern, build in _KINDS:
@@ -210,9 +187,6 @@ def parse(text: str) -> Scheme:
     close = difflib.get_close_matches(re.split("[:/]", text[:100])[0], names, n=1)
     hint = f" Did you mean {names[close[0]]}?" if close else ""
     raise ValueError(f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{hint}")
-
-
-# ---------------------------------------------------------------- partitions
 
 
 @dataclass(frozen=True)
@@ -225,8 +199,7 @@ class Unit:
     cells: Cells
     """(t, h, w, level) of its tokens, t counted from the start of the stream."""
     coords: Float[Tensor, "tokens 4"]
-    """(t, h, w, level) in finest-lattice coordinates: a coarse token sits at the centre of what it
-    covers."""
+    """The same in coordinates of level 0: a coarse token sits at the centre of what it covers."""
     complete_frames: int
     """Latent frames of the stream that are finished once this unit is."""
     frame_start: int
@@ -256,13 +229,11 @@ class Units:
     @property
     def segment_frames(self) -> int:
         """Latent frames of a full segment."""
-        frames = self.scheme.frames or self.frames
-        assert frames is not None
-        return frames
+        return self.scheme.frames or self.frames or 0
 
     @property
     def units_per_segment(self) -> int:
-        return len(_template(self.scheme, self.segment_frames, self.height, self.width))
+        return len(self._segment(self.segment_frames))
 
     @cached_property
     def count(self) -> int | None:
@@ -270,8 +241,7 @@ class Units:
         if self.frames is None:
             return None
         whole, rest = divmod(self.frames, self.segment_frames)
-        tail = len(_template(self.scheme, rest, self.height, self.width)) if rest else 0
-        return whole * self.units_per_segment + tail
+        return whole * self.units_per_segment + (len(self._segment(rest)) if rest else 0)
 
     def at(self, index: int) -> Unit:
         """Return unit `index`; raises IndexError past the end of a clip."""
@@ -289,7 +259,7 @@ class Units:
 
     def wave_of(self, index: int) -> int:
         """The wave of unit `index`."""
-        template = _template(self.scheme, self.segment_frames, self.height, self.width)
+        template = self._segment(self.segment_frames)
         return index // len(template) * (template[-1].wave + 1) + self._local(index)[0].wave
 
     def start_of(self, index: int) -> int:
@@ -300,10 +270,12 @@ class Units:
     def _local(self, index: int) -> tuple[Unit, int]:
         """A unit counted from the start of its segment, and the first frame of that segment."""
         segment, local = divmod(index, self.units_per_segment)
-        start, frames = segment * self.segment_frames, self.segment_frames
-        if self.frames is not None:
-            frames = min(frames, self.frames - start)
-        return _template(self.scheme, frames, self.height, self.width)[local], start
+        start = segment * self.segment_frames
+        rest = self.segment_frames if self.frames is None else self.frames - start
+        return self._segment(min(self.segment_frames, rest))[local], start
+
+    def _segment(self, frames: int) -> tuple[Unit, ...]:
+        return _template(self.scheme, frames, self.height, self.width)
 
     def __iter__(self) -> Iterator[Unit]:
         indices = itertools.count() if self.count is None else range(self.count)
@@ -367,16 +339,13 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
 
 
 def _centres(cells: Cells, height: int, width: int) -> Float[Tensor, "tokens 4"]:
-    def centre(index: int, level: int, limit: int) -> float:
-        return (index * 2**level + min((index + 1) * 2**level, limit) - 1) / 2
+    t, h, w, level = torch.tensor(cells).unbind(1)
 
-    return torch.tensor(
-        [(t, centre(h, n, height), centre(w, n, width), n) for t, h, w, n in cells],
-        dtype=torch.float32,
-    )
+    def centre(index: Tensor, limit: int) -> Tensor:
+        first, last = index * 2**level, ((index + 1) * 2**level).clamp(max=limit) - 1
+        return (first + last) / 2
 
-
-# ---------------------------------------------------------------- visibility
+    return torch.stack([t, centre(h, height), centre(w, width), level], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,12 +371,10 @@ class Visible:
     ) -> Bool[Tensor, "units units"]:
         """Row i says which of the given units unit i may read."""
         reader, read = index[:, None], index[None, :]
-        kept = read < self.sink
-        if self.window is None:
-            kept = torch.ones_like(kept)
-        else:
-            kept = kept | (reader - read < self.window)
-        return ((wave[None, :] < wave[:, None]) & kept) | (reader == read)
+        earlier = wave[None, :] < wave[:, None]
+        if self.window is not None:
+            earlier &= (read < self.sink) | (reader - read < self.window)
+        return earlier | (reader == read)
 
     def expired(self, index: int, newest: int) -> bool:
         """Say whether no unit from `newest` on can read unit `index`."""

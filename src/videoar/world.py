@@ -5,7 +5,7 @@ may start anywhere in an endless video. Lengths are units of 1/64 frame, y point
 edges are glued: the world is a torus. Nothing here knows of networks or files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ COLORS = {
     "magenta": (225, 50, 220),
 }
 BACKGROUNDS = {"black": (5,) * 3, "white": (245,) * 3, "grey": (125,) * 3, "navy": (12, 18, 80)}
+WORDS = {"shape": SHAPES, "color": COLORS, "size": SIZES, "motion": MOTIONS}
 
 DRIFTS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 SPEED = 20.0
@@ -55,16 +56,12 @@ MARGIN = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One moving shape."""
+    """One moving shape, in words of `SHAPES`, `COLORS`, `SIZES` and `MOTIONS`."""
 
     shape: str
-    """One of `SHAPES`."""
     color: str
-    """One of `COLORS`."""
     size: str
-    """One of `SIZES`."""
     motion: str
-    """One of `MOTIONS`."""
     x: float
     """Centre at frame 0; for a circling thing the centre of the orbit."""
     y: float
@@ -73,10 +70,8 @@ class Thing:
     """Share of the period that has passed at frame 0, for motions that have one."""
 
     def __post_init__(self) -> None:
-        _check("shape", self.shape, SHAPES)
-        _check("color", self.color, COLORS)
-        _check("size", self.size, SIZES)
-        _check("motion", self.motion, MOTIONS)
+        for name, known in WORDS.items():
+            _check(name, getattr(self, name), known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +100,13 @@ class Scene:
         return cls(things=things, background=data["background"])
 
 
-def _check(name: str, value: str, known: Iterable[str]) -> None:
+def _check(name: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
-    names = list(options)
-    return names[int(rng.integers(len(names)))]
+def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
+    return list(options)[int(rng.integers(len(options)))]
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
