@@ -18,7 +18,7 @@ from torch import Tensor
 from videoar import world
 from videoar.flow import sigma_matrix, sigma_steps, unit_noise
 from videoar.model import ModelConfig, TextContext, VideoTransformer
-from videoar.objectives import FlowMatching, FlowMatchingConfig
+from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.sampler import Sampler, SamplerConfig
 from videoar.text import TextEncoder, TextEncoderConfig
 from videoar.tokens import to_latents, to_tokens
@@ -116,8 +116,7 @@ def train(scheme: Scheme, *, steps: int = 20, report: Callable[[str], None]) -> 
     latents = F.avg_pool2d(video.flatten(0, 1), 8).unflatten(0, video.shape[:2])
 
     objective = FlowMatching(
-        VideoTransformer(MODEL),
-        TextEncoder(TEXT),
+        TextToVideo(VideoTransformer(MODEL), TextEncoder(TEXT)),
         schemes=(scheme,),
         config=FlowMatchingConfig(clip_frames=3),
     )

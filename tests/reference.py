@@ -104,7 +104,7 @@ def recomputed(
             )
             moves = with_prompt * scale + without * (1 - scale)
         for u, move in zip(group, moves.split(units.sizes, dim=1), strict=True):
-            if levels[u.index] < plan.steps:
+            if 0 <= row - plan.lag * u.wave < plan.steps:
                 state[u.index] = plan.next(
                     state[u.index], move, level=levels[u.index], seeds=seeds, unit=u.index
                 )

@@ -38,8 +38,6 @@ def run(
             last = torch.zeros_like(x[:batch]) if past is None else next(past)
             # A stream that was saved comes back channels first, which rounds differently.
             last = last.contiguous(memory_format=torch.channels_last)
-            # What was saved and loaded lost its format, and another format gives other bits.
-            last = last.contiguous(memory_format=torch.channels_last)
             kept.append(x[-batch:])
             x = layer(x, torch.cat([last, x[:-batch]]))
         elif isinstance(layer, TPool | TGrow):
@@ -49,30 +47,26 @@ def run(
     return x, tuple(kept)
 
 
-def build_encoder(
-    *, pixels: int, widths: tuple[int, ...], latents: int, num_blocks: int
-) -> nn.Sequential:
-    """Build the layers from pixel channels to latent channels; widths at strides 2, 4 and 8."""
-    width = widths[0]
+def build_encoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
+    """Build the encoder; widths of pixels, of strides 2, 4 and 8, and of latents."""
+    pixels, *inner, latents = widths
+    width = inner[0]
     layers = [_mirrored(nn.Conv2d(pixels, width, 3, padding=1), plain_in=True), nn.ReLU()]
-    for channels, time_stride in zip(widths, (2, 2, 1), strict=True):
+    for channels, time_stride in zip(inner, (2, 2, 1), strict=True):
         shrink = nn.Conv2d(width, channels, 3, stride=2, padding=1, bias=False)
         layers += [TPool(width, time_stride), _mirrored(shrink, gain=0.5)]
         layers += [MemBlock(channels) for _ in range(num_blocks)]
         width = channels
-    return nn.Sequential(
-        *layers, _mirrored(nn.Conv2d(width, latents, 3, padding=1), gain=2.0, plain_out=True)
-    )
+    last = _mirrored(nn.Conv2d(width, latents, 3, padding=1), gain=2.0, plain_out=True)
+    return nn.Sequential(*layers, last)
 
 
-def build_decoder(
-    *, latents: int, widths: tuple[int, ...], pixels: int, num_blocks: int
-) -> nn.Sequential:
-    """Build the layers from latent to pixel channels; widths at strides 8, 4, 2 and 1."""
-    width = widths[0]
+def build_decoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
+    """Build the decoder; widths of latents, of strides 8, 4, 2 and 1, and of pixels."""
+    latents, width, *inner, pixels = widths
     first = _mirrored(nn.Conv2d(latents, width, 3, padding=1), gain=0.5, plain_in=True)
     layers = [Clamp(), first, nn.ReLU()]
-    for channels, time_stride in zip(widths[1:], (1, 2, 2), strict=True):
+    for channels, time_stride in zip(inner, (1, 2, 2), strict=True):
         layers += [MemBlock(width) for _ in range(num_blocks)]
         # The identity stands where the original enlarges, so that the numbers of layers agree.
         conv = nn.Conv2d(width, channels, 3, padding=1, bias=False)
@@ -87,16 +81,16 @@ class MemBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        first = nn.Conv2d(2 * channels, channels, 3, padding=1)
-        second = nn.Conv2d(channels, channels, 3, padding=1)
-        last = nn.Conv2d(channels, channels, 3, padding=1)
+        first, second, last = (
+            nn.Conv2d(width, channels, 3, padding=1) for width in (2 * channels, channels, channels)
+        )
         self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
         for conv in (first, second):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         nn.init.zeros_(last.weight)
-        for conv in (first, second, last):
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+        for name, bias in self.conv.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(bias)
 
     def forward(self, x: Frames, past: Frames) -> Tensor:
         """Add what the frame and the one before say to the frame."""

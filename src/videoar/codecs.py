@@ -8,6 +8,7 @@ No weights are fetched here, and nothing is known of text, units or sampling.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,8 +29,6 @@ Latents = Float[Tensor, "batch latent_frames latent_channels rows columns"]
 class Codec(nn.Module, ABC):
     """What the rest of the program knows of a codec. Modules hold weights, never a stream's state.
 
-    A codec defines how one latent frame is made and read; clips and streams follow from that.
-
     Args:
         stride: pixels per latent in time, height and width.
         latent_channels: channels of a latent frame.
@@ -42,19 +41,23 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        """Make one latent frame from 1 pixel frame at the beginning, later from `stride[0]`."""
+        """Turn groups of `stride[0]` pixel frames into a latent frame each."""
 
     @abstractmethod
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        """Read one latent frame: 1 pixel frame at the beginning, later `stride[0]`."""
+        """Turn latent frames into a group of `stride[0]` pixel frames each."""
+
+    def pad(self, video: Video) -> Video:
+        """Repeat the first picture of a clip until its group is full."""
+        return torch.cat([video[:, :1].repeat(1, self.stride[0] - 1, 1, 1, 1), video], dim=1)
 
     def encode(self, video: Video) -> Latents:
         """Encode whole clips; deterministic, without gradient."""
-        return self.stream_encoder()(video)
+        return StreamEncoder(self)(video)
 
     def decode(self, latents: Latents) -> Video:
         """Decode whole clips; deterministic, without gradient."""
-        return self.stream_decoder()(latents)
+        return StreamDecoder(self)(latents)
 
     def stream_encoder(self) -> "StreamEncoder":
         """Begin to encode a stream."""
@@ -78,14 +81,12 @@ class Codec(nn.Module, ABC):
 
 def _check_frames(num_frames: int, *, stride: int, first: int) -> None:
     groups, rest = divmod(num_frames - first, stride)
-    if num_frames > 0 and rest == 0:
-        return
-    choices = [str(first + stride * k) for k in (groups, groups + 1) if first + stride * k > 0]
-    rule = f"1 + {stride} * k" if first else f"{stride} * k"
-    raise ValueError(
-        f"{num_frames} frames are not {rule}, so no latent frame ends with the last one: "
-        f"give {' or '.join(choices)} frames."
-    )
+    if num_frames == 0 or rest:
+        fits = [str(first + stride * k) for k in (groups, groups + 1) if first + stride * k > 0]
+        raise ValueError(
+            f"{num_frames} frames are not {'1 + ' * first}{stride} * k, so no latent frame ends "
+            f"with the last one: give {' or '.join(fits)} frames."
+        )
 
 
 class _Stream:
@@ -94,6 +95,13 @@ class _Stream:
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._memory: Memory | None = None
+
+    def _walk(self, step: Callable[..., tuple[Tensor, Memory]], groups: Iterable[Tensor]) -> Tensor:
+        results = []
+        for group in groups:
+            result, self._memory = step(group, self._memory)
+            results.append(result)
+        return torch.cat(results, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of what the stream remembers: nothing if it has not begun."""
@@ -117,20 +125,13 @@ class StreamEncoder(_Stream):
     @torch.no_grad()
     def __call__(self, video: Video) -> Latents:
         """Return the latent frames that end with these pixel frames."""
-        stride = self._codec.stride[0]
-        latents = []
+        codec = self._codec
         if self._memory is None:
-            self._codec.check_video(video)
-            latent, self._memory = self._codec.encode_step(video[:, :1], None)
-            latents.append(latent)
-            video = video[:, 1:]
+            codec.check_video(video)
+            video = codec.pad(video)
         else:
-            _check_frames(video.shape[1], stride=stride, first=0)
-        for start in range(0, video.shape[1], stride):
-            frames = video[:, start : start + stride]
-            latent, self._memory = self._codec.encode_step(frames, self._memory)
-            latents.append(latent)
-        return torch.cat(latents, dim=1)
+            _check_frames(video.shape[1], stride=codec.stride[0], first=0)
+        return self._walk(codec.encode_step, video.split(codec.stride[0], dim=1))
 
 
 class StreamDecoder(_Stream):
@@ -139,17 +140,16 @@ class StreamDecoder(_Stream):
     @torch.no_grad()
     def __call__(self, latents: Latents) -> Video:
         """Return the pixel frames that these latent frames finish."""
+        codec = self._codec
         num_frames, channels = latents.shape[1:3]
-        if num_frames == 0 or channels != self._codec.latent_channels:
+        if num_frames == 0 or channels != codec.latent_channels:
             raise ValueError(
                 f"Latents of {num_frames} frames and {channels} channels cannot be decoded: "
-                f"give at least 1 frame, of {self._codec.latent_channels} channels."
+                f"give at least 1 frame, of {codec.latent_channels} channels."
             )
-        video = []
-        for latent in latents.split(1, dim=1):
-            frames, self._memory = self._codec.decode_step(latent, self._memory)
-            video.append(frames)
-        return torch.cat(video, dim=1)
+        # The frames before the first picture only fill the memory; they are never shown.
+        unseen = codec.stride[0] - 1 if self._memory is None else 0
+        return self._walk(codec.decode_step, latents.split(1, dim=1))[:, unseen:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,35 +166,23 @@ class PatchCodecConfig:
         if min(self.stride) < 1:
             raise ValueError(f"The stride {self.stride} is below 1: raise it to at least 1.")
 
-    @property
-    def latent_channels(self) -> int:
-        """Every value of a patch becomes a channel."""
-        return self.image_channels * math.prod(self.stride)
-
 
 class PatchCodec(Codec):
-    """Lossless space-time to depth: nothing to learn, so tests can tell codec from model errors.
-
-    The first latent frame holds the first picture `stride[0]` times.
-    """
+    """Lossless space-time to depth: nothing to learn, so tests can tell codec from model errors."""
 
     def __init__(self, config: PatchCodecConfig) -> None:
-        super().__init__(stride=config.stride, latent_channels=config.latent_channels)
+        channels = config.image_channels * math.prod(config.stride)
+        super().__init__(stride=config.stride, latent_channels=channels)
         self.config = config
         self._sides = dict(zip("tyx", config.stride, strict=True))
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        """Move the pixels of each patch to channels."""
-        if memory is None:
-            frames = frames.expand(-1, self.stride[0], -1, -1, -1)
         pattern = "b (f t) c (h y) (w x) -> b f (c t y x) h w"
         return rearrange(frames, pattern, **self._sides), ()
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        """Move the channels of each patch to pixels."""
         pattern = "b f (c t y x) h w -> b (f t) c (h y) (w x)"
-        frames = rearrange(latents, pattern, **self._sides)
-        return frames[:, -1:] if memory is None else frames, ()
+        return rearrange(latents, pattern, **self._sides), ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,34 +245,18 @@ class TinyCodec(Codec):
     """
 
     def __init__(self, config: TinyCodecConfig) -> None:
-        side = 8 * config.patch_size
-        super().__init__(stride=(4, side, side), latent_channels=config.latent_channels)
+        side, latents = 8 * config.patch_size, config.latent_channels
+        super().__init__(stride=(4, side, side), latent_channels=latents)
         self.config = config
-        pixels = config.image_channels * config.patch_size**2
-        self.encoder = build_encoder(
-            pixels=pixels,
-            widths=config.encoder_channels,
-            latents=config.latent_channels,
-            num_blocks=config.num_blocks,
-        )
-        self.decoder = build_decoder(
-            latents=config.latent_channels,
-            widths=config.decoder_channels,
-            pixels=pixels,
-            num_blocks=config.num_blocks,
-        )
+        pixels, blocks = config.image_channels * config.patch_size**2, config.num_blocks
+        self.encoder = build_encoder((pixels, *config.encoder_channels, latents), num_blocks=blocks)
+        self.decoder = build_decoder((latents, *config.decoder_channels, pixels), num_blocks=blocks)
 
-    def encode(self, video: Video) -> Latents:
-        """Encode whole clips; deterministic, without gradient."""
+    def pad(self, video: Video) -> Video:
+        """Fill the first or last group of frames."""
         if self.config.time_padding == "front":
-            return super().encode(video)
-        self.check_video(video)
-        latents, memory = [], None
-        with torch.no_grad():
-            for frames in self._pad(video).split(self.stride[0], dim=1):
-                latent, memory = self._encode(frames, memory)
-                latents.append(latent)
-        return torch.cat(latents, dim=1)
+            return super().pad(video)
+        return torch.cat([video, video[:, -1:].repeat(1, self.stride[0] - 1, 1, 1, 1)], dim=1)
 
     def stream_encoder(self) -> StreamEncoder:
         """Begin to encode a stream."""
@@ -296,14 +268,26 @@ class TinyCodec(Codec):
         return super().stream_encoder()
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        """Make one latent frame from 1 pixel frame at the beginning, later from 4."""
-        return self._encode(self._pad(frames) if memory is None else frames, memory)
+        if self.config.pixel_range == "unit":
+            frames = frames * 0.5 + 0.5
+        x = rearrange(frames, "batch time c h w -> (time batch) c h w")
+        x = F.pixel_unshuffle(x, self.config.patch_size)
+        x, kept = run(self.encoder, x, memory, batch=frames.shape[0])
+        mean, std = self._statistics(x)
+        x = (x - mean) / std
+        return rearrange(x, "(time batch) c h w -> batch time c h w", batch=frames.shape[0]), kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        """Read one latent frame: 1 pixel frame at the beginning, later 4."""
-        frames, kept = self._decode(latents, memory)
-        # The frames before the first picture only fill the memory; they are never shown.
-        return (frames[:, -1:] if memory is None else frames).clamp(-1, 1), kept
+        video, kept = self._decode(latents, memory)
+        return video.clamp(-1, 1), kept
+
+    def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
+        x = rearrange(latents, "batch time c h w -> (time batch) c h w")
+        mean, std = self._statistics(x)
+        x, kept = run(self.decoder, x * std + mean, memory, batch=latents.shape[0])
+        x = F.pixel_shuffle(x, self.config.patch_size)
+        x = rearrange(x, "(time batch) c h w -> batch time c h w", batch=latents.shape[0])
+        return x * 2 - 1 if self.config.pixel_range == "unit" else x, kept
 
     def reconstruct(
         self, video: Video, *, noise_std: float = 0.0, generator: torch.Generator | None = None
@@ -320,7 +304,7 @@ class TinyCodec(Codec):
             The reconstruction, not clamped, and the latents without noise.
         """
         self.check_video(video)
-        latents, _ = self._encode(self._pad(video), None)
+        latents, _ = self.encode_step(self.pad(video), None)
         noise = torch.empty_like(latents).normal_(generator=generator) if noise_std else 0.0
         frames, _ = self._decode(latents + noise_std * noise, None)
         return frames[:, self.stride[0] - 1 :], latents
@@ -344,31 +328,6 @@ class TinyCodec(Codec):
         copy.load_state_dict(self.state_dict())
         return copy
 
-    def _pad(self, video: Video) -> Float[Tensor, "batch padded channels height width"]:
-        """Fill the first or last group of frames."""
-        repeats = (1, self.stride[0] - 1, 1, 1, 1)
-        if self.config.time_padding == "front":
-            return torch.cat([video[:, :1].repeat(repeats), video], dim=1)
-        return torch.cat([video, video[:, -1:].repeat(repeats)], dim=1)
-
-    def _encode(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        if self.config.pixel_range == "unit":
-            frames = frames * 0.5 + 0.5
-        x = rearrange(frames, "batch time c h w -> (time batch) c h w")
-        x = F.pixel_unshuffle(x, self.config.patch_size)
-        x, kept = run(self.encoder, x, memory, batch=frames.shape[0])
-        mean, std = self._statistics(x)
-        x = (x - mean) / std
-        return rearrange(x, "(time batch) c h w -> batch time c h w", batch=frames.shape[0]), kept
-
-    def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        x = rearrange(latents, "batch time c h w -> (time batch) c h w")
-        mean, std = self._statistics(x)
-        x, kept = run(self.decoder, x * std + mean, memory, batch=latents.shape[0])
-        x = F.pixel_shuffle(x, self.config.patch_size)
-        x = rearrange(x, "(time batch) c h w -> batch time c h w", batch=latents.shape[0])
-        return x * 2 - 1 if self.config.pixel_range == "unit" else x, kept
-
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         # Read from the config at each use: a buffer outside the state dict, whose keys are given
         # by the public weights, would be lost when a module is built on the meta device.
@@ -376,25 +335,3 @@ class TinyCodec(Codec):
         mean = like.new_tensor(self.config.latents_mean or (0.0,) * channels)
         std = like.new_tensor(self.config.latents_std or (1.0,) * channels)
         return mean.view(-1, 1, 1), std.view(-1, 1, 1)
-
-
-def reconstruction_loss(
-    video: Video, reconstruction: Video, *, edge_weight: float = 0.5
-) -> Float[Tensor, ""]:
-    """Measure errors of pixels and of edges; needs no pretrained network.
-
-    Pixels: squared below 0.1 (13 of 255 grey levels), absolute above. Edges: absolute errors of the
-    differences between neighbours, on the picture, its halves and its quarters.
-
-    Args:
-        video: the pixels to reconstruct.
-        reconstruction: what came out.
-        edge_weight: weight of the edges beside the pixels.
-    """
-    pixels = F.smooth_l1_loss(reconstruction, video, beta=0.1)
-    error = (reconstruction - video).flatten(0, 1)
-    edges = torch.zeros_like(pixels)
-    for _ in range(3):
-        edges = edges + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        error = F.avg_pool2d(error, 2)
-    return pixels + edge_weight * edges / 6

@@ -8,7 +8,7 @@ Causality is not a property of the network: it lies in the mask and in what the 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,8 @@ TextContext = list[KeyValue]
 
 class VideoTransformer(nn.Module):
     """A diffusion transformer over any set of tokens (Peebles and Xie 2022, Wan 2025)."""
+
+    blocks: Any  # a ModuleList, which would hide that it holds blocks
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -229,10 +231,11 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, size: int, eps: float, *, elementwise_affine: bool):
         super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        normed = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(input.dtype)
 
 
 class Attention(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from videoar.codecs import TinyCodec
 from videoar.flow import add_noise, random_sigmas, velocity_of
 from videoar.model import VideoTransformer
+from videoar.text import TextEncoder
 from videoar.tokens import to_tokens
 from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 
@@ -18,7 +19,10 @@ from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 class Objective(Protocol):
     """What a training loop needs to know: the module it updates, and the loss of a batch."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What the optimizer updates."""
+        ...
 
     def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
         """Return scalar tensors; `loss` is minimised, the others are logged."""
@@ -74,6 +78,14 @@ def layout(units: Units, visible: Visible, *, copies: bool) -> Layout:
     return Layout(units, coords, unit, token_mask(seen, unit, unit))
 
 
+class TextToVideo(nn.Module):
+    """A transformer and the encoder of its prompts, trained together."""
+
+    def __init__(self, transformer: VideoTransformer, text: TextEncoder):
+        super().__init__()
+        self.transformer, self.text = transformer, text
+
+
 class FlowMatching:
     """Train one transformer, and its text encoder, on several schemes in turn.
 
@@ -81,22 +93,19 @@ class FlowMatching:
     over factors p(unit | units before), whatever their sizes.
 
     Args:
-        transformer: the model.
-        text: token ids -> text embeddings, trained jointly.
+        module: the model and its text encoder.
         schemes: drawn from at every step.
         config: see `FlowMatchingConfig`.
     """
 
     def __init__(
         self,
-        transformer: VideoTransformer,
-        text: nn.Module,
+        module: TextToVideo,
         *,
         schemes: tuple[Scheme, ...],
         config: FlowMatchingConfig,
     ):
-        self.module = nn.ModuleDict({"transformer": transformer, "text": text})
-        self.schemes, self.config = schemes, config
+        self.module, self.schemes, self.config = module, schemes, config
 
     def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), **_on(rng)))]
@@ -131,7 +140,7 @@ class FlowMatching:
         rng: torch.Generator,
     ) -> dict[str, Tensor]:
         """The loss of one scheme on clips of any length."""
-        config, device, model = self.config, latents.device, self.module["transformer"]
+        config, device, model = self.config, latents.device, self.module.transformer
         patch = model.config.patch
         height, width = latents.shape[3] // patch, latents.shape[4] // patch
         units = Units(scheme, latents.shape[1], height, width)
@@ -153,7 +162,7 @@ class FlowMatching:
             coords=plan.coords.to(device),
             sigma=sigmas,
             unit=plan.unit.to(device),
-            text=model.encode_text(self.module["text"](words)),
+            text=model.encode_text(self.module.text(words)),
             mask=plan.mask.to(device),
         )
         velocity = output.velocity[:, -clean.shape[1] :]

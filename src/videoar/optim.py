@@ -1,6 +1,7 @@
 """Muon beside AdamW: what turns gradients into steps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -9,7 +9,7 @@ i+1.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,9 +29,14 @@ Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
 class Network(Protocol):
     """What the sampler calls: a `VideoTransformer`, or something that wraps it."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """Its size."""
+        ...
 
-    def __call__(self, tokens: Tensor, **inputs) -> Output: ...
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Return the `Output` of one pass."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

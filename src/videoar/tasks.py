@@ -20,7 +20,7 @@ from videoar.codecs import TinyCodec, TinyCodecConfig
 from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter
 from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
-from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction
+from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction, TextToVideo
 from videoar.pipeline import Sampling, to_frames
 from videoar.runs import Report
 from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
@@ -92,9 +92,11 @@ class CodecTraining:
 
     def __init__(self, task: CodecTask, config: TrainConfig):
         self.task = task
-        begins = isinstance(task.codec, TinyCodecConfig)
-        codec = TinyCodec(task.codec) if begins else load_codec(task.codec)
-        codec.encoder.requires_grad_(begins)
+        if isinstance(task.codec, TinyCodecConfig):
+            codec = TinyCodec(task.codec)
+        else:
+            codec = load_codec(task.codec)
+            codec.encoder.requires_grad_(False)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
         self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
@@ -106,9 +108,9 @@ class CodecTraining:
         """Count the multiply-adds of one latent frame, there and back, by shape."""
         total = 0.0
 
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal total
-            total += 2 * output.numel() * module.weight[0].numel()
+            total += 2 * output.numel() * layer.weight[0].numel()
 
         codec = self.objective.module
         hooks = [
@@ -129,6 +131,7 @@ class CodecTraining:
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, TinyCodec)
         video = self.held_out(32)
         decoded, latents = module.reconstruct(video)
         return {
@@ -138,6 +141,7 @@ class CodecTraining:
 
     @torch.no_grad()
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        assert isinstance(module, TinyCodec)
         codec = module
         if isinstance(self.task.codec, TinyCodecConfig):
             latents = module.encode(self.held_out(256))
@@ -244,7 +248,9 @@ class GeneratorTraining:
         shards = LatentShards(task.latents, tokenize=prompt.tokenize)
         transformer = VideoTransformer(task.model)
         self.objective = FlowMatching(
-            transformer, text, schemes=tuple(map(units.parse, task.units)), config=task.flow
+            TextToVideo(transformer, text),
+            schemes=tuple(map(units.parse, task.units)),
+            config=task.flow,
         )
         self.batches = Batches(shards, batch_size=config.batch_size, seed=config.seed)
         indices = range(HELD_OUT, HELD_OUT + 32)
@@ -264,12 +270,9 @@ class GeneratorTraining:
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
         """The loss of every scheme on the same clips and noise."""
-        objective = FlowMatching(
-            module["transformer"],
-            module["text"],
-            schemes=self.objective.schemes,
-            config=self.task.flow,
-        )
+        assert isinstance(module, TextToVideo)
+        schemes = self.objective.schemes
+        objective = FlowMatching(module, schemes=schemes, config=self.task.flow)
         losses = {}
         for name, scheme in zip(self.task.units, objective.schemes, strict=True):
             rng = torch.Generator().manual_seed(0)
@@ -280,13 +283,14 @@ class GeneratorTraining:
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        assert isinstance(module, TextToVideo)
         task = self.task
         text = {"tokenizer.json": self.tokenizer.to_json()}
         save_checkpoint(
             folder,
             {
-                "transformer": Component(module=module["transformer"], config=task.model),
-                "text": Component(module=module["text"], config=task.text, texts=text),
+                "transformer": Component(module=module.transformer, config=task.model),
+                "text": Component(module=module.text, config=task.text, texts=text),
                 "codec": Component(module=self.codec, config=self.codec.config),
             },
             {"units": list(task.units), "sampling": vars(task.sampling), **meta},

@@ -29,6 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,8 +46,8 @@ MAX_LEVELS = 5
 class Scheme(ABC):
     """How one segment of a lattice is cut into units."""
 
-    frames: int | None
-    """Latent frames per segment; None if the whole clip is one segment."""
+    frames: Any
+    """Latent frames per segment, an int; None if the whole clip is one segment."""
 
     @abstractmethod
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
@@ -65,21 +66,17 @@ class Blocks(Scheme):
     Sizes that do not divide the lattice leave smaller blocks at its border; None spans it.
     """
 
-    t: int | None = 1
+    frames: int | None = 1
     h: int | None = None
     w: int | None = None
     order: str = "raster"
 
     def __post_init__(self):
-        for axis, size in (("t", self.t), ("h", self.h), ("w", self.w)):
+        for size in (self.frames, self.h, self.w):
             if size is not None and size < 1:
-                raise ValueError(f"A block needs {axis} >= 1, got {size}: give a positive size.")
+                raise ValueError(f"A block needs sizes of 1 or more, got {size}: raise it.")
         if self.order not in ORDERS:
             raise ValueError(f"Unknown order {self.order!r}: use one of {', '.join(ORDERS)}.")
-
-    @property
-    def frames(self) -> int | None:
-        return self.t
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         rows, columns = _spans(height, self.h or height), _spans(width, self.w or width)

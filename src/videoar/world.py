@@ -1,8 +1,7 @@
 """The procedural world: endless moving shapes, their captions, and a judge that reads them back.
 
-Frame ``k`` of a scene is a closed form of ``k``, and no motion ever leaves its regime, so a clip
-may start anywhere in an endless video. Lengths are units of 1/64 frame, y points down, and opposite
-edges are glued: the world is a torus. Nothing here knows of networks or files.
+Frame k of a scene is a closed form of k, so a clip may start anywhere in an endless video. Lengths
+are units of 1/64 frame, y points down, and opposite edges are glued: the world is a torus.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from jaxtyping import Float, UInt8
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Masks = Float[np.ndarray, "frames height width"]
+Series = Float[np.ndarray, " frames"]
 Path = Float[np.ndarray, "frames 3"]
 """Centre x, centre y and radius, frame by frame; centres are not wrapped."""
 
@@ -30,14 +30,13 @@ COLORS = {
     "magenta": (225, 50, 220),
 }
 BACKGROUNDS = {"black": (5,) * 3, "white": (245,) * 3, "grey": (125,) * 3, "navy": (12, 18, 80)}
-WORDS = {"shape": SHAPES, "color": COLORS, "size": SIZES, "motion": MOTIONS}
+WORDS = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES}
 
 DRIFTS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 SPEED = 20.0
 """Units per second of a drift: once across a frame in 3.2 s."""
-BOUNCE_HEIGHT, BOUNCE_PERIOD = 24.0, 1.25
-ORBIT_RADIUS, ORBIT_PERIOD = 12.0, 2.0
-GROWTH_MEAN, GROWTH_SWING, GROWTH_PERIOD = 0.875, 0.325, 2.0
+PERIODS = {"bouncing": 1.25, "circling": 2.0, "growing": 2.0}
+BOUNCE_HEIGHT, ORBIT_RADIUS, GROWTH_MEAN, GROWTH_SWING = 24.0, 12.0, 0.875, 0.325
 SQUARE_HALF, CROSS_ARM = 0.9, 0.36
 """Half width of a square and of a bar of the cross, in radii."""
 
@@ -126,7 +125,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         x, y = rng.uniform(low, high)
         if motion in DRIFTS:  # it comes by every place on its way, so it may start at any
             x, y = np.where(DRIFTS[motion], rng.uniform(0.0, EXTENT), (x, y))
-        phase = rng.random() if motion in ("bouncing", "circling", "growing") else 0.0
+        phase = rng.random() if motion in PERIODS else 0.0
         kind = {"shape": _pick(rng, SHAPES), "color": color, "size": size, "motion": motion}
         things.append(Thing(**kind, x=round(float(x), 2), y=round(float(y), 2), phase=phase))
     return Scene(things=tuple(things), background=_pick(rng, BACKGROUNDS))
@@ -149,21 +148,18 @@ def render(
     return frames.astype(np.uint8)
 
 
-def find_path(thing: Thing, seconds: Float[np.ndarray, " frames"]) -> Path:
+def find_path(thing: Thing, seconds: Series) -> Path:
     """Return where a thing is, and how big, at the given times."""
-    x, y = np.full_like(seconds, thing.x), np.full_like(seconds, thing.y)
+    drift_x, drift_y = DRIFTS.get(thing.motion, (0.0, 0.0))
+    x, y = thing.x + SPEED * drift_x * seconds, thing.y + SPEED * drift_y * seconds
     radius = np.full_like(seconds, SIZES[thing.size])
-    if thing.motion in DRIFTS:
-        speed_x, speed_y = DRIFTS[thing.motion]
-        x, y = x + SPEED * speed_x * seconds, y + SPEED * speed_y * seconds
-    elif thing.motion == "bouncing":
-        turn = (seconds / BOUNCE_PERIOD + thing.phase) % 1.0
-        y = y - BOUNCE_HEIGHT * 4.0 * turn * (1.0 - turn)
+    turn = seconds / PERIODS.get(thing.motion, 1.0) + thing.phase
+    angle = 2.0 * np.pi * turn
+    if thing.motion == "bouncing":
+        y = y - BOUNCE_HEIGHT * 4.0 * (turn % 1.0) * (1.0 - turn % 1.0)
     elif thing.motion == "circling":  # clockwise, as y points down
-        angle = 2.0 * np.pi * (seconds / ORBIT_PERIOD + thing.phase)
         x, y = x + ORBIT_RADIUS * np.cos(angle), y + ORBIT_RADIUS * np.sin(angle)
     elif thing.motion == "growing":
-        angle = 2.0 * np.pi * (seconds / GROWTH_PERIOD + thing.phase)
         radius = radius * (GROWTH_MEAN + GROWTH_SWING * np.sin(angle))
     return np.stack([x, y, radius], axis=-1)
 
@@ -213,11 +209,10 @@ MOTION_PHRASES = {
 
 def plain_caption(scene: Scene) -> str:
     """Return the canonical caption of a scene."""
-    clauses = [
-        f"a {thing.size} {thing.color} {thing.shape} {MOTION_PHRASES[thing.motion][0]}"
-        for thing in scene.things
-    ]
-    return f"{' and '.join(clauses)} on a {scene.background} background"
+    nouns = [f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.things]
+    verbs = [MOTION_PHRASES[thing.motion][0] for thing in scene.things]
+    clauses = " and ".join(map(" ".join, zip(nouns, verbs, strict=True)))
+    return f"{clauses} on a {scene.background} background"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -256,16 +251,14 @@ FAINT = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One thing that the judge found; None stands for what it cannot tell."""
+    """One thing that the judge found, in the words of `Thing`; None where it cannot tell."""
 
     color: str
-    """One of `COLORS`."""
     shape: str | None
-    """One of `SHAPES`, or None where no shape overlaps by half."""
+    """None where no shape overlaps by half."""
     size: str
-    """One of `SIZES`."""
     motion: str | None
-    """One of `MOTIONS`, or None in a clip under `MIN_SECONDS` or where no motion fits."""
+    """None in a clip under `MIN_SECONDS` or where no motion fits."""
     confidence: float
     """Mean overlap (IoU) with the nearest shape, equally blurred: 1 is a perfect drawing."""
     track: Path = field(repr=False, compare=False)
@@ -277,9 +270,9 @@ class Reading:
     """What the judge saw in a clip."""
 
     background: str | None
-    """One of `BACKGROUNDS`, or None for a colour far from all of them."""
+    """None for a colour far from all of `BACKGROUNDS`."""
     things: tuple[Seen, ...]
-    """The things found, in the order of `COLORS`."""
+    """In the order of `COLORS`."""
 
 
 def read(frames: Frames, *, fps: int = 16) -> Reading:
@@ -295,13 +288,10 @@ def read(frames: Frames, *, fps: int = 16) -> Reading:
     step = height // 64
     video = frames[:, ::step, ::step].astype(np.float32)
     ground = np.median(video[:, ::2, ::2].reshape(-1, 3), axis=0)
-    far = {name: float(np.linalg.norm(ground - color)) for name, color in BACKGROUNDS.items()}
-    nearest = min(far, key=far.__getitem__)
+    far, nearest = min((np.linalg.norm(ground - rgb), name) for name, rgb in BACKGROUNDS.items())
     masks = _find_masks(video - ground, palette=np.array(list(COLORS.values())) - ground)
-    return Reading(
-        background=nearest if far[nearest] < 80.0 else None,
-        things=tuple(_see(color, mask, fps=fps) for color, mask in masks.items()),
-    )
+    things = tuple(_see(color, mask, fps=fps) for color, mask in masks.items())
+    return Reading(background=nearest if far < 80.0 else None, things=things)
 
 
 def _find_masks(
@@ -321,7 +311,7 @@ def _find_masks(
     label = np.full(length.shape, -1)
     label[visible] = np.where(solid, best, -1)
 
-    colors, alphas, rests = [], [], []
+    alphas, rests = {}, []
     for index, name in enumerate(COLORS):
         core = label == index
         for axis in (1, 2):  # erosion: the tinted rim of a compressed thing is no thing
@@ -329,12 +319,11 @@ def _find_masks(
         if np.median(core.sum(axis=(1, 2))) * (EXTENT / len(length[0])) ** 2 < 10.0:
             continue
         observed = np.median(offset[core], axis=0)
-        colors.append(name)
-        alphas.append(offset @ (observed / (observed @ observed)))
-        rests.append(np.linalg.norm(offset - alphas[-1][..., None] * observed, axis=-1))
+        alphas[name] = alpha = offset @ (observed / (observed @ observed))
+        rests.append(np.linalg.norm(offset - alpha[..., None] * observed, axis=-1))
     return {
         name: np.where((np.argmin(rests, 0) == index) & (alpha > FAINT), np.minimum(alpha, 1), 0.0)
-        for index, (name, alpha) in enumerate(zip(colors, alphas, strict=True))
+        for index, (name, alpha) in enumerate(alphas.items())
     }
 
 
@@ -396,7 +385,7 @@ def _overlap(shape: str, mask: Masks, *, blobs: Float[np.ndarray, "frames 3"]) -
     return best
 
 
-def _name_motion(seconds: Float[np.ndarray, " frames"], track: Path) -> str | None:
+def _name_motion(seconds: Series, track: Path) -> str | None:
     """Return the motion whose law explains most of a track's variance, or None if all miss it.
 
     A drift has to explain 0.5 square units and a periodic law 1: more than they find in a trembling
@@ -410,16 +399,16 @@ def _name_motion(seconds: Float[np.ndarray, " frames"], track: Path) -> str | No
             gains.append((gain - 0.5, motion))
     for stretch in (0.8, 0.9, 1.0, 1.1, 1.2):  # a generated motion may be a little slow or fast
         for phase in np.arange(0.0, 1.0, 0.05):
-            turn = (seconds / (stretch * BOUNCE_PERIOD) + phase) % 1.0
+            turn = (seconds / (stretch * PERIODS["bouncing"]) + phase) % 1.0
             gain, (height,) = _explain(y, -4.0 * turn * (1.0 - turn))
             if height > MIN_BOUNCE:
                 gains.append((gain - 1.0, "bouncing"))
-        angle = 2.0 * np.pi * seconds / (stretch * ORBIT_PERIOD)
+        angle = 2.0 * np.pi * seconds / (stretch * PERIODS["circling"])
         gain_x, swing_x = _explain(x, np.cos(angle), np.sin(angle))
         gain_y, swing_y = _explain(y, np.cos(angle), np.sin(angle))
         if min(np.hypot(*swing_x), np.hypot(*swing_y)) > MIN_ORBIT:
             gains.append((gain_x + gain_y - 1.0, "circling"))
-        angle = 2.0 * np.pi * seconds / (stretch * GROWTH_PERIOD)
+        angle = 2.0 * np.pi * seconds / (stretch * PERIODS["growing"])
         gain, swing = _explain(radius, np.cos(angle), np.sin(angle))
         if np.hypot(*swing) > MIN_GROWTH * np.mean(radius):
             gains.append((4.0 * gain - 1.0, "growing"))
@@ -427,9 +416,7 @@ def _name_motion(seconds: Float[np.ndarray, " frames"], track: Path) -> str | No
     return motion if np.var(x) + np.var(y) - gain < MAX_STRAY else None
 
 
-def _explain(
-    values: Float[np.ndarray, " frames"], *laws: Float[np.ndarray, " frames"]
-) -> tuple[float, Float[np.ndarray, " laws"]]:
+def _explain(values: Series, *laws: Series) -> tuple[float, Float[np.ndarray, " laws"]]:
     """Fit laws plus a constant; return the variance explained and the amplitude of each law."""
     basis = np.stack([np.ones_like(values), *laws], axis=-1)
     amplitudes = np.linalg.lstsq(basis, values, rcond=None)[0]
@@ -440,16 +427,21 @@ def score(reading: Reading, scene: Scene) -> dict[str, float]:
     """Return the share of a scene's attributes that a reading got right, each in [0, 1].
 
     Things are matched by colour first and then by order, never by place: where a thing starts is
-    the generator's choice. A thing that was not seen is wrong in everything.
+    the generator's choice. A thing that was not seen is wrong in everything, and one too many costs
+    as much: else a clip that shows every colour would be right about any.
     """
     seen = {thing.color: thing for thing in reading.things}
     same = {thing: seen.pop(thing.color, None) for thing in scene.things}
     others = iter(seen.values())
     pairs = [(thing, match or next(others, None)) for thing, match in same.items()]
+    count = max(len(scene.things), len(reading.things))
     right = {
-        name: sum(getattr(match, name) == getattr(thing, name) for thing, match in pairs if match)
-        / len(pairs)
-        for name in ("color", "shape", "motion", "size")
+        name: sum(
+            match is not None and getattr(match, name) == getattr(thing, name)
+            for thing, match in pairs
+        )
+        / count
+        for name in WORDS
     }
     right["background"] = float(reading.background == scene.background)
     right["count"] = float(len(reading.things) == len(scene.things))
