@@ -119,7 +119,7 @@ def test_noise_of_a_unit_depends_on_seed_unit_and_draw_alone() -> None:
 def test_noise_of_close_seeds_and_units_is_unrelated() -> None:
     """Seeds 0, 1, 2 are what people type; neighbours must not share patterns."""
     rows = [
-        unit_noise((seed,), unit, (4000,), draw=draw)[0]
+        unit_noise((seed,), unit, (4000, 1), draw=draw)[0, :, 0]
         for seed, unit, draw in itertools.product((0, 1, 2**63 - 1), (0, 1, 2), (0, 1))
     ]
     correlation = torch.corrcoef(torch.stack(rows))

@@ -1,13 +1,13 @@
-"""Cached generation equals a slow reference; a stream equals a clip; an oracle gives its clip back."""
+"""Cached equals uncached, a stream equals a clip, and an oracle gives its clip back."""
 
 import itertools
 
 import pytest
 import torch
-from safetensors.torch import load, save
-
 from reference import Oracle, Plan, rebased, recomputed
+from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_transformer
+
 from videoar.flow import euler_step, renoise_step, sigma_steps
 from videoar.model import TextContext, VideoTransformer
 from videoar.sampler import Guided, Sampler, SamplerConfig
@@ -64,9 +64,7 @@ def _plan(**changes) -> Plan:
 @pytest.mark.parametrize("window", [None, 3, 1])
 @pytest.mark.parametrize("name", [*SCHEMES, "full"])
 def test_cached_equals_uncached(model, name: str, window: int | None, lag: int) -> None:
-    """The cache saves work and changes nothing. Where it did, training and generation would be of
-    different models.
-    """
+    """The cache saves work and changes nothing; else we would generate with another model."""
     units, plan = Units(parse(name), 4, 3, 4), _plan(window=window, lag=lag)
     text = _text(model, len(SEEDS))
     cached = _clip(Sampler(model, units, text, _config(plan), seeds=SEEDS))
@@ -93,13 +91,12 @@ def test_cached_equals_uncached_with_guidance_and_noisy_context(
 @pytest.mark.parametrize("window", ["segments", "part"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_sinks_are_read_right_before_the_window(model, name: str, window: str, lag: int) -> None:
-    """Keys stored without positions and rotated when they are read give the same video; else sinks
-    would drift out of the distances that the model was trained with.
-    """
-    units = Units(parse(name), 9, 3, 4)
+    """Sinks stay at distances that were trained: as if rotated when they are read."""
+    scheme = parse(name)
+    units = Units(scheme, 3 * scheme.frames + 1, 3, 4)
     segment = units.units_per_segment
     # Windows and sinks of whole segments as the pipeline makes them, and others.
-    size, sink = (segment, segment) if window == "segments" else (2, 3)
+    size, sink = (segment, segment) if window == "segments" else (2, 3 if segment > 2 else 1)
     plan = _plan(lag=lag, window=size, sink=sink, context_noise=0.1)
     text = _text(model, 1)
     cached = _clip(Sampler(model, units, text, _config(plan), seeds=(3,)))
@@ -198,7 +195,7 @@ def test_videos_of_a_batch_do_not_mix(model, name: str) -> None:
 @pytest.mark.parametrize("lag", [STEPS, 1])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_cache_of_an_endless_stream_stays_small(model, name: str, lag: int) -> None:
-    """A unit is dropped as soon as no later one can read it, so an hour costs what a minute costs."""
+    """A unit is dropped once no later one can read it: an hour costs what a minute costs."""
     units = Units(parse(name), None, 3, 4)
     segment = units.units_per_segment
     visible = Visible(window=2 * segment, sink=segment)
@@ -228,9 +225,7 @@ def test_without_a_window_nothing_is_forgotten(model) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("name", [*SCHEMES, "full"])
 def test_with_the_exact_velocity_every_schedule_gives_the_clip_back(name, steps, step) -> None:
-    """Paths are straight, so steps of any number and size end at the clip; only a wrong sign,
-    level or order of tokens could miss it.
-    """
+    """Paths are straight: only a wrong sign, level or order of tokens could miss the clip."""
     units = Units(parse(name), 5, 3, 4)
     latents = torch.randn(2, 5, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     oracle = Oracle(to_tokens(latents, units), units.coords, channels=4)

@@ -165,7 +165,7 @@ def test_the_assembler_hands_out_each_frame_once_and_in_order(scheme, lattice) -
 def test_pyramid_tokens_are_the_pooled_latents() -> None:
     """Every scale says what the finest would look like from afar: the mean of what it covers."""
     latents = torch.randn(1, 2, 3, 8, 8)
-    units = Units(Pyramid((2, 1), frames=2), 2, 4, 4)
+    units = Units(Pyramid(factors=(2, 1), frames=2), 2, 4, 4)
     coarse = to_tokens(latents, units)[:, : units.sizes[0]]
     pooled = latents.unflatten(4, (4, 2)).unflatten(3, (4, 2)).mean(dim=(4, 6))
     expected = to_tokens(pooled, Units(Blocks(2), 2, 2, 2))
@@ -199,8 +199,8 @@ def test_the_order_of_cubes_is_the_one_that_is_named() -> None:
         ("chunk:3", Blocks(3)),
         (" full ", Blocks(None)),
         ("key-detail:4", KeyDetail(4)),
-        ("multiscale:4,2,1", Pyramid((4, 2, 1), frames=2)),
-        ("multiscale:2,1/frames=4", Pyramid((2, 1), frames=4)),
+        ("multiscale:4,2,1", Pyramid(factors=(4, 2, 1), frames=2)),
+        ("multiscale:2,1/frames=4", Pyramid(factors=(2, 1), frames=4)),
         ("cube:1x2x3", Blocks(1, 2, 3)),
         ("cube:2x2x2/wavefront", Blocks(2, 2, 2, "wavefront")),
     ],

@@ -146,6 +146,18 @@ def test_score_counts_a_missing_thing_as_wrong() -> None:
         }  # fmt: skip
 
 
+def test_spurious_things_cost_as_much_as_missing_ones() -> None:
+    """The right thing among others is a half or a third: else showing every colour would pay."""
+    ball, box = a_scene().things[0], a_scene(x=12, color="cyan", shape="square").things[0]
+    cross = a_scene(x=12, y=14, color="blue", shape="cross").things[0]
+    for things, share in (((ball,), 1), ((box, ball), 1 / 2), ((box, cross, ball), 1 / 3)):
+        reading = read(render(Scene(things=things, background="black"), num_frames=24))
+        assert len(reading.things) == len(things)
+        scores = score(reading, a_scene())
+        assert [scores[name] for name in ("color", "shape", "motion", "size")] == [share] * 4
+        assert (scores["background"], scores["count"]) == (1, len(things) == 1)
+
+
 def test_judge_takes_any_pixels(rng: np.random.Generator) -> None:
     """A broken generator gives an empty reading, not a crash in the middle of an evaluation."""
     noise = rng.integers(0, 256, (24, 64, 64, 3)).astype(np.uint8)

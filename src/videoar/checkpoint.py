@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -42,31 +42,20 @@ WEIGHTS = "model.safetensors"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-@runtime_checkable
-class DataclassInstance(Protocol):
-    """Any instance of a dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a checkpoint: a module, its config, and the text files that go with it."""
+    """One part of a checkpoint."""
 
     module: nn.Module
     """Its state dict is what is saved."""
-    config: DataclassInstance
+    config: Any
     """A frozen dataclass from which the module can be built again."""
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names of further files and their text, such as `tokenizer.json`."""
 
 
 def save_component(
-    folder: Path,
-    module: nn.Module,
-    config: DataclassInstance,
-    *,
-    texts: Mapping[str, str] = MappingProxyType({}),
+    folder: Path, module: nn.Module, config: Any, *, texts: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Write a module, its config and further text files by name into a folder."""
     # Serialise first: a config that is no JSON must not leave half a component.
@@ -75,7 +64,6 @@ def save_component(
     tensors = _tensors_of(module)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
-        assert name not in (CONFIG, WEIGHTS), f"{name} is written by save_component itself"
         (folder / name).write_text(content, encoding="utf-8")
     (folder / CONFIG).write_text(text, encoding="utf-8")
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
@@ -90,26 +78,19 @@ def load_component(
     *,
     device: torch.device | str = "cpu",
 ) -> ModuleT:
-    """Build the module that a folder describes, with its weights in the precision they have there.
+    """Build what `save_component` wrote, with the weights in the precision they have there.
 
-    Args:
-        folder: what `save_component` wrote.
-        classes: for each class name that may occur, the module class and its config class.
-        device: where the weights go.
+    `classes` gives the module class and its config class for each class name that may occur.
     """
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(
-                f"{folder} has no {file.name}, which every component of a checkpoint needs; "
-                f"copy or download the folder again"
-            )
+            raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
     values = _read_json(config_file)
     name = values.pop("class", None)
     if name not in classes:
         raise ValueError(
-            f"{config_file} names class {name!r}, but only {', '.join(sorted(classes))} can be "
-            f"loaded here; use the component it was written for"
+            f"{config_file} names class {name!r}; only {', '.join(sorted(classes))} fits here"
         )
     module_class, config_class = classes[name]
     config = _build_config(config_class, values, file=config_file)
@@ -117,8 +98,8 @@ def load_component(
         weights = load_file(weights_file, device=str(device))
     except SafetensorError as error:
         raise ValueError(
-            f"{weights_file} ({weights_file.stat().st_size} bytes) is truncated or no safetensors "
-            f"file ({error}); copy or download it again"
+            f"{weights_file} ({weights_file.stat().st_size} bytes) is truncated or damaged "
+            f"({error}); copy or download it again"
         ) from error
     # No memory is spent on initial values that the weights replace.
     with torch.device("meta"):
@@ -139,26 +120,29 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint folder that is complete the moment it appears under its name.
 
-    Args:
-        folder: the new folder.
-        components: by the name of their sub-folder.
-        meta: what `videoar.json` tells of the run; anything that JSON can hold.
-        overwrite: replace a checkpoint of this name. Nothing but a checkpoint is ever replaced.
+    Each component gets a sub-folder of its name; `meta` goes into `videoar.json`. `overwrite`
+    replaces a checkpoint of this name; nothing but a checkpoint is ever replaced.
     """
     folder = folder.absolute()
-    check_folder(folder, overwrite=overwrite)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / META).is_file():
+            raise ValueError(f"{folder} is no checkpoint, so it is left alone; choose another")
+        if not overwrite:
+            raise ValueError(f"{folder} exists already; choose another folder or pass --force")
     own = {"format": FORMAT, "components": sorted(components)}
+    versions = {"videoar": __version__, "python": platform.python_version()}
+    for library in ("torch", "numpy", "safetensors", "tokenizers"):
+        versions[library] = importlib.metadata.version(library)
     # The writer's versions win: a checkpoint saved again keeps those it was trained with.
-    text = json.dumps({**own, "versions": library_versions(), **meta, **own}, indent=2) + "\n"
+    text = json.dumps({**own, "versions": versions, **meta, **own}, indent=2) + "\n"
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
         for name, component in components.items():
-            save_component(
-                partial / name, component.module, component.config, texts=component.texts
-            )
+            module, config, texts = component.module, component.config, component.texts
+            save_component(partial / name, module, config, texts=texts)
         (partial / META).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -170,49 +154,24 @@ def save_checkpoint(
     return folder
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise if a checkpoint cannot be written to this folder; call it before the work starts."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / META).is_file():
-        raise ValueError(
-            f"{folder} exists and is no checkpoint, so it is left alone; choose another folder"
-        )
-    if not overwrite:
-        raise ValueError(
-            f"the checkpoint {folder} exists already; choose another folder or pass --force"
-        )
-
-
 def load_meta(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself."""
     file = folder / META
     if not file.is_file():
-        raise ValueError(
-            f"{folder} has no {META}, so it is no checkpoint of VideoAR; pass the folder that "
-            f"holds {META}, or convert a foreign one with `videoar convert`"
-        )
+        raise ValueError(f"{folder} has no {META}, so it is no checkpoint; pass one that has it")
     meta = _read_json(file)
     version = meta.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(
-            f"{file} gives format {version!r} where an integer from 1 to {FORMAT} is needed; "
-            f"copy or download the checkpoint again"
+            f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; copy or download "
+            "the checkpoint again"
         )
     if version > FORMAT:
         raise ValueError(
             f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
-            f"update it with `pip install --upgrade videoar`"
+            "update it with `pip install --upgrade videoar`"
         )
     return meta
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that decide its numbers."""
-    versions = {"videoar": __version__, "python": platform.python_version()}
-    for library in ("torch", "numpy", "safetensors", "tokenizers"):
-        versions[library] = importlib.metadata.version(library)
-    return versions
 
 
 def bundled() -> list[str]:
@@ -231,9 +190,8 @@ def resolve(name_or_path: str | Path) -> Path:
         return _assets() / name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(
-            f"there is no folder {name!r} here, and VideoAR downloads nothing by itself; if it is "
-            f"a Hugging Face repository, run `hf download {name} --local-dir "
-            f"{name.split('/')[1]}` and pass that folder"
+            f"there is no folder {name!r}, and VideoAR downloads nothing; for a Hugging Face "
+            f"repository, run `hf download {name} --local-dir {name.split('/')[1]}` and pass that"
         )
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -256,17 +214,13 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    remedy = "copy or download the checkpoint again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-        raise ValueError(
-            f"{file} is not JSON ({error}); copy or download the checkpoint again"
-        ) from error
+        raise ValueError(f"{file} is not JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{file} holds a {type(values).__name__} where an object is needed; "
-            f"copy or download the checkpoint again"
-        )
+        raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {remedy}")
     return values
 
 
@@ -275,19 +229,15 @@ def _build_config(config_class: type, values: dict[str, Any], *, file: Path) -> 
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(
-            f"{file} has a field {unknown[0]!r} that {config_class.__name__} does not know (it "
-            f"knows {', '.join(fields)}); remove the field or update VideoAR"
+            f"{file} has a field {unknown[0]!r}, but {config_class.__name__} knows only "
+            f"{', '.join(fields)}; remove it or update VideoAR"
         )
-    needed = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(
-            f"{file} lacks the field {missing[0]!r}, which {config_class.__name__} needs; "
-            f"copy or download the checkpoint again"
-        )
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(
+                f"{file} lacks the field {name!r}, which {config_class.__name__} needs; "
+                "copy or download the checkpoint again"
+            )
     hints = typing.get_type_hints(config_class)
     arguments = {
         name: _from_json(value, hints[name], name=name, file=file) for name, value in values.items()
@@ -317,22 +267,16 @@ def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
 
 def _check_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
     """Raise one sentence for missing, unexpected or wrongly shaped tensors."""
-    wanted = module.state_dict()
-    kind = type(module).__name__
+    wanted, kind = module.state_dict(), type(module).__name__
     remedy = f"{CONFIG} and {WEIGHTS} must come from the same checkpoint"
     if missing := [key for key in wanted if key not in weights]:
-        raise ValueError(
-            f"{file} lacks {len(missing)} of the {len(wanted)} tensors of {kind}, the first of "
-            f"them {missing[0]!r}; {remedy}"
-        )
+        count = f"{len(missing)} of the {len(wanted)} tensors of {kind}"
+        raise ValueError(f"{file} lacks {count}, such as {missing[0]!r}; {remedy}")
     if unexpected := [key for key in weights if key not in wanted]:
-        raise ValueError(
-            f"{file} has {len(unexpected)} tensors that {kind} does not have, the first of them "
-            f"{unexpected[0]!r}; {remedy}"
-        )
+        raise ValueError(f"{file} has {unexpected[0]!r}, which {kind} does not; {remedy}")
     for key, tensor in wanted.items():
-        if tensor.shape != weights[key].shape:
+        needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
+        if shape != needed:
             raise ValueError(
-                f"{file} holds {key!r} in shape {tuple(weights[key].shape)}, but {kind} needs "
-                f"{tuple(tensor.shape)}; {remedy}"
+                f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
             )

@@ -1,14 +1,11 @@
 """The layers of the tiny codec: 2D convolutions on frames, and blocks that remember one frame.
 
-Only the network lives here; what a clip, a stream or a pixel value is belongs to `codecs.py`.
-The order of layers and the names of weights are those of TAEHV
-(https://github.com/madebyollin/taehv).
+Order and names of the layers are those of TAEHV (https://github.com/madebyollin/taehv).
 
 Weights begin as a linear map, "looks linear" of Balduzzi et al. 2017 (arXiv:1702.08591): channels
 come in mirrored halves, so that after a ReLU the difference of the halves is the value before it.
-Pictures pass through the untrained codec shrunk, in mixed colours, and enlarged again, and training
-starts from there. With the usual random weights it has to undo a random texture first: 125 steps
-(batch 4 of 9 frames, AdamW) end at 10.7 dB instead of 23.0 dB.
+The untrained codec shrinks a picture, mixes its colours and enlarges it again. Training that has to
+undo a random texture first ends, after 125 steps of 4 clips of 9 frames, at 10.7 dB and not 23.0.
 """
 
 import torch
@@ -24,12 +21,12 @@ Memory = tuple[Tensor, ...]
 
 
 def run(
-    layers: nn.Sequential, x: Frames, memory: Memory | None, *, batch: int
-) -> tuple[Tensor, Memory]:
-    """Apply layers to a group of frames; return also what each block remembers of it.
-
-    Channels last is 3.5 times as fast as channels first on a CPU (16 channels, 64x64 pixels).
-    """
+    layers: nn.Sequential, clips: Float[Tensor, "batch time _ _ _"], memory: Memory | None
+) -> tuple[Float[Tensor, "batch time_out _ _ _"], Memory]:
+    """Apply layers to groups of frames; return also what each block remembers of them."""
+    batch = len(clips)
+    x = rearrange(clips, "batch time c h w -> (time batch) c h w")
+    # 3.5 times as fast as channels first on a CPU (16 channels, 64x64 pixels).
     x = x.contiguous(memory_format=torch.channels_last)
     past = None if memory is None else iter(memory)
     kept = []
@@ -44,7 +41,7 @@ def run(
             x = layer(x, batch=batch)
         else:
             x = layer(x)
-    return x, tuple(kept)
+    return rearrange(x, "(time batch) c h w -> batch time c h w", batch=batch), tuple(kept)
 
 
 def build_encoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
@@ -81,19 +78,15 @@ class MemBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        first, second, last = (
-            nn.Conv2d(width, channels, 3, padding=1) for width in (2 * channels, channels, channels)
-        )
+        widths = (2 * channels, channels, channels)
+        first, second, last = (nn.Conv2d(width, channels, 3, padding=1) for width in widths)
         self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        for values in self.conv.parameters():
+            nn.init.zeros_(values)
         for conv in (first, second):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        nn.init.zeros_(last.weight)
-        for name, bias in self.conv.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(bias)
 
     def forward(self, x: Frames, past: Frames) -> Tensor:
-        """Add what the frame and the one before say to the frame."""
         return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
 
@@ -107,7 +100,6 @@ class TPool(nn.Module):
         self.conv = _mirrored(conv, gain=1 / stride, groups_in=stride)
 
     def forward(self, x: Frames, *, batch: int) -> Tensor:
-        """Turn frames into channels and mix them."""
         x = rearrange(x, "(t s b) c h w -> (t b) (s c) h w", s=self.stride, b=batch)
         return self.conv(x.contiguous(memory_format=torch.channels_last))
 
@@ -122,7 +114,6 @@ class TGrow(nn.Module):
         self.conv = _mirrored(conv, groups_out=stride)
 
     def forward(self, x: Frames, *, batch: int) -> Tensor:
-        """Turn channels into frames and repeat each pixel."""
         x = rearrange(self.conv(x), "(t b) (s c) h w -> (t s b) c h w", s=self.stride, b=batch)
         # The original repeats pixels before this convolution. With a kernel of one pixel the order
         # does not matter, and this one is a quarter of the work.
@@ -134,7 +125,6 @@ class Clamp(nn.Module):
     """Bounds values smoothly to (-3, 3)."""
 
     def forward(self, x: Frames) -> Tensor:
-        """Squash values."""
         return torch.tanh(x / 3) * 3
 
 
@@ -149,13 +139,9 @@ def _mirrored(
 ) -> nn.Conv2d:
     """Make a convolution mix the values of one pixel, the mean of four at stride 2, orthogonally.
 
-    Args:
-        conv: the convolution to initialise; its bias becomes zero.
-        gain: 1 after a ReLU; 1/2 without one, where the difference of the halves is twice a value.
-        groups_in: groups of input channels that are treated alike, such as frames.
-        groups_out: groups of output channels that are treated alike.
-        plain_in: the input is pixels or latents, without mirrored halves.
-        plain_out: the output is pixels or latents.
+    Groups of channels, such as frames, are treated alike. Plain channels are pixels or latents and
+    have no mirrored halves. The gain is 1 after a ReLU and 1/2 without one, where the difference of
+    the halves is twice a value.
     """
     rows = conv.out_channels // groups_out // (1 if plain_out else 2)
     columns = conv.in_channels // groups_in // (1 if plain_in else 2)
@@ -167,9 +153,9 @@ def _mirrored(
     mix = mix.repeat(groups_out, groups_in)[:, :, None, None]
     with torch.no_grad():
         conv.weight.zero_()
-        centre = conv.kernel_size[0] // 2
-        side = conv.stride[0]
-        conv.weight[:, :, centre : centre + side, centre : centre + side] = mix / side**2
+        side, centre = conv.stride[0], conv.kernel_size[0] // 2
+        middle = slice(centre, centre + side)
+        conv.weight[:, :, middle, middle] = mix / side**2
         if conv.bias is not None:
             conv.bias.zero_()
     return conv

@@ -3,7 +3,6 @@
 A clip of `1 + stride * k` pixel frames has `1 + k` latent frames: the first latent frame is one
 picture, each later one a group. Whole clips and streams walk one latent frame at a time, so they
 agree bit for bit by construction; only training (`TinyCodec.reconstruct`) takes all at once.
-No weights are fetched here, and nothing is known of text, units or sampling.
 """
 
 import math
@@ -22,16 +21,15 @@ from videoar.codec_layers import Memory, build_decoder, build_encoder, run
 
 Video = Float[Tensor, "batch frames channels height width"]
 """Pixels in [-1, 1]."""
+Padded = Float[Tensor, "batch padded channels height width"]
 Latents = Float[Tensor, "batch latent_frames latent_channels rows columns"]
-"""The same clips, smaller by the codec's stride."""
+PerChannel = Float[Tensor, " latent_channels"]
 
 
 class Codec(nn.Module, ABC):
     """What the rest of the program knows of a codec. Modules hold weights, never a stream's state.
 
-    Args:
-        stride: pixels per latent in time, height and width.
-        latent_channels: channels of a latent frame.
+    `stride` counts the pixels per latent in time, height and width.
     """
 
     def __init__(self, *, stride: tuple[int, int, int], latent_channels: int) -> None:
@@ -47,24 +45,22 @@ class Codec(nn.Module, ABC):
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         """Turn latent frames into a group of `stride[0]` pixel frames each."""
 
-    def pad(self, video: Video) -> Video:
+    def pad(self, video: Video) -> Padded:
         """Repeat the first picture of a clip until its group is full."""
         return torch.cat([video[:, :1].repeat(1, self.stride[0] - 1, 1, 1, 1), video], dim=1)
 
     def encode(self, video: Video) -> Latents:
-        """Encode whole clips; deterministic, without gradient."""
+        """Encode whole clips, without gradient."""
         return StreamEncoder(self)(video)
 
     def decode(self, latents: Latents) -> Video:
-        """Decode whole clips; deterministic, without gradient."""
+        """Decode whole clips, without gradient."""
         return StreamDecoder(self)(latents)
 
     def stream_encoder(self) -> "StreamEncoder":
-        """Begin to encode a stream."""
         return StreamEncoder(self)
 
     def stream_decoder(self) -> "StreamDecoder":
-        """Begin to decode a stream."""
         return StreamDecoder(self)
 
     def check_video(self, video: Video) -> None:
@@ -159,10 +155,8 @@ class PatchCodecConfig:
     stride: tuple[int, int, int] = (4, 8, 8)
     """Pixels per latent in time, height and width."""
     image_channels: int = 3
-    """Channels of the video."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if min(self.stride) < 1:
             raise ValueError(f"The stride {self.stride} is below 1: raise it to at least 1.")
 
@@ -190,9 +184,7 @@ class TinyCodecConfig:
     """Shape of a `TinyCodec`; the defaults are those of the public `taew2_1` weights."""
 
     image_channels: int = 3
-    """Channels of the video."""
     latent_channels: int = 16
-    """Channels of a latent frame."""
     encoder_channels: tuple[int, int, int] = (64, 64, 64)
     """Width of the encoder at strides 2, 4 and 8."""
     decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 64)
@@ -209,14 +201,13 @@ class TinyCodecConfig:
     latents_mean: tuple[float, ...] | None = None
     """Mean of each channel of the latents inside the network; None: they leave as they are."""
     latents_std: tuple[float, ...] | None = None
-    """Standard deviation of each channel of the latents inside the network."""
+    """Their standard deviation."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
         sizes = (self.image_channels, self.latent_channels, self.num_blocks, self.patch_size)
         if min(*sizes, *self.encoder_channels, *self.decoder_channels) < 1:
             raise ValueError(f"A size of {self} is below 1: raise it to at least 1.")
-        if any(width % 2 for width in (*self.encoder_channels, *self.decoder_channels)):
+        if any(width % 2 for width in self.encoder_channels + self.decoder_channels):
             raise ValueError(f"Some channels of {self} are odd: make them even.")
         for values in (self.latents_mean, self.latents_std):
             if values is not None and len(values) != self.latent_channels:
@@ -252,14 +243,12 @@ class TinyCodec(Codec):
         self.encoder = build_encoder((pixels, *config.encoder_channels, latents), num_blocks=blocks)
         self.decoder = build_decoder((latents, *config.decoder_channels, pixels), num_blocks=blocks)
 
-    def pad(self, video: Video) -> Video:
-        """Fill the first or last group of frames."""
+    def pad(self, video: Video) -> Padded:
         if self.config.time_padding == "front":
             return super().pad(video)
         return torch.cat([video, video[:, -1:].repeat(1, self.stride[0] - 1, 1, 1, 1)], dim=1)
 
     def stream_encoder(self) -> StreamEncoder:
-        """Begin to encode a stream."""
         if self.config.time_padding == "end":
             raise ValueError(
                 "A codec with time_padding 'end' reads 3 frames ahead and cannot encode a stream: "
@@ -270,38 +259,27 @@ class TinyCodec(Codec):
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
         if self.config.pixel_range == "unit":
             frames = frames * 0.5 + 0.5
-        x = rearrange(frames, "batch time c h w -> (time batch) c h w")
-        x = F.pixel_unshuffle(x, self.config.patch_size)
-        x, kept = run(self.encoder, x, memory, batch=frames.shape[0])
+        x, kept = run(self.encoder, F.pixel_unshuffle(frames, self.config.patch_size), memory)
         mean, std = self._statistics(x)
-        x = (x - mean) / std
-        return rearrange(x, "(time batch) c h w -> batch time c h w", batch=frames.shape[0]), kept
+        return (x - mean) / std, kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         video, kept = self._decode(latents, memory)
         return video.clamp(-1, 1), kept
 
     def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        x = rearrange(latents, "batch time c h w -> (time batch) c h w")
-        mean, std = self._statistics(x)
-        x, kept = run(self.decoder, x * std + mean, memory, batch=latents.shape[0])
-        x = F.pixel_shuffle(x, self.config.patch_size)
-        x = rearrange(x, "(time batch) c h w -> batch time c h w", batch=latents.shape[0])
-        return x * 2 - 1 if self.config.pixel_range == "unit" else x, kept
+        mean, std = self._statistics(latents)
+        x, kept = run(self.decoder, latents * std + mean, memory)
+        video = F.pixel_shuffle(x, self.config.patch_size)
+        return video * 2 - 1 if self.config.pixel_range == "unit" else video, kept
 
     def reconstruct(
         self, video: Video, *, noise_std: float = 0.0, generator: torch.Generator | None = None
     ) -> tuple[Video, Latents]:
         """Encode and decode all frames at once, with gradient: the path for training.
 
-        Args:
-            video: clips of `1 + 4 * k` frames.
-            noise_std: deviation of the noise added to the latents before they are decoded, so that
-                the decoder forgives the errors of a generative model.
-            generator: source of that noise.
-
-        Returns:
-            The reconstruction, not clamped, and the latents without noise.
+        Noise of this deviation is added to the latents on the way, so that the decoder forgives the
+        errors of a generative model. Returns the pixels, not clamped, and latents without noise.
         """
         self.check_video(video)
         latents, _ = self.encode_step(self.pad(video), None)
@@ -309,15 +287,8 @@ class TinyCodec(Codec):
         frames, _ = self._decode(latents + noise_std * noise, None)
         return frames[:, self.stride[0] - 1 :], latents
 
-    def with_statistics(
-        self, mean: Float[Tensor, " latent_channels"], std: Float[Tensor, " latent_channels"]
-    ) -> "TinyCodec":
-        """Return a copy whose latents are normalised.
-
-        Args:
-            mean: mean of each channel of the latents that this codec encodes now.
-            std: their standard deviation.
-        """
+    def with_statistics(self, mean: PerChannel, std: PerChannel) -> "TinyCodec":
+        """Return a copy that normalises latents; the statistics are of what is encoded now."""
         old_mean, old_std = (values.flatten() for values in self._statistics(mean))
         config = replace(
             self.config,
@@ -329,8 +300,8 @@ class TinyCodec(Codec):
         return copy
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # Read from the config at each use: a buffer outside the state dict, whose keys are given
-        # by the public weights, would be lost when a module is built on the meta device.
+        # No buffers: keys of the state dict are given by the public weights, and others would be
+        # lost when a module is built on the meta device.
         channels = self.config.latent_channels
         mean = like.new_tensor(self.config.latents_mean or (0.0,) * channels)
         std = like.new_tensor(self.config.latents_std or (1.0,) * channels)

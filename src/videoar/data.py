@@ -5,11 +5,10 @@ No training loop, no codec and no text encoder lives here.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,17 +27,13 @@ INDEX_NAME = "index.jsonl"
 class Dataset(Protocol):
     """A finite collection that returns whole batches."""
 
-    def __len__(self) -> int:
-        """Count the samples."""
-        ...
+    def __len__(self) -> int: ...
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
-        """Return the samples of `indices` stacked along a first axis.
+        """Return the samples of `indices`, stacked; all that is random about them is from `rng`.
 
-        Every random choice (caption, crop) comes from `rng`, so that a batch can be made again.
         May be called from another thread, one call at a time.
         """
-        ...
 
 
 class Batches:
@@ -51,11 +46,10 @@ class Batches:
     Args:
         dataset: The samples.
         batch_size: Samples per batch and rank.
-        seed: Seed of the order and of the random choices within samples.
+        seed: Of the order and of the random choices within samples.
         rank: This process among `world_size`.
         world_size: Number of processes.
-        prefetch: How many following batches a background thread prepares; 0 for none. The order
-            and the contents do not depend on it.
+        prefetch: How many batches a background thread prepares ahead; changes no batch.
     """
 
     def __init__(
@@ -69,12 +63,11 @@ class Batches:
         prefetch: int = 2,
     ) -> None:
         assert 0 <= rank < world_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1: raise it")
-        if len(dataset) < batch_size * world_size:
+        per_step = batch_size * world_size
+        if len(dataset) < per_step:
             raise ValueError(
-                f"the dataset has {len(dataset)} samples, but one batch takes"
-                f" {batch_size * world_size}: add samples or lower batch_size"
+                f"the dataset has {len(dataset)} samples, but one batch takes {per_step}:"
+                " add samples or lower batch_size"
             )
         self.dataset = dataset
         self.batch_size = batch_size
@@ -82,7 +75,7 @@ class Batches:
         self.rank = rank
         self.world_size = world_size
         self.prefetch = prefetch
-        self.batches_per_epoch = len(dataset) // (batch_size * world_size)
+        self.batches_per_epoch = len(dataset) // per_step
         self._order: tuple[int, Int[np.ndarray, " samples"]] | None = None
         self._ready: dict[int, Future[dict[str, Any]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -128,23 +121,16 @@ class LatentsInfo:
     fps: float
     """Pixel frames per second."""
     mean: tuple[float, ...] = ()
-    """Mean of each channel over the folder; filled in by the writer."""
+    """Of each channel over the folder; filled in by the writer."""
     std: tuple[float, ...] = ()
-    """Standard deviation of each channel over the folder; filled in by the writer."""
+    """Of each channel over the folder; filled in by the writer."""
 
 
 class ShardWriter:
     """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.
 
-    Clips of one size are stacked into a shard, one tensor `latents` of shape
-    `clips frames channels height width`. Shards, and at the end the index, appear under their
-    final names only when they are complete; a folder without `latents.json` is unfinished.
-
-    Args:
-        folder: A folder that does not exist yet or is empty.
-        info: Codec, channels, stride and fps of the clips.
-        clips_per_shard: How many clips are stacked into one file.
-        dtype: Type in which the latents are stored.
+    A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`.
+    Files appear under their names when complete; a folder without `latents.json` is unfinished.
     """
 
     def __init__(
@@ -165,19 +151,13 @@ class ShardWriter:
         self._open: dict[torch.Size, list[tuple[Tensor, dict[str, Any]]]] = {}
         self._index: list[dict[str, Any]] = []
         self._num_shards = 0
-        self._count = 0
+        self._values_per_channel = 0
         self._sums = torch.zeros(2, info.channels, dtype=torch.float64)
 
     def __enter__(self) -> "ShardWriter":
-        """Start writing."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the folder, unless an error ends the writing."""
         if kind is None:
             self._close()
@@ -197,22 +177,20 @@ class ShardWriter:
             )
         stored = latents.detach().to("cpu", self.dtype)
         if not torch.isfinite(stored).all():
+            number = len(self._index) + sum(map(len, self._open.values()))
             raise ValueError(
-                f"clip {self._count_clips()} is not finite as {self.dtype}, largest magnitude"
+                f"clip {number} is not finite as {self.dtype}, largest magnitude"
                 f" {latents.abs().max().item():g}: normalise the latents or store torch.bfloat16"
             )
         values = stored.double()
         self._sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        self._count += stored.numel() // self.info.channels
+        self._values_per_channel += stored.numel() // self.info.channels
         frames, _, height, width = stored.shape
         line = {"captions": list(captions), "frames": frames, "height": height, "width": width}
         clips = self._open.setdefault(stored.shape, [])
         clips.append((stored, line | ({"extra": extra} if extra else {})))
         if len(clips) >= self.clips_per_shard:
             self._flush(stored.shape)
-
-    def _count_clips(self) -> int:
-        return len(self._index) + sum(len(clips) for clips in self._open.values())
 
     def _flush(self, shape: torch.Size) -> None:
         clips = self._open.pop(shape)
@@ -226,7 +204,7 @@ class ShardWriter:
     def _close(self) -> None:
         for shape in list(self._open):
             self._flush(shape)
-        mean, square = self._sums / max(self._count, 1)
+        mean, square = self._sums / max(self._values_per_channel, 1)
         std = (square - mean.square()).clamp_min(0).sqrt()
         info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
         lines = [json.dumps(line, ensure_ascii=False) for line in self._index]
@@ -240,8 +218,7 @@ class LatentShards:
     Args:
         folder: The folder.
         tokenize: Turns captions into token ids; without it batches hold the captions themselves.
-        max_memory_bytes: Folders up to this size are read into memory, larger ones stay mapped
-            files; 0 maps always.
+        max_memory_bytes: Larger folders are not read into memory, but stay mapped files.
     """
 
     def __init__(
@@ -255,7 +232,7 @@ class LatentShards:
         self.tokenize = tokenize
         self.info = _read_info(folder / INFO_NAME)
         self.clips = _read_index(folder / INDEX_NAME)
-        names = sorted({clip["shard"] for clip in self.clips})
+        names = {clip["shard"] for clip in self.clips}
         # Both a tensor and a slice of a mapped file return one clip when indexed by a row.
         self._shards: dict[str, Any] = {name: _map_shard(folder / name) for name in names}
         for clip in self.clips:
@@ -269,7 +246,6 @@ class LatentShards:
             self._shards = {name: shard[:] for name, shard in self._shards.items()}
 
     def __len__(self) -> int:
-        """Count the clips."""
         return len(self.clips)
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
@@ -312,21 +288,19 @@ def _read_info(path: Path) -> LatentsInfo:
 def _read_index(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again")
+    clips = []
     with path.open(encoding="utf-8") as lines:
-        return list(_parse_lines(path, lines))
-
-
-def _parse_lines(path: Path, lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            clip = json.loads(line)
-            _ = clip["shard"], clip["row"], clip["captions"][0]
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {path} does not describe a clip with shard, row and captions:"
-                " prepare the latents again"
-            ) from error
-        yield clip
+        for number, line in enumerate(lines, start=1):
+            try:
+                clip = json.loads(line)
+                _ = clip["shard"], clip["row"], clip["captions"][0]
+            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} does not describe a clip with shard, row and"
+                    " captions: prepare the latents again"
+                ) from error
+            clips.append(clip)
+    return clips
 
 
 def _map_shard(path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Metrics: pure functions from frames and numbers to numbers. No files, no pretrained networks.
 
-Frames are uint8 arrays, `frames height width 3`. What compares two generators gives an interval.
+What compares two generators gives an interval.
 """
 
 import math
@@ -13,68 +13,54 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from torch import Tensor
 
+Frames = UInt8[np.ndarray, "frames height width 3"]
+Values = Sequence[float] | Float[np.ndarray, " values"]
 PEAK = 255.0
 
 
-def psnr(
-    reference: UInt8[np.ndarray, "frames height width 3"],
-    other: UInt8[np.ndarray, "frames height width 3"],
-) -> float:
+def psnr(reference: Frames, other: Frames) -> float:
     """Return the peak signal-to-noise ratio over all pixels in decibels; infinite if equal."""
     error = np.mean((reference.astype(np.float64) - other) ** 2)
     return math.inf if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
 
-def ssim(
-    reference: UInt8[np.ndarray, "frames height width 3"],
-    other: UInt8[np.ndarray, "frames height width 3"],
-) -> float:
+def ssim(reference: Frames, other: Frames) -> float:
     """Return the mean structural similarity of frames and channels.
 
     Wang et al. 2004, "Image quality assessment": Gaussian window of 11 pixels and sigma 1.5,
     K1 = 0.01, K2 = 0.03, only where the whole window fits.
     """
-    if min(reference.shape[1:3]) < 11:
-        height, width = reference.shape[1:3]
+    height, width = reference.shape[1:3]
+    if min(height, width) < 11:
         raise ValueError(f"frames of {width}x{height} are too small for SSIM; it needs 11 pixels")
     window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window /= window.sum()
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
     def blur(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        for axis in (1, 2):
-            size = values.shape[axis] - 10
-            parts = [values.take(range(k, k + size), axis) for k in range(11)]
-            values = np.tensordot(window, np.stack(parts), axes=1)
+        for axis in (0, 1):
+            values = np.lib.stride_tricks.sliding_window_view(values, 11, axis=axis) @ window
         return values
 
-    # One frame at a time: the five blurred products of a long clip would fill the memory.
     scores = []
-    for a, b in zip(reference[:, None], other[:, None], strict=True):
-        a, b = a.astype(np.float64), b.astype(np.float64)
+    for frames in zip(reference, other, strict=True):  # one by one: the products need much memory
+        a, b = (frame.astype(np.float64) for frame in frames)
         mean_a, mean_b = blur(a), blur(b)
         var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
         covariance = blur(a * b) - mean_a * mean_b
-        c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
         luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-        structure = (2 * covariance + c2) / (var_a + var_b + c2)
-        scores.append(np.mean(luminance * structure))
+        scores.append(np.mean(luminance * (2 * covariance + c2) / (var_a + var_b + c2)))
     return float(np.mean(scores))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean, and the range in which the true mean lies at the stated confidence."""
+    """A mean, and the range in which the true mean lies with the confidence that was asked for."""
 
     mean: float
-    """Mean of the values."""
     low: float
-    """Lower end."""
     high: float
-    """Upper end."""
-    confidence: float
-    """Share of such intervals that hold the true mean."""
 
     def excludes(self, value: float) -> bool:
         """Tell whether a value, such as no difference, lies outside."""
@@ -82,7 +68,7 @@ class Interval:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | Float[np.ndarray, " values"],
+    values: Values,
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
@@ -100,8 +86,7 @@ def bootstrap_interval(
         resamples: how often the values are drawn anew.
         seed: of these draws.
         clusters: the group of each value, such as its prompt. Whole groups are drawn: videos of
-            one prompt resemble each other, and to count each as new would make the interval too
-            narrow.
+            one prompt resemble each other, and would pass for more evidence than they are.
     """
     scores = np.asarray(values, dtype=np.float64)
     labels = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
@@ -110,55 +95,31 @@ def bootstrap_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1, such as 0.95")
     _, group = np.unique(labels, return_inverse=True)
-    counts = np.bincount(group)
-    if len(counts) < 2:
-        raise ValueError(
-            f"{len(counts)} independent values say nothing about their spread; an interval needs "
-            f"at least 2, so evaluate more prompts"
-        )
-    sums = np.bincount(group, weights=scores)
+    sums, counts = np.bincount(group, weights=scores), np.bincount(group)
+    size, freedom = len(counts), len(counts) - 1
+    if size < 2:
+        raise ValueError(f"{size} independent values have no spread; evaluate at least 2 prompts")
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for k in range(resamples):
-        drawn = rng.integers(len(counts), size=len(counts))
-        means[k] = sums[drawn].sum() / counts[drawn].sum()
-    tail = _expanded_tail((1 - confidence) / 2, count=len(counts))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(
-        mean=float(scores.mean()), low=float(low), high=float(high), confidence=confidence
-    )
-
-
-def _expanded_tail(tail: float, *, count: int) -> float:
-    """Return the share to cut off at each end so that few values get the width of Student's t."""
-    z, freedom = NormalDist().inv_cdf(tail), count - 1
-    # Cornish-Fisher expansion of the quantile of Student's t.
+    draws = (rng.integers(size, size=size) for _ in range(resamples))
+    means = [sums[drawn].sum() / counts[drawn].sum() for drawn in draws]
+    # Few values get the width of Student's t, whose quantile is Cornish and Fisher's expansion.
+    z = NormalDist().inv_cdf((1 - confidence) / 2)
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return NormalDist().cdf(math.sqrt(count / freedom) * t)
+    tail = NormalDist().cdf(math.sqrt(size / freedom) * t)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(mean=float(scores.mean()), low=float(low), high=float(high))
 
 
-def paired_interval(
-    first: Sequence[float] | Float[np.ndarray, " values"],
-    second: Sequence[float] | Float[np.ndarray, " values"],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    clusters: Sequence[int | str] | None = None,
-) -> Interval:
-    """Return the interval of the mean of `first - second`, scores of the same prompts and seeds.
+def paired_interval(first: Values, second: Values) -> Interval:
+    """Return the 95 % interval of the mean of `first - second`, scores of the same prompts.
 
     What makes a prompt easy for both cancels, so far fewer videos show a difference than two
-    separate intervals would need. Arguments as in `bootstrap_interval`.
+    separate intervals would need.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(
-            f"{len(a)} scores cannot be paired with {len(b)}; score the same prompts and seeds"
-        )
-    return bootstrap_interval(
-        a - b, confidence=confidence, resamples=resamples, seed=seed, clusters=clusters
-    )
+        raise ValueError(f"{len(a)} scores cannot be paired with {len(b)}; use the same prompts")
+    return bootstrap_interval(a - b)
 
 
 def frechet_distance(
@@ -166,8 +127,8 @@ def frechet_distance(
 ) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
 
-    Dowson and Landau 1982. Estimates from few videos are too large, by an amount that depends on
-    their number: compare only distances from equal numbers.
+    Dowson and Landau 1982. Estimates from few videos are too large: compare only distances from
+    equal numbers.
     """
     (mean_a, cov_a), (mean_b, cov_b) = (
         (x.mean(0, dtype=np.float64), np.atleast_2d(np.cov(x.astype(np.float64), rowvar=False)))
@@ -192,37 +153,28 @@ def random_video_features(
     not be printed as one. The first filters have mean zero: with means in them the colour of the
     background outweighed everything (blurred clips were as near as real ones; now 4 times as far).
     """
-    if clips.shape[1] < 9 or min(clips.shape[2:4]) < 15:
+    frames, height, width = clips.shape[1:4]
+    if frames < 9 or min(height, width) < 15:
         raise ValueError(
-            f"clips of {clips.shape[1]} frames of {clips.shape[3]}x{clips.shape[2]} are too short "
-            f"or small for random features; they need 9 frames of 15x15"
+            f"clips of {frames} frames of {width}x{height} are too small; use 9 of 15x15 or more"
         )
-    rng = np.random.default_rng(seed)
-    filters = [_orthogonal_filters(rng, inputs, outputs) for inputs, outputs in _CHANNELS]
+    rng, filters = np.random.default_rng(seed), []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 96)):
+        q, r = np.linalg.qr(rng.standard_normal((inputs * 27, outputs)))
+        q *= np.sign(np.diag(r))  # the sign is a choice of the library otherwise
+        weight = rearrange(q, "(i t h w) o -> o i t h w", t=3, h=3, w=3)
+        filters.append(torch.from_numpy(weight).float())
     filters[0] -= filters[0].mean((2, 3, 4), keepdim=True)
     features = []
     for clip in clips:
         x = torch.from_numpy(clip.astype(np.float32)) / (PEAK / 2) - 1
-        x = rearrange(x, "t h w c -> 1 c t h w")
-        amplitudes = []
+        x, amplitudes = rearrange(x, "t h w c -> 1 c t h w"), []
         for layer, weight in enumerate(filters):
             # Time is halved once only: motion is what features must see.
             x = F.conv3d(x, weight, stride=(2 if layer == 1 else 1, 2, 2)).abs()
             amplitudes.append(x.mean((0, 2, 3, 4)).sqrt())
         features.append(torch.cat(amplitudes).numpy())
     return np.stack(features)
-
-
-_CHANNELS = ((3, 32), (32, 64), (64, 96))
-
-
-def _orthogonal_filters(
-    rng: np.random.Generator, inputs: int, outputs: int
-) -> Float[Tensor, "outputs inputs 3 3 3"]:
-    """Draw filters of length 1 that are orthogonal to each other."""
-    q, r = np.linalg.qr(rng.standard_normal((inputs * 27, outputs)))
-    q *= np.sign(np.diag(r))  # the sign is a choice of the library otherwise
-    return torch.from_numpy(rearrange(q, "(i t h w) o -> o i t h w", t=3, h=3, w=3)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +189,12 @@ class Drift:
     """By property: its change per minute."""
 
 
-def drift_slopes(
-    frames: UInt8[np.ndarray, "frames height width 3"], *, fps: float, window_seconds: float = 5.0
-) -> Drift:
-    """Measure how a video that should be stationary drifts.
+def drift_slopes(frames: Frames, *, fps: float, window_seconds: float = 5.0) -> Drift:
+    """Measure how a video that should be stationary drifts; a rest that fills no window is left.
 
     Brightness and contrast are mean and deviation of the luma in [0, 1]; sharpness the mean
     gradient of the luma per contrast; colourfulness after Hasler and Süsstrunk 2003; flicker the
-    mean change of brightness from frame to frame; motion the mean change of a pixel. A remainder
-    that fills no window is left out.
+    mean change of brightness from frame to frame; motion the mean change of a pixel.
     """
     size = round(window_seconds * fps)
     num_windows = len(frames) // size if size > 1 else 0
@@ -261,19 +210,19 @@ def drift_slopes(
     return Drift(seconds=seconds.tolist(), values=values, slopes=slopes)
 
 
-def _window_properties(frames: UInt8[np.ndarray, "frames height width 3"]) -> dict[str, float]:
+def _window_properties(frames: Frames) -> dict[str, float]:
     x = frames.astype(np.float32) / PEAK
     luma = x @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
-    brightness = luma.mean((1, 2))
-    contrast = luma.std((1, 2))
+    brightness, contrast = luma.mean((1, 2)), luma.std((1, 2))
     gradient = np.abs(np.diff(luma, axis=1)).mean() + np.abs(np.diff(luma, axis=2)).mean()
     opponents = np.stack([x[..., 0] - x[..., 1], (x[..., 0] + x[..., 1]) / 2 - x[..., 2]])
     spread = np.hypot(*opponents.std((2, 3))) + 0.3 * np.hypot(*opponents.mean((2, 3)))
-    return {
-        "brightness": float(brightness.mean()),
-        "contrast": float(contrast.mean()),
-        "sharpness": float(gradient / max(contrast.mean(), 1e-6)),
-        "colourfulness": float(spread.mean()),
-        "flicker": float(np.abs(np.diff(brightness)).mean()),
-        "motion": float(np.abs(np.diff(x, axis=0)).mean()),
+    properties = {
+        "brightness": brightness.mean(),
+        "contrast": contrast.mean(),
+        "sharpness": gradient / max(contrast.mean(), 1e-6),
+        "colourfulness": spread.mean(),
+        "flicker": np.abs(np.diff(brightness)).mean(),
+        "motion": np.abs(np.diff(x, axis=0)).mean(),
     }
+    return {name: float(value) for name, value in properties.items()}

@@ -67,6 +67,7 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # kept: a plan made while measuring must serve training too
 def layout(units: Units, visible: Visible, *, copies: bool) -> Layout:
     """The lattice once, or twice with the clean copies in front (teacher forcing)."""
     index = torch.arange(len(units.sizes))

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -33,17 +34,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import videoar
-
 Report = Callable[[str], None]
 Json = dict[str, Any]
 Row = dict[str, int | float]
 
 # What may differ when a run goes on: none of these changes what a step computes, except that the
 # decay at the end of the schedule moves with `steps`.
-FREE_FIELDS = frozenset(
-    {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
-)
+FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
 LOSS_CURVE_POINTS = 100
 
 
@@ -65,22 +62,19 @@ def claim(out: Path, config: Json) -> None:
     """Make `out` the folder of the run `config`, or raise if it belongs to anything else."""
     owner = out / "run.json"
     if owner.is_file():
-        _check_same(out, _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config))
+        old, new = _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config)
+        for key in sorted((old.keys() | new.keys()) - FREE_FIELDS):
+            before, after = old.get(key, "absent"), new.get(key, "absent")
+            if before != after:
+                raise ValueError(
+                    f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the"
+                    " old value, or name another folder"
+                )
     elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".run.partial"}):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / ".run.partial", config)
     os.replace(out / ".run.partial", owner)
-
-
-def _check_same(out: Path, old: Json, new: Json) -> None:
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "absent"), new.get(key, "absent")
-        if before != after and key not in FREE_FIELDS:
-            raise ValueError(
-                f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the old"
-                " value to go on, or name another folder for a new run"
-            )
 
 
 def _flatten(value: Any, prefix: str = "") -> Json:
@@ -92,12 +86,8 @@ def _flatten(value: Any, prefix: str = "") -> Json:
 
 def checkpoints(out: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the newest last."""
-    found = {
-        int(path.name[5:]): path
-        for path in (out / "checkpoints").glob("step-*")
-        if path.name[5:].isdigit()
-    }
-    return [found[step] for step in sorted(found)]
+    found = (out / "checkpoints").glob("step-*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 
 def write_checkpoint(
@@ -105,12 +95,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint that appears only when complete; keep the newest `keep`.
 
-    Args:
-        out: Folder of the run.
-        step: Steps taken.
-        keep: How many checkpoints stay.
-        tensors: Named tensors of each file.
-        state: Everything that is not a tensor.
+    Every entry of `tensors` becomes a file; `state` is everything that is not a tensor.
     """
     target = out / "checkpoints" / f"step-{step}"
     if target.exists():
@@ -136,10 +121,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Json]:
         tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
         return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{folder} cannot be read ({error}): remove that folder to go on from an earlier"
-            " checkpoint or from the start"
-        ) from error
+        message = f"{folder} cannot be read ({error}): remove that folder to go on without it"
+        raise ValueError(message) from error
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -154,24 +137,37 @@ def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], *, origin
     expected = {name: tuple(value.shape) for name, value in target.items()}
     found = {name: tuple(value.shape) for name, value in source.items()}
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        if (wanted := expected.get(name)) != (shape := found.get(name)):
             raise ValueError(
-                f"{origin} has {name} of shape {found.get(name)}, but the model has"
-                f" {expected.get(name)}: go on with the code that began the run, or name another"
-                " folder"
+                f"{origin} has {name} of shape {shape}, but the model has {wanted}: go on with the"
+                " code that began the run, or name another folder"
             )
     with torch.no_grad():
         for name, value in source.items():
             target[name].copy_(value)
 
 
+@dataclasses.dataclass
+class Window:
+    """Sums over the steps since the last line of the log; part of a checkpoint."""
+
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.0
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, terms: dict[str, float], rate: float, seconds: float) -> None:
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.learning_rate = rate
+        self.count += 1
+        self.seconds += seconds
+
+
 class Log:
     """The log of a run: JSON lines, TensorBoard if it is installed, and a line for the user.
 
-    Args:
-        out: Folder of the run.
-        after: Lines of later steps are dropped; they are about to be computed again.
-        report: Receives one line per logged step.
+    Lines of steps later than `after` are dropped: they are about to be computed again.
     """
 
     def __init__(self, out: Path, *, after: int, report: Report) -> None:
@@ -217,7 +213,6 @@ class Log:
                 self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Close the files."""
         self.file.close()
         if self.board is not None:
             self.board.close()
@@ -228,39 +223,24 @@ def read_log(out: Path) -> list[Row]:
     path = out / "log.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
-
-
-def loss_curve(out: Path) -> list[tuple[int, float]]:
-    """Return (step, loss) from the log, thinned evenly, first and last included."""
-    curve = [(int(row["step"]), row["loss"]) for row in read_log(out) if "loss" in row]
-    if len(curve) <= LOSS_CURVE_POINTS:
-        return curve
-    chosen = np.linspace(0, len(curve) - 1, LOSS_CURVE_POINTS).round().astype(int)
-    return [curve[index] for index in chosen]
 
 
 def provenance(out: Path, config: Json, *, step: int, seconds: float) -> Json:
     """Return what a checkpoint says of its making: configuration, code, machine, time, losses."""
+    curve = [[row["step"], row["loss"]] for row in read_log(out) if "loss" in row]
+    count = min(len(curve), LOSS_CURVE_POINTS)
+    chosen = np.linspace(0, len(curve) - 1, count).round().astype(int)
     return {
         "config": config,
         "step": step,
         "seed": config["seed"],
         "git_commit": git_commit(),
-        "versions": {
-            "videoar": videoar.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
         "hardware": hardware(config["device"]),
         "seconds": seconds,
-        "loss_curve": [list(point) for point in loss_curve(out)],
+        "loss_curve": [curve[index] for index in chosen],
     }
 
 
@@ -285,36 +265,25 @@ def hardware(device: str) -> str:
     """Name the machine that trains."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(torch.device(device))
-    names = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                names = line.partition(":")[2].strip()
-                break
-    return f"{names}, {torch.get_num_threads()} threads"
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def measure_matmul_rate(device: str, *, precision: str) -> float:
-    """Return the floating point operations per second of a large square matrix product.
-
-    The best of 0.3 s of trials: what the machine can do, however busy it is at this moment.
-    """
+    """Return the floating point operations per second of a large matrix product, best of 0.3 s."""
     place = torch.device(device)
     size = 8192 if place.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     matrix = torch.ones(size, size, device=place, dtype=dtype)
-
-    def seconds() -> float:
+    times: list[float] = []
+    while sum(times) < 0.3 or len(times) < 2:  # the first one warms up
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
-        return time.perf_counter() - started
-
-    seconds()
-    best, end = seconds(), time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        best = min(best, seconds())
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,4 @@
-"""Text: prompts to token ids and to the rows of channels that a transformer attends to.
-
-The encoder is small and trained together with the video transformer. No templates, no negative
-prompts, no guidance here.
-"""
+"""Text: prompts to token ids and to the rows of channels that a transformer attends to."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
+Rows = Float[Tensor, "batch words channels"]
 
 
 class Tokenizer:
@@ -31,11 +28,10 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> "Tokenizer":
         """Learn the merges of a corpus; the same corpus gives the same tokenizer."""
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size <= len(alphabet):
+        if vocab_size < 257:
             raise ValueError(
-                f"A vocabulary of {vocab_size} has no room for the padding token and every byte: "
-                f"raise it to {len(alphabet) + 1} or more."
+                f"A vocabulary of {vocab_size} has no room for every byte and the padding token: "
+                "raise it to 257 or more."
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +39,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=["<pad>"],
-            initial_alphabet=alphabet,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
@@ -52,20 +48,23 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """Read what `to_json` wrote."""
-        return cls(tokenizers.Tokenizer.from_str(text))
+        """Read the text of a `tokenizer.json`."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(
+                f"The tokenizer is damaged ({error}): copy or download tokenizer.json again."
+            ) from error
 
     def to_json(self) -> str:
-        """Return all there is to the tokenizer."""
+        """Return the text of a `tokenizer.json`."""
         return self._backend.to_str(pretty=True)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`."""
         return cls.from_json(path.read_text(encoding="utf-8"))
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`."""
         path.write_text(self.to_json(), encoding="utf-8")
 
     @property
@@ -74,11 +73,9 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text."""
         return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
         return self._backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,10 +88,9 @@ class Tokenizer:
         for row, text in zip(batch, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > max_tokens:
-                start = text if len(text) <= 40 else text[:40] + "..."
                 raise ValueError(
-                    f"The prompt {start!r} has {len(ids)} tokens, but the limit is {max_tokens}: "
-                    "shorten it."
+                    f"The prompt that begins with {text[:40]!r} has {len(ids)} tokens, "
+                    f"but the limit is {max_tokens}: shorten it."
                 )
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return batch
@@ -105,18 +101,14 @@ class TextEncoderConfig:
     """Shape of a `TextEncoder`."""
 
     vocab_size: int = 512
-    """Number of token ids."""
     hidden_size: int = 128
     """Channels of a row."""
     num_layers: int = 2
-    """Transformer layers."""
     num_heads: int = 4
-    """Attention heads of a layer."""
     max_tokens: int = 48
     """Longest prompt, in tokens."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
         sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
         if min(sizes) < 1 or self.num_layers < 0:
             raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
@@ -128,7 +120,7 @@ class TextEncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """Bidirectional transformer over token ids, with learned positions."""
+    """Bidirectional transformer with learned positions, trained with the video transformer."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -137,13 +129,10 @@ class TextEncoder(nn.Module):
         self.positions = nn.Embedding(config.max_tokens, config.hidden_size)
         for table in (self.embedding, self.positions):
             nn.init.normal_(table.weight, std=0.02)
-        layers = (_Layer(config.hidden_size, config.num_heads) for _ in range(config.num_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(
-        self, token_ids: Int[Tensor, "batch words"]
-    ) -> Float[Tensor, "batch words channels"]:
+    def forward(self, token_ids: Int[Tensor, "batch words"]) -> Rows:
         """Encode prompts; the rows of padding are zero and no other row reads them."""
         num_words = token_ids.shape[1]
         assert num_words <= self.config.max_tokens
@@ -160,24 +149,17 @@ class TextEncoder(nn.Module):
 class _Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(hidden_size)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm2 = nn.LayerNorm(hidden_size)
-        self.ffn = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(4 * hidden_size, hidden_size),
-        )
+        size, self.num_heads = config.hidden_size, config.num_heads
+        self.norm1 = nn.LayerNorm(size)
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
+        self.norm2 = nn.LayerNorm(size)
+        gelu = nn.GELU(approximate="tanh")
+        self.ffn = nn.Sequential(nn.Linear(size, 4 * size), gelu, nn.Linear(4 * size, size))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch words channels"],
-        mask: Bool[Tensor, "batch 1 words words"],
-    ) -> Float[Tensor, "batch words channels"]:
+    def forward(self, x: Rows, mask: Bool[Tensor, "batch 1 words words"]) -> Rows:
         pattern = "batch words (three heads channels) -> three batch heads words channels"
         q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, heads=self.num_heads)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -191,12 +173,9 @@ class PromptEncoder:
     """A tokenizer and the encoder trained with it."""
 
     tokenizer: Tokenizer
-    """Cuts prompts into tokens."""
     encoder: TextEncoder
-    """Encodes tokens."""
 
     def __post_init__(self) -> None:
-        """Check that the two belong together."""
         ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
         if ids > rows:
             raise ValueError(
@@ -208,9 +187,6 @@ class PromptEncoder:
         """Return token ids padded to the encoder's limit; a longer prompt is an error."""
         return self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
 
-    def encode(self, prompts: list[str]) -> Float[Tensor, "batch words channels"]:
-        """Encode prompts, each to the encoder's limit of rows.
-
-        The empty prompt gives rows of zeros: the condition that says nothing, as guidance needs it.
-        """
+    def encode(self, prompts: list[str]) -> Rows:
+        """Encode prompts, each to the encoder's limit of rows; the empty one to zeros."""
         return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))

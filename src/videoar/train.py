@@ -1,14 +1,11 @@
-"""One training loop for everything: it updates the module of an objective and knows of no videos.
-
-What a run leaves in its folder is described in `runs.py`.
-"""
+"""One training loop for everything; it knows of no videos. `runs.py` says what a run leaves."""
 
 import contextlib
 import copy
-import dataclasses
+import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -45,12 +42,10 @@ class OptimizerConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
-        within = 0 <= self.decay_fraction <= 1
-        _check("decay_fraction", self.decay_fraction, within, "between 0 and 1")
-        _check("clip_norm", self.clip_norm, self.clip_norm > 0, "above 0")
+        _check(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
+        _check(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        _check(self, "clip_norm", self.clip_norm > 0, "above 0")
 
 
 @runtime_checkable
@@ -60,17 +55,14 @@ class Task(Protocol):
     objective: Objective
     batches: Batches
     tokens_per_batch: int
-    """Tokens of one batch, for the rate."""
     flops_per_batch: float
-    """Floating point operations of one batch, forward and backward, for the share of peak."""
+    """Floating point operations, forward and backward, for the share of peak."""
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        """Measure the averaged weights; draws from generators of its own. May return nothing."""
-        ...
+        """Measure the averaged weights, with generators of its own; may return nothing."""
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         """Write the averaged weights and `meta`, replacing an earlier export."""
-        ...
 
 
 @runtime_checkable
@@ -78,11 +70,7 @@ class TaskConfig(Protocol):
     """A frozen dataclass that knows how to build its task."""
 
     def build(self, config: "TrainConfig", report: Report) -> Task:
-        """Build module, objective and batches; the loop has seeded the global generator.
-
-        What takes long (latents that must be encoded first) tells `report` how far it is.
-        """
-        ...
+        """Build the task; the global generator is seeded, and `report` hears of what takes long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +111,16 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            value = getattr(self, name)
-            _check(name, value, value >= 1, "1 or more")
-        _check("seed", self.seed, self.seed >= 0, "0 or more")
-        _check("sample_every", self.sample_every, self.sample_every >= 0, "0 or more")
-        _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "from 0 to below 1")
-        enough = self.num_threads is None or self.num_threads >= 1
-        _check("num_threads", self.num_threads, enough, "1 or more")
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        _check(self, "seed", self.seed >= 0, "0 or more")
+        _check(self, "sample_every", self.sample_every >= 0, "0 or more")
+        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
+        _check(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "1 or more")
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
-    """Return the learning rate of `step`, counted from 0, in a run of `steps`.
-
-    Neither the first step nor the last is wasted on a rate of zero.
-    """
+    """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero."""
     rise = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * steps
     fall = (steps - step) / decay_steps if decay_steps else 1.0
@@ -154,27 +136,23 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     """Train to the end, or go on where the same run stopped, and return the exported checkpoint.
 
     Whatever stops a run, the same call goes on from its newest checkpoint, and its losses equal
-    those of a run that never stopped. Ctrl-C finishes the step, saves and raises.
-
-    Args:
-        config: The run.
-        report: Receives one line per logged step and per event.
+    those of a run that never stopped. `report` gets a line per logged step and per event.
 
     Raises:
         FloatingPointError: A loss or gradient is not finite; the step was not taken.
-        KeyboardInterrupt: Ctrl-C, after the checkpoint was saved.
+        KeyboardInterrupt: Ctrl-C, after the step was finished and saved.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    runs.claim(config.out, runs.to_json(config))
-    run = _Run(config, report)
-    if run.restore():
-        report(f"going on from step {run.step} of {config.out}")
-    if run.step > config.steps:
+    found = runs.checkpoints(config.out)
+    if found and (step := int(found[-1].name.removeprefix("step-"))) > config.steps:
         raise ValueError(
-            f"{config.out} is at step {run.step} already, past the {config.steps} steps asked for:"
+            f"{config.out} is at step {step} already, past the {config.steps} steps asked for:"
             " raise steps, or name another folder"
         )
+    run = _Run(config, report)
+    if run.step:
+        report(f"going on from step {run.step} of {config.out}")
     if run.step < config.steps:
         _loop(run, report)
     return run.export()
@@ -184,10 +162,7 @@ def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     """Export the newest checkpoint of a run that is not finished, and return the folder."""
     if not runs.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
-    runs.claim(config.out, runs.to_json(config))
-    run = _Run(config, report)
-    run.restore()
-    return run.export()
+    return _Run(config, report).export()
 
 
 def _loop(run: "_Run", report: Report) -> None:
@@ -201,7 +176,7 @@ def _loop(run: "_Run", report: Report) -> None:
             if run.step % config.log_every == 0 or last:
                 log.write(run.row(peak), total=config.steps)
             if config.sample_every and (run.step % config.sample_every == 0 or last):
-                log.write_validation(run.step, run.validate())
+                log.write_validation(run.step, run.task.validate(run.average()))
             if run.step % config.save_every == 0 or last or interrupted.is_set():
                 run.save()
             if interrupted.is_set() and not last:
@@ -210,31 +185,37 @@ def _loop(run: "_Run", report: Report) -> None:
 
 
 class _Run:
-    """Everything that a step changes, and how it is kept in files."""
+    """Everything that a step changes, as the newest checkpoint has it, and how it is kept."""
 
     def __init__(self, config: TrainConfig, report: Report) -> None:
+        runs.claim(config.out, runs.to_json(config))
         self.config = config
+        self.device = torch.device(config.device)
         # Initial weights come from the global generator: seeded here, and given back as it was.
-        device = torch.device(config.device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.task = config.task.build(config, report)
-        self.module = self.task.objective.module.to(device).train()
+        self.module = self.task.objective.module.to(self.device).train()
         self.ema = copy.deepcopy(self.module).float().requires_grad_(False).eval()
-        named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.parameters = named
-        averages = dict(self.ema.named_parameters())
-        self._averages = [(averages[name], value) for name, value in self.parameters.items()]
-        self.optimizers = _optimizers(config, named)
+        self.averages = dict(self.ema.named_parameters())
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.optimizers = _optimizers(config, self.parameters)
+        owners = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        self.moments = {name: owners[p].state[p] for name, p in self.parameters.items()}
         self.step = 0
-        self.seconds = 0.0
-        self.window = _Window()
-        self._clock = time.perf_counter()
+        self.window = runs.Window()
+        self.began = time.perf_counter()
+        if found := runs.checkpoints(config.out):
+            self._restore(found[-1])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on this run so far, over all its resumptions."""
+        return time.perf_counter() - self.began
 
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""
-        started = time.perf_counter()
-        config = self.config
+        config, started = self.config, time.perf_counter()
         terms: dict[str, float] = {}
         for micro in range(config.accumulate):
             for name, value in self._backward(micro).items():
@@ -244,9 +225,8 @@ class _Run:
         for name, value in terms.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"step {self.step + 1} of {config.out} was not taken because its {name} is"
-                    f" {value} (the last checkpoint is intact): look at the data of that step, or"
-                    " begin in another folder with a lower learning rate"
+                    f"step {self.step + 1} of {config.out} was not taken, as its {name} is {value}:"
+                    " look at its data, or begin in another folder with a lower learning rate"
                 )
         rate = learning_rate(config.optimizer, step=self.step, steps=config.steps)
         for optimizer in self.optimizers:
@@ -254,13 +234,15 @@ class _Run:
                 group["lr"] = group["peak"] * rate / config.optimizer.learning_rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._average()
+        with torch.no_grad():
+            weight = 1 - ema_decay_at(config.ema_decay, step=self.step)
+            for name, parameter in self.parameters.items():
+                self.averages[name].lerp_(parameter.float(), weight)
         self.step += 1
         self.window.add(terms, rate, time.perf_counter() - started)
 
     def _backward(self, micro: int) -> dict[str, float]:
-        config = self.config
-        device = torch.device(config.device)
+        config, device = self.config, self.device
         number = self.step * config.accumulate + micro
         batch = {
             key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -269,26 +251,14 @@ class _Run:
         # A generator of its own per batch: nothing random has to be kept to go on exactly.
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0])
         rng = torch.Generator(device).manual_seed(seed >> 1)
-        mixed = config.precision == "bfloat16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             terms = self.task.objective.loss(batch, rng)
         (terms["loss"] / config.accumulate).backward()
         return {name: value.item() for name, value in terms.items()}
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        weight = 1 - ema_decay_at(self.config.ema_decay, step=self.step)
-        for average, parameter in self._averages:
-            average.lerp_(parameter.float(), weight)
-
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer state of a parameter, which exactly one optimizer holds."""
-        owner = next(o for o in self.optimizers if any(parameter is p for p in _members(o)))
-        return owner.state[parameter]
-
     def row(self, peak: float) -> Row:
         """Return the log line of the steps since the last one, and begin anew."""
-        window, self.window = self.window, _Window()
+        window, self.window = self.window, runs.Window()
         batches = window.count * self.config.accumulate / window.seconds
         return {
             "step": self.step,
@@ -297,125 +267,74 @@ class _Run:
             "seconds_per_step": window.seconds / window.count,
             "tokens_per_second": batches * self.task.tokens_per_batch,
             "share_of_peak": batches * self.task.flops_per_batch / peak,
-            "seconds": self.tick(),
+            "seconds": self.seconds,
         }
 
-    def validate(self) -> dict[str, float]:
-        """Measure the averaged weights."""
-        self._copy_buffers()
-        return self.task.validate(self.ema)
-
-    def tick(self) -> float:
-        """Return the seconds spent on this run so far, over all its resumptions."""
-        now = time.perf_counter()
-        self.seconds += now - self._clock
-        self._clock = now
-        return self.seconds
-
-    def _copy_buffers(self) -> None:
+    def average(self) -> nn.Module:
+        """Return the averaged weights beside the buffers of now."""
         for target, source in zip(self.ema.buffers(), self.module.buffers(), strict=True):
             target.copy_(source)
+        return self.ema
 
     def save(self) -> None:
         """Write a checkpoint of this step and remove those that are too old."""
-        state = {
-            "step": self.step,
-            "seconds": self.tick(),
-            "window": dataclasses.asdict(self.window),
-        }
         tensors = {
             "module": runs.named_tensors(self.module),
             "ema": runs.named_tensors(self.ema),
             "optimizer": {
                 f"{name}/{key}": value
-                for name, parameter in self.parameters.items()
-                for key, value in self._state(parameter).items()
+                for name, moments in self.moments.items()
+                for key, value in moments.items()
             },
         }
-        runs.write_checkpoint(
-            self.config.out, step=self.step, keep=self.config.keep, tensors=tensors, state=state
-        )
+        state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
+        out, keep = self.config.out, self.config.keep
+        runs.write_checkpoint(out, step=self.step, keep=keep, tensors=tensors, state=state)
 
-    def restore(self) -> bool:
-        """Take over the newest checkpoint; return whether there is one."""
-        found = runs.checkpoints(self.config.out)
-        if not found:
-            return False
-        tensors, state = runs.read_checkpoint(found[-1])
-        runs.copy_tensors(tensors["module"], runs.named_tensors(self.module), origin=found[-1])
-        runs.copy_tensors(tensors["ema"], runs.named_tensors(self.ema), origin=found[-1])
+    def _restore(self, origin: Path) -> None:
+        tensors, state = runs.read_checkpoint(origin)
+        runs.copy_tensors(tensors["module"], runs.named_tensors(self.module), origin=origin)
+        runs.copy_tensors(tensors["ema"], runs.named_tensors(self.ema), origin=origin)
         for full_name, value in tensors["optimizer"].items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
             # Moments take the memory layout of their parameter: fused AdamW walks both alike.
             place = torch.empty_like(parameter if value.shape == parameter.shape else value)
-            self._state(parameter)[key] = place.to(parameter.device).copy_(value)
+            self.moments[name][key] = place.to(self.device).copy_(value)
         self.step = state["step"]
-        self.seconds = state["seconds"]
-        self.window = _Window(**state["window"])
-        return True
+        self.began -= state["seconds"]
+        self.window = runs.Window(**state["window"])
 
     def export(self) -> Path:
         """Have the task write the averaged weights, and return their folder."""
-        self._copy_buffers()
-        config = self.config
-        folder = config.out / "checkpoint"
-        meta = runs.provenance(
-            config.out, runs.to_json(config), step=self.step, seconds=self.tick()
-        )
-        self.task.export(folder, self.ema, meta)
-        return folder
-
-
-def _members(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        out, config = self.config.out, runs.to_json(self.config)
+        meta = runs.provenance(out, config, step=self.step, seconds=self.seconds)
+        self.task.export(out / "checkpoint", self.average(), meta)
+        return out / "checkpoint"
 
 
 def _optimizers(config: TrainConfig, named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    options = config.optimizer
-    matrices = {
-        name: parameter
-        for name, parameter in named.items()
-        if options.muon_learning_rate is not None
-        and parameter.ndim >= 2
-        and not any(part in name for part in options.muon_excludes)
-    }
-    rest = [parameter for name, parameter in named.items() if name not in matrices]
-    decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay}
-    free = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
-    rate = options.learning_rate
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([decayed, free], lr=rate, betas=options.betas, fused=True)
-    ]
-    if matrices and options.muon_learning_rate is not None:
+    options, muon = config.optimizer, config.optimizer.muon_learning_rate
+    vectors, outer, hidden = [], [], []
+    for name, parameter in named.items():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif muon is None or any(part in name for part in options.muon_excludes):
+            outer.append(parameter)
+        else:
+            hidden.append(parameter)
+    decay = options.weight_decay
+    groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if muon is not None and hidden:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        decay = options.weight_decay
-        optimizers.append(
-            Muon(matrices.values(), lr=options.muon_learning_rate, weight_decay=decay, dtype=dtype)
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["peak"] = group["lr"]
     return optimizers
 
 
-@dataclass
-class _Window:
-    """Sums over the steps since the last line of the log; part of a checkpoint."""
-
-    totals: dict[str, float] = field(default_factory=dict)
-    learning_rate: float = 0.0
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, terms: dict[str, float], rate: float, seconds: float) -> None:
-        for name, value in terms.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
-        self.learning_rate = rate
-        self.count += 1
-        self.seconds += seconds
-
-
-def _check(name: str, value: Any, valid: bool, limit: str) -> None:
+def _check(config: Any, name: str, valid: bool, limit: str) -> None:
     if not valid:
-        raise ValueError(f"{name} is {value}, but must be {limit}: change it")
+        raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")

@@ -29,7 +29,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,11 +42,12 @@ ORDERS = ("raster", "snake", "wavefront")
 MAX_LEVELS = 5
 
 
+@dataclass(frozen=True)
 class Scheme(ABC):
     """How one segment of a lattice is cut into units."""
 
-    frames: Any
-    """Latent frames per segment, an int; None if the whole clip is one segment."""
+    frames: int | None
+    """Latent frames per segment; None if the whole clip is one segment."""
 
     @abstractmethod
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
@@ -120,8 +120,8 @@ class KeyDetail(Scheme):
 class Pyramid(Scheme):
     """Multiscale refinement: the segment's latents pooled by each factor, coarse to fine."""
 
-    factors: tuple[int, ...] = (4, 2, 1)
     frames: int = 2
+    factors: tuple[int, ...] = (4, 2, 1)
 
     def __post_init__(self):
         shrinking = all(a > b for a, b in itertools.pairwise(self.factors))
@@ -159,7 +159,7 @@ _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
     (
         "multiscale:4,2,1",
         r"multiscale:(\d+(?:,\d+)*)(?:/frames=(\d+))?",
-        lambda factors, t: Pyramid(tuple(map(int, factors.split(","))), int(t or 2)),
+        lambda factors, t: Pyramid(int(t or 2), tuple(map(int, factors.split(",")))),
     ),
     (
         "cube:1x2x2",

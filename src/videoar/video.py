@@ -7,43 +7,36 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 import av
 import numpy as np
-from av.container import OutputContainer
-from av.video.stream import VideoStream
+from av.container import InputContainer
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+Frames = UInt8[np.ndarray, "frames height width 3"]
+Picture = UInt8[np.ndarray, "rows columns 3"]
+
 STREAMS = (".mp4", ".mkv")
 PICTURES = (".webp", ".gif", ".png")
-BT709 = 1  # the number of this standard in H.264 and FFmpeg: matrix, primaries and transfer
-LIMITED = 1  # luma in 16..235
 PAPER, INK = 224, 0  # not white: a white clip must have an edge
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
-    """Frames and how fast they go."""
+    """Frames, at least one, and how many pass in a second."""
 
-    frames: UInt8[np.ndarray, "frames height width 3"]
-    """At least one."""
+    frames: Frames
     fps: float
-    """Frames per second."""
 
     def __post_init__(self) -> None:
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}; it must be above 0")
-
-    @property
-    def seconds(self) -> float:
-        """Return the duration."""
-        return len(self.frames) / self.fps
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a file of the kind that its suffix names.
@@ -75,31 +68,35 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False) -> None:
         self.path = check_output(path, overwrite=overwrite)
-        if self.path.suffix.lower() not in STREAMS:
-            raise ValueError(
-                f"{self.path.name} cannot be written frame by frame; use {' or '.join(STREAMS)}"
-            )
+        kind = self.path.suffix.lower()
+        if kind not in STREAMS:
+            raise ValueError(f"a {kind} cannot be written frame by frame; use .mp4 or .mkv")
         self.partial = _partial(self.path)
         self.num_frames = 0
-        # 23.976 is meant as 24000/1001.
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._size: tuple[int, int] | None = None
-        self._container: OutputContainer | None = None
-        self._stream: VideoStream | None = None
+        self._size = (0, 0)
+        rate = Fraction(fps).limit_denominator(1001)  # 23.976 is meant as 24000/1001
+        # Nothing is written before the first frame, which gives the size.
+        self._container = av.open(str(self.partial), "w")
+        if kind == ".mkv":
+            self._stream = self._container.add_stream("ffv1", rate=rate)
+            self._stream.pix_fmt = "bgr0"
+        else:
+            # crf 16 shows no artefacts on flat colours; 4,400 frames/s of 64x64 on one core
+            # (preset ultrafast: 6,700 frames/s in three times the size).
+            options = {"crf": "16", "preset": "veryfast"}
+            self._stream = self._container.add_stream("libx264", rate=rate, options=options)
+            self._stream.pix_fmt = "yuv420p"
+            # Untagged files are shown in one matrix by some players and in another by others.
+            context = self._stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            context.color_range = 1  # luma in 16..235
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._container is None:
-            return
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
-            if self._stream is not None:
+            if self.num_frames:
                 self._container.mux(self._stream.encode())
         finally:
             self._container.close()
@@ -108,65 +105,39 @@ class VideoWriter:
         elif kind is None or issubclass(kind, KeyboardInterrupt):
             os.replace(self.partial, self.path)
 
-    def write(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> None:
+    def write(self, frames: Frames) -> None:
         """Append frames; all must have the size of the first."""
+        stream, lossy = self._stream, self.path.suffix.lower() == ".mp4"
         for frame in frames:
             height, width = frame.shape[:2]
-            if self._size is None:
+            # Halved chroma needs even sizes. One more row or column is cheaper than 4:4:4, which
+            # browsers and phones do not play.
+            below, right = (height % 2, width % 2) if lossy else (0, 0)
+            if self.num_frames == 0:
                 self._size = (height, width)
-                self._open(height=height, width=width)
+                stream.height, stream.width = height + below, width + right
             if self._size != (height, width):
                 raise ValueError(
                     f"a frame of {width}x{height} does not fit into a video of "
                     f"{self._size[1]}x{self._size[0]}; resize it or write another file"
                 )
-            self._encode(frame)
-
-    def _open(self, *, height: int, width: int) -> None:
-        self._container = av.open(str(self.partial), "w")
-        if self.path.suffix.lower() == ".mkv":
-            stream = self._container.add_stream("ffv1", rate=self._rate)
-            stream.pix_fmt = "bgr0"
-        else:
-            # crf 16 shows no artefacts on flat colours; 4,400 frames/s of 64x64 on one core
-            # (preset ultrafast: 6,700 frames/s in three times the size).
-            options = {"crf": "16", "preset": "veryfast"}
-            stream = self._container.add_stream("libx264", rate=self._rate, options=options)
-            stream.pix_fmt = "yuv420p"
-            # Untagged files are shown in one matrix by some players and in another by others.
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = BT709
-            context.color_range = LIMITED
-            # Halved chroma needs even sizes. One more row or column is cheaper than 4:4:4, which
-            # browsers and phones do not play.
-            height, width = height + height % 2, width + width % 2
-        stream.height, stream.width = height, width
-        self._stream = stream
-
-    def _encode(self, frame: UInt8[np.ndarray, "height width 3"]) -> None:
-        assert self._container is not None
-        assert self._stream is not None
-        below, right = self._stream.height - frame.shape[0], self._stream.width - frame.shape[1]
-        if below or right:
-            frame = np.pad(frame, ((0, below), (0, right), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if self._stream.pix_fmt == "yuv420p":
-            picture = picture.reformat(
-                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-            )
-        self._container.mux(self._stream.encode(picture))
-        self.num_frames += 1
+            if below or right:
+                frame = np.pad(frame, ((0, below), (0, right), (0, 0)), mode="edge")
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if lossy:
+                picture = picture.reformat(
+                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                )
+            self._container.mux(stream.encode(picture))
+            self.num_frames += 1
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
     """Return the path of a file that can be written; raise before any work if it cannot."""
     target = Path(path).expanduser()
-    known = STREAMS + PICTURES
-    if target.suffix.lower() not in known:
-        raise ValueError(
-            f"{target.name!r} ends in {target.suffix or 'no suffix'!r}, which is no kind of video; "
-            f"use one of {', '.join(known)}"
-        )
+    known, suffix = STREAMS + PICTURES, target.suffix or "no suffix"
+    if suffix.lower() not in known:
+        raise ValueError(f"{target.name!r} ends in {suffix!r}; use one of {', '.join(known)}")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; give the name of a file in it")
     if not target.parent.is_dir():
@@ -178,16 +149,14 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     return target
 
 
-def decode_frames(path: str | Path) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+def decode_frames(path: str | Path) -> Iterator[Picture]:
     """Yield the frames of a video file one after the other."""
     with _open_input(path) as container:
         try:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
         except av.FFmpegError as error:
-            raise ValueError(
-                f"{path} is damaged ({error.strerror}); copy or encode it again"
-            ) from error
+            raise ValueError(f"{path} is damaged ({error.strerror}); copy it again") from error
 
 
 def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
@@ -197,103 +166,70 @@ def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
         rate = stream.average_rate or stream.guessed_rate
     if rate is None:
         raise ValueError(f"{path} does not give its frames per second; encode it again")
-    frames: list[UInt8[np.ndarray, "height width 3"]] = []
-    for frame in decode_frames(path):
-        if len(frames) == max_frames:
-            raise ValueError(
-                f"{path} has more than {max_frames} frames; raise max_frames or read it in parts "
-                f"with decode_frames"
-            )
-        frames.append(frame)
+    frames = list(islice(decode_frames(path), max_frames + 1))
+    if len(frames) > max_frames:
+        raise ValueError(
+            f"{path} has more than {max_frames} frames; raise max_frames or use decode_frames"
+        )
     if not frames:
         raise ValueError(f"{path} has no frame that can be decoded; encode it again")
     return Video(frames=np.stack(frames), fps=float(rate))
 
 
-def upscale(
-    frames: UInt8[np.ndarray, "frames height width 3"], factor: int
-) -> UInt8[np.ndarray, "frames rows columns 3"]:
+def upscale(frames: Frames, factor: int) -> UInt8[np.ndarray, "frames rows columns 3"]:
     """Enlarge every pixel to a square: small frames stay sharp where players would blur them."""
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def contact_sheet(
-    frames: UInt8[np.ndarray, "frames height width 3"], *, columns: int = 8, gap: int = 2
-) -> UInt8[np.ndarray, "rows columns 3"]:
+def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     """Lay frames out on one picture in the order of reading."""
     columns = min(columns, len(frames))
     empty = -len(frames) % columns
     # Every tile brings a margin above and to the left; the picture one below and to the right.
     tiles = np.pad(frames, ((0, empty), (gap, 0), (gap, 0), (0, 0)), constant_values=PAPER)
-    if empty:
-        tiles[-empty:] = PAPER
     sheet = rearrange(tiles, "(y x) h w c -> (y h) (x w) c", x=columns)
     return np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
 
 
-def side_by_side(
-    videos: Sequence[Video], labels: Sequence[str], *, columns: int | None = None, scale: int = 1
-) -> Video:
-    """Show videos of one size beside each other, each below its label; short ones hold their end.
-
-    Args:
-        videos: of one frame size and speed.
-        labels: one for each.
-        columns: videos in a row; all of them by default.
-        scale: pixels are enlarged to squares of this size.
-    """
-    if not videos or len(videos) != len(labels):
-        raise ValueError(
-            f"{len(videos)} videos have {len(labels)} labels; give one label to each video, and at "
-            f"least one video"
-        )
+def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int = 1) -> Video:
+    """Show videos beside each other, enlarged, below their labels; short ones hold their end."""
+    if len(videos) != len(labels):
+        raise ValueError(f"{len(videos)} videos have {len(labels)} labels; give one to each video")
     kinds = sorted({(*video.frames.shape[1:3], video.fps) for video in videos})
     if len(kinds) > 1:
-        raise ValueError(
-            f"the videos differ in (height, width, fps): {kinds[0]} and {kinds[1]}; show only "
-            f"videos of one size and speed side by side"
-        )
-    length = max(len(video.frames) for video in videos)
+        raise ValueError(f"the videos must agree in (height, width, fps), but have {kinds}")
+    moments = np.arange(max(len(video.frames) for video in videos))
     tiles = []
     for video, label in zip(videos, labels, strict=True):
-        frames = upscale(video.frames[np.minimum(np.arange(length), len(video.frames) - 1)], scale)
-        bar = np.broadcast_to(
-            _label(label, width=frames.shape[2]), (length, 20, frames.shape[2], 3)
-        )
-        tiles.append(np.concatenate([bar, frames], axis=1))
-    sheets = [
-        contact_sheet(moment, columns=columns or len(videos), gap=4)
-        for moment in np.stack(tiles, axis=1)
-    ]
+        frames = upscale(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
+        tiles.append(np.pad(frames, ((0, 0), (20, 0), (0, 0), (0, 0))))
+        tiles[-1][:, :20] = _label(label, width=frames.shape[2])
+    sheets = [contact_sheet(row, columns=len(videos), gap=4) for row in np.stack(tiles, axis=1)]
     return Video(frames=np.stack(sheets), fps=videos[0].fps)
 
 
-def _label(text: str, *, width: int) -> UInt8[np.ndarray, "20 width 3"]:
+def _label(text: str, *, width: int) -> Picture:
     """Draw one line of text, smaller if it is long, cut if it is longer still."""
     picture = Image.new("RGB", (width, 20), (PAPER,) * 3)
     draw = ImageDraw.Draw(picture)
-    sizes = [size for size in range(14, 7, -1) if draw.textlength(text, _font(size)) <= width]
-    draw.text((0, 10), text, fill=(INK,) * 3, font=_font(max(sizes, default=8)), anchor="lm")
+    fonts = [ImageFont.load_default(size) for size in range(14, 7, -1)]
+    font = next((font for font in fonts if draw.textlength(text, font) <= width), fonts[-1])
+    draw.text((0, 10), text, fill=(INK,) * 3, font=font, anchor="lm")
     return np.asarray(picture)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def _save_picture(video: Video, path: Path) -> None:
-    count = len(video.frames)
-    kind = path.suffix.lower().lstrip(".").upper()
-    if kind == "PNG":
+    count, kind = len(video.frames), path.suffix.lower()
+    if kind == ".png":
         chosen = np.linspace(0, count - 1, min(count, 32)).round().astype(int)
         Image.fromarray(contact_sheet(video.frames[chosen])).save(path)
         return
     # These formats count whole milliseconds or hundredths of a second: round the moments and not
     # the durations, so that the error does not add up.
-    unit = 10 if kind == "GIF" else 1
+    unit = 10 if kind == ".gif" else 1
     moments = (np.arange(count + 1) * 1000 / video.fps / unit).round().astype(int) * unit
-    first, *rest = [Image.fromarray(frame) for frame in video.frames]
     durations = np.diff(moments).tolist()
+    first, *rest = [Image.fromarray(frame) for frame in video.frames]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
@@ -302,7 +238,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial{path.suffix}")
 
 
-def _open_input(path: str | Path) -> av.container.InputContainer:
+def _open_input(path: str | Path) -> InputContainer:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; give the path of a video")
     try:

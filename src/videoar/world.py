@@ -4,7 +4,7 @@ Frame k of a scene is a closed form of k, so a clip may start anywhere in an end
 are units of 1/64 frame, y points down, and opposite edges are glued: the world is a torus.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,13 +14,21 @@ from jaxtyping import Float, UInt8
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Masks = Float[np.ndarray, "frames height width"]
 Series = Float[np.ndarray, " frames"]
-Path = Float[np.ndarray, "frames 3"]
-"""Centre x, centre y and radius, frame by frame; centres are not wrapped."""
+Path = Float[np.ndarray, "frames 3"]  # centre x, centre y and radius; centres are not wrapped
 
 EXTENT = 64.0
 SHAPES = ("ball", "square", "triangle", "cross")
 SIZES = {"small": 8.0, "large": 12.0}
-MOTIONS = ("left", "right", "up", "down", "bouncing", "circling", "growing", "still")
+MOTIONS = {
+    "left": ("moves left", "is moving to the left", "drifts leftwards", "slides left"),
+    "right": ("moves right", "is moving to the right", "drifts rightwards", "slides right"),
+    "up": ("moves up", "is drifting upwards", "rises", "floats up"),
+    "down": ("moves down", "is drifting downwards", "falls", "sinks down"),
+    "bouncing": ("bounces up and down", "bounces", "is bouncing", "hops up and down"),
+    "circling": ("moves in a circle", "circles around", "is circling", "goes round and round"),
+    "growing": ("grows and shrinks", "is growing and shrinking", "pulses", "swells and shrinks"),
+    "still": ("stays still", "stands still", "does not move", "is at rest"),
+}
 COLORS = {
     "red": (230, 40, 40),
     "green": (30, 185, 50),
@@ -32,25 +40,17 @@ COLORS = {
 BACKGROUNDS = {"black": (5,) * 3, "white": (245,) * 3, "grey": (125,) * 3, "navy": (12, 18, 80)}
 WORDS = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES}
 
-DRIFTS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-SPEED = 20.0
-"""Units per second of a drift: once across a frame in 3.2 s."""
+DRIFTS = {"left": (-20.0, 0.0), "right": (20.0, 0.0), "up": (0.0, -20.0), "down": (0.0, 20.0)}
+"""In units per second: once across a frame in 3.2 s."""
 PERIODS = {"bouncing": 1.25, "circling": 2.0, "growing": 2.0}
 BOUNCE_HEIGHT, ORBIT_RADIUS, GROWTH_MEAN, GROWTH_SWING = 24.0, 12.0, 0.875, 0.325
-SQUARE_HALF, CROSS_ARM = 0.9, 0.36
-"""Half width of a square and of a bar of the cross, in radii."""
-
-TWO_THINGS_SHARE = 0.25
-LANES = {
-    "rows": ((0.0, 0.0, EXTENT, EXTENT / 2), (0.0, EXTENT / 2, EXTENT, EXTENT)),
-    "columns": ((0.0, 0.0, EXTENT / 2, EXTENT), (EXTENT / 2, 0.0, EXTENT, EXTENT)),
-}
+SQUARE, BAR = 0.9, 0.36  # half width of a square and of a bar of the cross, in radii
+AREAS = {"ball": np.pi, "square": 4 * SQUARE**2, "triangle": 2.0, "cross": 4 * BAR * (2 - BAR)}
+"""Of shapes of radius 1."""
 LANE_MOTIONS = {
     "rows": ("left", "right", "growing", "still"),
     "columns": ("up", "down", "bouncing", "growing", "still"),
 }
-MARGIN = 2.0
-"""Units between a thing and the edge of its lane: blurred things stay apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,8 @@ class Thing:
     size: str
     motion: str
     x: float
-    """Centre at frame 0; for a circling thing the centre of the orbit."""
     y: float
-    """Centre at frame 0; for a bouncing thing the bottom of the bounce."""
+    """Centre at frame 0; of the orbit for a circling thing, the bottom of a bounce."""
     phase: float = 0.0
     """Share of the period that has passed at frame 0, for motions that have one."""
 
@@ -75,12 +74,10 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Things on a plain background: all there is to know about an endless video."""
+    """Things of different colours on a plain background: all there is to an endless video."""
 
     things: tuple[Thing, ...]
-    """At least one thing, each of another colour."""
     background: str
-    """One of `BACKGROUNDS`."""
 
     def __post_init__(self) -> None:
         _check("background", self.background, BACKGROUNDS)
@@ -93,10 +90,9 @@ class Scene:
         return {"background": self.background, "things": [asdict(thing) for thing in self.things]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Scene":
+    def from_json(cls, data: dict[str, Any]) -> "Scene":
         """Build the scene that `to_json` described."""
-        things = tuple(Thing(**thing) for thing in data["things"])
-        return cls(things=things, background=data["background"])
+        return cls(**data | {"things": tuple(Thing(**thing) for thing in data["things"])})
 
 
 def _check(name: str, value: str, known: Collection[str]) -> None:
@@ -111,15 +107,17 @@ def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene: one thing anywhere, or two small things in lanes where they never meet."""
     lanes, sizes, motions = [(0.0, 0.0, EXTENT, EXTENT)], list(SIZES), MOTIONS
-    if rng.random() < TWO_THINGS_SHARE:
-        split = _pick(rng, LANES)
-        lanes, sizes, motions = list(LANES[split]), ["small"], LANE_MOTIONS[split]
+    if rng.random() < 0.25:
+        split = _pick(rng, LANE_MOTIONS)
+        right, down = (EXTENT, EXTENT / 2) if split == "rows" else (EXTENT / 2, EXTENT)
+        lanes = [(0.0, 0.0, right, down), (EXTENT - right, EXTENT - down, EXTENT, EXTENT)]
+        sizes, motions = ["small"], LANE_MOTIONS[split]
     colors = rng.permutation(list(COLORS)).tolist()
     things = []
     for lane, color in zip(lanes, colors, strict=False):
         size, motion = _pick(rng, sizes), _pick(rng, motions)
         radius = SIZES[size] * (GROWTH_MEAN + GROWTH_SWING if motion == "growing" else 1.0)
-        reach = radius + MARGIN + (ORBIT_RADIUS if motion == "circling" else 0.0)
+        reach = radius + 2 + (ORBIT_RADIUS if motion == "circling" else 0)  # 2: blur needs room
         low, high = np.array(lane[:2]) + reach, np.array(lane[2:]) - reach
         low[1] += BOUNCE_HEIGHT if motion == "bouncing" else 0.0
         x, y = rng.uniform(low, high)
@@ -135,8 +133,6 @@ def render(
     scene: Scene, *, num_frames: int, start: int = 0, size: int = 64, fps: int = 16
 ) -> Frames:
     """Draw frames ``start .. start + num_frames - 1`` of the endless video of a scene."""
-    if num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}; ask for at least 1 frame")
     if size < EXTENT:
         raise ValueError(f"size is {size}; shapes need 64 pixels to be distinct, ask for those")
     seconds = np.arange(start, start + num_frames) / fps
@@ -151,7 +147,7 @@ def render(
 def find_path(thing: Thing, seconds: Series) -> Path:
     """Return where a thing is, and how big, at the given times."""
     drift_x, drift_y = DRIFTS.get(thing.motion, (0.0, 0.0))
-    x, y = thing.x + SPEED * drift_x * seconds, thing.y + SPEED * drift_y * seconds
+    x, y = thing.x + drift_x * seconds, thing.y + drift_y * seconds
     radius = np.full_like(seconds, SIZES[thing.size])
     turn = seconds / PERIODS.get(thing.motion, 1.0) + thing.phase
     angle = 2.0 * np.pi * turn
@@ -175,13 +171,13 @@ def coverage(shape: str, *, path: Path, size: int) -> Masks:
     if shape == "ball":
         outside = np.sqrt(across**2 + along**2) - radius
     elif shape == "square":
-        outside = np.maximum(across, along) - SQUARE_HALF * radius
+        outside = np.maximum(across, along) - SQUARE * radius
     elif shape == "triangle":
         sides = (2.0 * across - (down + radius)) * np.float32(0.2**0.5)
         outside = np.maximum(sides, down - radius)
     else:
-        flat = np.maximum(across - radius, along - CROSS_ARM * radius)
-        outside = np.minimum(flat, np.maximum(along - radius, across - CROSS_ARM * radius))
+        flat = np.maximum(across - radius, along - BAR * radius)
+        outside = np.minimum(flat, np.maximum(along - radius, across - BAR * radius))
     return np.clip(0.5 - outside * np.float32(scale), 0.0, 1.0)
 
 
@@ -192,32 +188,19 @@ def _wrap(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SHAPE_WORDS = {"ball": ("ball", "disc", "circle"), "square": ("square", "box")}
-GROUND_WORDS = {"grey": ("grey", "gray")}
 GROUND_PHRASES = ("on a {} background", "over {}", "against a {} backdrop", "in front of a {} wall")
 NOUN_PHRASES = ("a {0} {1} {2}", "one {0} {1} {2}", "a {0}, {1} {2}", "a {1} {2} of {3} size")
-MOTION_PHRASES = {
-    "left": ("moves left", "is moving to the left", "drifts leftwards", "slides left"),
-    "right": ("moves right", "is moving to the right", "drifts rightwards", "slides right"),
-    "up": ("moves up", "is drifting upwards", "rises", "floats up"),
-    "down": ("moves down", "is drifting downwards", "falls", "sinks down"),
-    "bouncing": ("bounces up and down", "bounces", "is bouncing", "hops up and down"),
-    "circling": ("moves in a circle", "circles around", "is circling", "goes round and round"),
-    "growing": ("grows and shrinks", "is growing and shrinking", "pulses", "swells and shrinks"),
-    "still": ("stays still", "stands still", "does not move", "is at rest"),
-}
 
 
 def plain_caption(scene: Scene) -> str:
     """Return the canonical caption of a scene."""
-    nouns = [f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.things]
-    verbs = [MOTION_PHRASES[thing.motion][0] for thing in scene.things]
-    clauses = " and ".join(map(" ".join, zip(nouns, verbs, strict=True)))
-    return f"{clauses} on a {scene.background} background"
+    things = [f"a {x.size} {x.color} {x.shape} {MOTIONS[x.motion][0]}" for x in scene.things]
+    return f"{' and '.join(things)} on a {scene.background} background"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe a scene in one of many phrasings that all name every attribute."""
-    words = GROUND_WORDS.get(scene.background, (scene.background,))
+    words = ("grey", "gray") if scene.background == "grey" else (scene.background,)
     ground = _pick(rng, GROUND_PHRASES).format(_pick(rng, words))
     clauses = []
     for index in rng.permutation(len(scene.things)):
@@ -225,28 +208,18 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         size = _pick(rng, SIZE_WORDS[thing.size])
         shape = _pick(rng, SHAPE_WORDS.get(thing.shape, (thing.shape,)))
         noun = _pick(rng, NOUN_PHRASES).format(size, thing.color, shape, thing.size)
-        clauses.append(f"{noun} {_pick(rng, MOTION_PHRASES[thing.motion])}")
+        clauses.append(f"{noun} {_pick(rng, MOTIONS[thing.motion])}")
     text = _pick(rng, (" while ", " and ")).join(clauses)
     text = f"{text} {ground}" if rng.random() < 0.7 else f"{ground}, {text}"
     text = text[0].upper() + text[1:] if rng.random() < 0.2 else text
     return f"{text}." if rng.random() < 0.2 else text
 
 
-AREAS = {
-    "ball": np.pi,
-    "square": (2 * SQUARE_HALF) ** 2,
-    "triangle": 2.0,
-    "cross": 4 * CROSS_ARM * (2 - CROSS_ARM),
-}
-"""Area of a shape of radius 1."""
-MIN_SECONDS = 1.5
-"""Shorter clips do not tell a bounce from a drift."""
-MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 8.0, 6.0, 4.0, 0.12
-"""Slower, lower, tighter or weaker than this is called still: a generated thing trembles."""
-MAX_STRAY = 16.0
-"""Variance, in square units, by which a track may miss its motion's law."""
-FAINT = 0.2
-"""Coverage below this is noise."""
+MIN_SECONDS = 1.5  # shorter clips do not tell a bounce from a drift
+MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
+"""Slower (as a share), lower, tighter or weaker is called still: a generated thing trembles."""
+MAX_STRAY = 16.0  # variance, in square units, by which a track may miss its motion's law
+FAINT = 0.2  # coverage below this is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,20 +232,17 @@ class Seen:
     size: str
     motion: str | None
     """None in a clip under `MIN_SECONDS` or where no motion fits."""
-    confidence: float
-    """Mean overlap (IoU) with the nearest shape, equally blurred: 1 is a perfect drawing."""
     track: Path = field(repr=False, compare=False)
     """The path through the frames that show the thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the judge saw in a clip."""
+    """What the judge saw in a clip; the things in the order of `COLORS`."""
 
     background: str | None
     """None for a colour far from all of `BACKGROUNDS`."""
     things: tuple[Seen, ...]
-    """In the order of `COLORS`."""
 
 
 def read(frames: Frames, *, fps: int = 16) -> Reading:
@@ -304,16 +274,12 @@ def _find_masks(
     """
     length = np.linalg.norm(offset, axis=-1)
     reach = np.maximum(np.linalg.norm(palette, axis=-1), 1.0)
-    visible = length > 40.0
-    cosine = offset[visible] @ (palette / reach[:, None]).T / length[visible][:, None]
-    best = cosine.argmax(axis=-1)
-    solid = (cosine.max(axis=-1) > 0.8) & (length[visible] > 0.5 * reach[best])
-    label = np.full(length.shape, -1)
-    label[visible] = np.where(solid, best, -1)
-
+    cosine = offset @ (palette / reach[:, None]).T / np.maximum(length, 1.0)[..., None]
+    label = cosine.argmax(axis=-1)
+    solid = (length > np.maximum(40.0, 0.5 * reach[label])) & (cosine.max(axis=-1) > 0.8)
     alphas, rests = {}, []
     for index, name in enumerate(COLORS):
-        core = label == index
+        core = solid & (label == index)
         for axis in (1, 2):  # erosion: the tinted rim of a compressed thing is no thing
             core = core & np.roll(core, 1, axis) & np.roll(core, -1, axis)
         if np.median(core.sum(axis=(1, 2))) * (EXTENT / len(length[0])) ** 2 < 10.0:
@@ -332,20 +298,17 @@ def _see(color: str, mask: Masks, *, fps: int) -> Seen:
     blobs = _follow(mask)
     shown = np.flatnonzero(blobs[:, 2] > 0.25 * np.median(blobs[:, 2]))
     few = shown[:: max(1, len(shown) // 16)]
-    overlaps = {shape: _overlap(shape, mask[few], blobs=blobs[few]) for shape in SHAPES}
-    shape = max(overlaps, key=overlaps.__getitem__)
+    overlap, shape = max((_overlap(name, mask[few], blobs=blobs[few]), name) for name in SHAPES)
     track = np.unwrap(blobs[shown], axis=0, period=EXTENT)
     track[:, 2] = radius = np.sqrt(blobs[shown, 2] / AREAS[shape])
     motion = _name_motion(shown / fps, track)
-    usual = np.median(radius)
-    if motion == "growing":
-        usual = (radius.min() + radius.max()) / 2.0 / GROWTH_MEAN
+    middle = (radius.min() + radius.max()) / 2.0 / GROWTH_MEAN
+    usual = middle if motion == "growing" else np.median(radius)
     return Seen(
         color=color,
-        shape=shape if overlaps[shape] > 0.5 else None,
+        shape=shape if overlap > 0.5 else None,
         size="small" if usual < np.sqrt(SIZES["small"] * SIZES["large"]) else "large",
         motion=motion if len(mask) >= MIN_SECONDS * fps else None,
-        confidence=overlaps[shape],
         track=track,
     )
 
@@ -377,9 +340,8 @@ def _overlap(shape: str, mask: Masks, *, blobs: Float[np.ndarray, "frames 3"]) -
     best = 0.0
     for _ in range(4):
         seen = np.where(drawn > FAINT, drawn, 0.0)
-        shared, joint = np.minimum(seen, mask), np.maximum(seen, mask)
-        shares = shared.sum(axis=(1, 2)) / np.maximum(joint.sum(axis=(1, 2)), 1e-6)
-        best = max(best, float(np.mean(shares)))
+        shared, joint = (f(seen, mask).sum(axis=(1, 2)) for f in (np.minimum, np.maximum))
+        best = max(best, float(np.mean(shared / np.maximum(joint, 1e-6))))
         for axis in (1, 2, 1, 2):
             drawn = (np.roll(drawn, 1, axis) + 2.0 * drawn + np.roll(drawn, -1, axis)) / 4.0
     return best
@@ -388,14 +350,13 @@ def _overlap(shape: str, mask: Masks, *, blobs: Float[np.ndarray, "frames 3"]) -
 def _name_motion(seconds: Series, track: Path) -> str | None:
     """Return the motion whose law explains most of a track's variance, or None if all miss it.
 
-    A drift has to explain 0.5 square units and a periodic law 1: more than they find in a trembling
-    thing, and far less than in their own motion.
+    A drift must explain 0.5 square units and a periodic law 1: more than trembling alone offers.
     """
     x, y, radius = track.T
     gains = [(0.0, "still")]
     for motion, (speed_x, speed_y) in DRIFTS.items():
         gain, (speed,) = _explain(x if speed_x else y, seconds)
-        if speed * (speed_x + speed_y) > MIN_SPEED:
+        if speed / (speed_x + speed_y) > MIN_SPEED:
             gains.append((gain - 0.5, motion))
     for stretch in (0.8, 0.9, 1.0, 1.1, 1.2):  # a generated motion may be a little slow or fast
         for phase in np.arange(0.0, 1.0, 0.05):
@@ -404,10 +365,9 @@ def _name_motion(seconds: Series, track: Path) -> str | None:
             if height > MIN_BOUNCE:
                 gains.append((gain - 1.0, "bouncing"))
         angle = 2.0 * np.pi * seconds / (stretch * PERIODS["circling"])
-        gain_x, swing_x = _explain(x, np.cos(angle), np.sin(angle))
-        gain_y, swing_y = _explain(y, np.cos(angle), np.sin(angle))
-        if min(np.hypot(*swing_x), np.hypot(*swing_y)) > MIN_ORBIT:
-            gains.append((gain_x + gain_y - 1.0, "circling"))
+        gain, swing = _explain(track[:, :2], np.cos(angle), np.sin(angle))
+        if np.hypot(*swing).min() > MIN_ORBIT:
+            gains.append((gain - 1.0, "circling"))
         angle = 2.0 * np.pi * seconds / (stretch * PERIODS["growing"])
         gain, swing = _explain(radius, np.cos(angle), np.sin(angle))
         if np.hypot(*swing) > MIN_GROWTH * np.mean(radius):
@@ -416,33 +376,25 @@ def _name_motion(seconds: Series, track: Path) -> str | None:
     return motion if np.var(x) + np.var(y) - gain < MAX_STRAY else None
 
 
-def _explain(values: Series, *laws: Series) -> tuple[float, Float[np.ndarray, " laws"]]:
+def _explain(values: Float[np.ndarray, "..."], *laws: Series) -> tuple[float, np.ndarray]:
     """Fit laws plus a constant; return the variance explained and the amplitude of each law."""
-    basis = np.stack([np.ones_like(values), *laws], axis=-1)
+    basis = np.stack([np.ones(len(values)), *laws], axis=-1)
     amplitudes = np.linalg.lstsq(basis, values, rcond=None)[0]
-    return float(np.var(basis @ amplitudes)), amplitudes[1:]
+    return float(np.var(basis @ amplitudes, axis=0).sum()), amplitudes[1:]
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, float]:
     """Return the share of a scene's attributes that a reading got right, each in [0, 1].
 
     Things are matched by colour first and then by order, never by place: where a thing starts is
-    the generator's choice. A thing that was not seen is wrong in everything, and one too many costs
-    as much: else a clip that shows every colour would be right about any.
+    the generator's choice. Missing things are wrong in everything, and spurious ones cost as much.
     """
     seen = {thing.color: thing for thing in reading.things}
-    same = {thing: seen.pop(thing.color, None) for thing in scene.things}
+    same = [(thing, seen.pop(thing.color, None)) for thing in scene.things]
     others = iter(seen.values())
-    pairs = [(thing, match or next(others, None)) for thing, match in same.items()]
-    count = max(len(scene.things), len(reading.things))
-    right = {
-        name: sum(
-            match is not None and getattr(match, name) == getattr(thing, name)
-            for thing, match in pairs
-        )
-        / count
-        for name in WORDS
-    }
+    pairs = [(thing, other) for thing, match in same if (other := match or next(others, None))]
+    most = max(len(scene.things), len(reading.things))
+    right = {key: sum(getattr(a, key) == getattr(b, key) for a, b in pairs) / most for key in WORDS}
     right["background"] = float(reading.background == scene.background)
     right["count"] = float(len(reading.things) == len(scene.things))
     return right
