@@ -163,11 +163,29 @@ def test_shares_and_differences_are_those_of_the_scores() -> None:
 
 
 def test_the_tables_hold_every_row(report: Report) -> None:
-    """The markdown has one line per row, and as many cells as columns."""
-    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    """Behind the first table the markdown has one line per row, with as many cells as columns."""
+    _, _, details = report.to_markdown().partition("\n\n")
+    lines = [line for line in details.splitlines() if line.startswith("|")]
     tables = {row.table for row in report.rows}
     assert len(lines) == len(report.rows) + 2 * len(tables)
     assert all(line.count("|") == 10 for line in lines[:4])
+
+
+def test_the_first_table_fits_a_readme(report: Report) -> None:
+    """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
+    head, rule, *lines = report.to_markdown().partition("\n\n")[0].splitlines()
+    assert head == "| units | colour | shape | motion | all right |"
+    assert rule == "|---|---|---|---|---|".replace("---", " --- ")
+    kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == kinds
+    for line, name in zip(lines, kinds, strict=True):
+        row = next(row for row in report.rows if row.name == name)
+        for cell, key in zip(
+            line.split(" | ")[1:], ("color", "shape", "motion", "all"), strict=True
+        ):
+            score = row.scores[key]
+            shown = [100 * value for value in (score.mean, score.low, score.high)]
+            assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
 
 
 def test_the_file_holds_every_score(report: Report, config: EvaluateConfig) -> None:
@@ -221,7 +239,8 @@ def test_a_foreign_file_is_left_alone(config: EvaluateConfig, tmp_path: Path) ->
         ("seconds", 5.0, "2 to 4"),
         ("seconds", float("nan"), "2 to 4"),
         ("long_seconds", float("inf"), "8 or more"),
-        ("batch_size", 0, "batch_size 0"),
+        ("batch_size", 0, "batch_size is 0: use 1"),
+        ("seed", -1, "seed is -1: use 0"),
     ],
 )
 def test_impossible_requests_are_refused(field: str, value: object, message: str) -> None:

@@ -18,7 +18,7 @@ FLOORS = (
     {"units", "tokens", "flow"},
     {"attention", "cache", "model"},
     {"sampler", "objectives", "distillation"}
-    | {"codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"}
+    | {"codec_layers", "codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"}
     | {"drawing"},
     {"runs", "optim", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark", "measure"},
     {"app", "cli", "options", "output", "describe"},
@@ -29,7 +29,8 @@ NEIGHBOURS = {
     "tokens": {"units"},
     "cache": {"attention"},
     "model": {"attention", "cache"},
-    "objectives": {"codecs"},
+    "codecs": {"codec_layers"},
+    "objectives": {"codecs", "text"},
     "distillation": {"objectives", "sampler"},
     "data": {"video"},
     "interop": {"checkpoint", "codecs", "text"},

@@ -21,8 +21,7 @@ from videoar.checkpoint import resolve
 from videoar.units import parse
 
 Json = dict[str, Any]
-MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0
-"""A long video is timed at every multiple of 10 s, over the 5 s before."""
+MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
@@ -33,28 +32,18 @@ INCLUDED = (
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What to measure."""
+    """What to measure; `videoar bench --help` explains the fields."""
 
     checkpoint: str = "toy"
-    """Name or folder."""
     units: tuple[str, ...] = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
-    """Kinds of unit."""
     prompt: str = "a large red ball moves left on a black background"
-    """What is generated."""
     seconds: float = 20.0
-    """Length of the video that is timed."""
     long_seconds: float = 0.0
-    """Length of a video that shows whether cost and memory stay flat, 30 or more; 0: none."""
     uncached_seconds: float = 2.0
-    """Length of the video that is also generated without a cache; 0: none."""
     num_inference_steps: int = 4
-    """Denoising steps per unit."""
     repeats: int = 3
-    """How often the short videos are generated."""
     threads: int | None = None
-    """Threads of PyTorch; None: its own choice."""
     out: Path | None = None
-    """JSON file of the report."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -118,9 +107,9 @@ class Row:
     """Floating-point operations per second of a large matrix product on this machine."""
     hardware: str
     uncached: Json | None
-    """Times of the network with and without a cache: see `measure.measure_uncached`."""
+    """What `measure.measure_uncached` returns."""
     flat: Json | None
-    """Cost and memory of a long video: see `measure.measure_flat`."""
+    """What `measure.measure_flat` returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +125,15 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the tables."""
-        text = INCLUDED.format(**self.config, hardware=self.rows[0].hardware)
-        parts = [text, _table(list(map(speed_cells, self.rows)))]
+        text = [INCLUDED.format(**self.config, hardware=self.rows[0].hardware)]
+        text += [_table([speed_cells(row) for row in self.rows])]
         if flat := [flat_cells(row) for row in self.rows if row.flat]:
-            parts += [f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:"]
-            parts += [_table(flat)]
+            text += [f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:"]
+            text += [_table(flat)]
         if uncached := [uncached_cells(row) for row in self.rows if row.uncached]:
-            parts += ["The network alone, with a cache and without; both read the whole prefix:"]
-            parts += [_table(uncached)]
-        return "\n\n".join(parts) + "\n"
+            text += ["The network alone, with a cache and without; both read the whole prefix:"]
+            text += [_table(uncached)]
+        return "\n\n".join(text) + "\n"
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -162,7 +151,6 @@ def speed_cells(row: Row) -> dict[str, str]:
     first, names = row.runs[0], ("model_seconds", "decode_seconds", "write_seconds")
     seconds = [statistics.median(getattr(run, name) for run in row.runs) for name in names]
     rate = first.flops / seconds[0]
-    window = "all" if row.window_frames is None else row.window_frames
     return {
         "units": row.name,
         "frames/s": spread([run.fps for run in row.runs]),
@@ -172,7 +160,7 @@ def speed_cells(row: Row) -> dict[str, str]:
         "tokens/pass": f"{first.tokens / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
-        "window (latent frames)": str(window),
+        "window (latent frames)": str(row.window_frames or "all"),
         "first frame (s)": spread([run.first_frame_seconds for run in row.runs]),
         "from start (s)": f"{row.start_seconds:.2f}",
         "peak memory": f"{row.peak_bytes / 2**20:.0f} MiB",
@@ -184,87 +172,71 @@ def speed_cells(row: Row) -> dict[str, str]:
 def flat_cells(row: Row) -> dict[str, str]:
     """Return the cells of the table of long videos, by column."""
     flat = row.flat or {}
-    marks = zip(flat["seconds"], flat["cost"], strict=True)
+    cost, early, late = flat["cost"], flat["early_bytes"], flat["late_bytes"]
     return {
         "units": row.name,
-        **{f"at {second:g} s": f"{cost:.3f}" for second, cost in marks},
-        "last / first": f"{flat['cost'][-1] / flat['cost'][0]:.3f}",
-        "peak memory at 20 s": f"{flat['early_bytes'] / 2**20:.0f} MiB",
-        "at the end": f"{flat['late_bytes'] / 2**20:.0f} MiB",
-        "end / 20 s": f"{flat['late_bytes'] / flat['early_bytes']:.3f}",
+        **{f"at {at:g} s": f"{value:.3f}" for at, value in zip(flat["seconds"], cost, strict=True)},
+        "last / first": f"{cost[-1] / cost[0]:.3f}",
+        "peak memory at 20 s": f"{early / 2**20:.0f} MiB",
+        "at the end": f"{late / 2**20:.0f} MiB",
+        "end / 20 s": f"{late / early:.3f}",
     }
 
 
 def uncached_cells(row: Row) -> dict[str, str]:
     """Return the cells of the comparison with no cache, by column."""
     both = row.uncached or {}
+    cached, uncached = both["cached_seconds"], both["uncached_seconds"]
     return {
         "units": row.name,
         "video (s)": f"{both['seconds']:g}",
-        "with cache (s)": f"{both['cached_seconds']:.2f}",
-        "prefix recomputed (s)": f"{both['uncached_seconds']:.2f}",
-        "ratio": f"{both['uncached_seconds'] / both['cached_seconds']:.1f}",
+        "with cache (s)": f"{cached:.2f}",
+        "prefix recomputed (s)": f"{uncached:.2f}",
+        "ratio": f"{uncached / cached:.1f}",
         "largest difference": f"{both['max_difference']:.0e}",
     }
 
 
 def run(config: BenchConfig, report: Callable[[str], None]) -> Report:
-    """Measure every kind of unit.
-
-    Args:
-        config: what to measure.
-        report: receives a line for each kind.
+    """Measure every kind of unit, with a line of report for each.
 
     Raises:
         ValueError: the checkpoint or an argument does not fit.
         ChildProcessError: a measurement died, for instance for want of memory.
     """
-    _check_out(config.out)
+    if (out := config.out) is not None:
+        if not out.parent.is_dir():
+            raise ValueError(f"the folder {out.parent} does not exist; create it first")
+        if out.exists() and '"benchmark"' not in out.read_text(errors="replace")[:100]:
+            raise ValueError(f"{out} holds no benchmark: name another file.")
     folder, rows = resolve(config.checkpoint), []
     for name in config.units:
         one = asdict(replace(config, units=(name,), checkpoint=str(folder), out=None))
         parts = _in_process("measure", one)
-        parts["runs"] = tuple(Run(**values) for values in parts["runs"])
+        runs = tuple(Run(**values) for values in parts.pop("runs"))
         flat = _in_process("measure_flat", one) if config.long_seconds else None
-        rows.append(Row(**parts, name=name, flat=flat))
+        rows.append(Row(**parts, name=name, runs=runs, flat=flat))
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(rows[-1]).items()))
-    settings = asdict(config) | {"out": None}
-    result = Report(config=settings, rows=tuple(rows))
-    if config.out is not None:
-        partial = config.out.with_name(f".{config.out.name}.partial")
-        partial.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, config.out)
+    result = Report(config=asdict(config) | {"out": None}, rows=tuple(rows))
+    if out is not None:
+        out.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def _check_out(out: Path | None) -> None:
-    """Raise unless a report may be written there."""
-    if out is None:
-        return
-    if not out.parent.is_dir():
-        raise ValueError(f"the folder {out.parent} does not exist; create it first")
-    if out.exists() and '"benchmark"' not in out.read_text(errors="replace")[:100]:
-        raise ValueError(f"{out} holds no benchmark: name another file.")
 
 
 def _in_process(job: str, config: Json) -> Json:
     """Run a job of `videoar.measure` in a fresh process."""
     request = {"job": job, "config": config, "started": time.time()}
     # The new process finds the package where this one did, installed or not.
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [sys.executable, "-m", "videoar.measure"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=env,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ChildProcessError(
-            f"The process of a measurement ended with {done.returncode}: {last}"
-        )
+        raise ChildProcessError(f"a measurement ended with {done.returncode}: {last}")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise ValueError(answer["error"])

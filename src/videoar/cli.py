@@ -1,6 +1,6 @@
 """The command line: options, progress and sentences. Thin; what it calls can be called without it.
 
-Nothing here imports torch before a command needs it, so that help is instant.
+Nothing here imports torch before a command needs it: help and refusals are instant.
 """
 
 import dataclasses
@@ -13,24 +13,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from videoar import __version__
-from videoar.options import (
-    KINDS,
-    Bench,
-    Demo,
-    DrawUnits,
-    Evaluate,
-    Generate,
-    Info,
-    Train,
-    hint,
-    read,
-)
+from videoar import __version__, options
 
+USAGE = """\
+usage: videoar [--version] COMMAND ...
+
+Autoregressive video generation in which the prediction unit is a choice.
+
+{commands}
+
+`videoar COMMAND --help` shows the options of a command."""
 DEMO_PROMPT = "a small red ball bounces up and down on a black background"
 CLIP_SECONDS = 4.0
 """Length of the short videos of the demo, and of what its judge sees at a time."""
@@ -38,56 +34,32 @@ SAMPLING = {"window": "window_frames", "sink": "sink_frames"}
 """Options that are shorter than the fields of `Sampling` that they set."""
 
 
-# ---------------------------------------------------------------- entry
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 2 for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] in ("-h", "--help"):
-            print(overview())
+            kinds = {
+                name: (kind.__doc__ or "").splitlines() for name, (kind, _) in COMMANDS.items()
+            }
+            lines = [f"  {name:<9} {line}" for name, (line, *_) in kinds.items()]
+            _say(USAGE.format(commands="\n".join(lines)))
             return 0
         if words == ["--version"]:
-            print(f"videoar {__version__}")
+            _say(f"videoar {__version__}")
             return 0
-        command, options = parse(words)
-        return command(options)
+        command, args = parse(words)
+        return command(args)
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
-    except OSError as error:
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
-    except ValueError as error:
-        return _fail(str(error), 2)
-    except FloatingPointError as error:
-        return _fail(str(error), 1)
     except KeyboardInterrupt:
         print("videoar: stopped", file=sys.stderr)
         return 130
-
-
-def _fail(text: str, code: int) -> int:
-    print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
-    return code
-
-
-def overview() -> str:
-    """Return the help on all commands."""
-    lines = [
-        f"  {name:<9} {(kind.__doc__ or '').splitlines()[0]}"
-        for name, (kind, _) in COMMANDS.items()
-    ]
-    return "\n".join(
-        [
-            "usage: videoar [--version] COMMAND ...",
-            "",
-            "Autoregressive video generation in which the prediction unit is a choice.",
-            "",
-            *lines,
-            "",
-            "`videoar COMMAND --help` shows the options of a command.",
-        ]
-    )
+    except (OSError, ValueError, FloatingPointError) as error:
+        named = isinstance(error, OSError) and error.filename
+        text = f"{error.strerror}: {error.filename}" if named else str(error)
+        print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
@@ -99,75 +71,72 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     """
     name, *words = argv
     if name not in COMMANDS:
-        raise ValueError(
-            f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{hint(name, COMMANDS)}"
-        )
+        close = options.hint(name, COMMANDS)
+        raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
     kind, command = COMMANDS[name]
     if name != "train" or not words or words[0].startswith("-"):
-        return command, read(kind, words, prog=f"videoar {name}")
+        return command, options.read(kind, words, prog=f"videoar {name}")
     from videoar import recipes
 
-    default = recipes.find(words[0])
-    export = "--export" in words
-    rest = [word for word in words[1:] if word != "--export"]
-    prog = f"videoar train {words[0]}"
-    config = read(type(default), rest, prog=prog, default=default)
-    return functools.partial(train, config=config), Train(recipe=words[0], export=export)
+    recipe, *rest = words
+    default, export = recipes.find(recipe), "--export" in rest
+    rest = [word for word in rest if word != "--export"]
+    prog = f"videoar train {recipe}"
+    config = options.read(type(default), rest, prog=prog, default=default)
+    return functools.partial(train, config=config), options.Train(recipe=recipe, export=export)
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _folder(path: Path) -> Path:
-    """Return a folder that exists and can be written to."""
+def _check_positive(args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value:g}: use a number above 0, such as 4")
+
+
+def _check_folder(path: Path) -> None:
+    """Raise unless files can be written to a folder that is there or can be made."""
     if not path.parent.is_dir():
         raise ValueError(f"the folder {path.parent} does not exist; create it first")
-    path.mkdir(exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"the folder {path} is not writable; choose another one")
-    return path
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder")
+    place = path if path.is_dir() else path.parent
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"the folder {place} is not writable; choose another one")
 
 
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value:g}: use a number above 0, such as 4")
-    return value
-
-
-# ---------------------------------------------------------------- generate
-
-
-def generate(options: Generate) -> int:
+def generate(args: options.Generate) -> int:
     """Generate, decode and write at the same time, in memory that does not grow."""
+    _check_positive(args, "seconds", "num_frames", "num_inference_steps", "shift", "threads")
+    if args.seconds is not None and args.num_frames is not None:
+        raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+    if args.report is not None and not args.report.parent.is_dir():
+        raise ValueError(f"the folder {args.report.parent} does not exist; create it first")
     from videoar.video import check_output
 
-    target = check_output(options.out, overwrite=options.force)
-    if options.report is not None and not options.report.parent.is_dir():
-        raise ValueError(f"the folder {options.report.parent} does not exist; create it first")
-    if options.seconds is not None and options.num_frames is not None:
-        raise ValueError("--seconds and --num-frames both give the length: choose one of them")
-    seconds = _positive("seconds", 4.0 if options.seconds is None else options.seconds)
+    target = check_output(args.out, overwrite=args.force)
     import torch
 
     from videoar import output, units
     from videoar.pipeline import Sampling, VideoPipeline
 
-    if options.threads is not None:
-        torch.set_num_threads(int(_positive("threads", options.threads)))
-    given = {SAMPLING.get(name, name): value for name, value in vars(options).items()}
-    given = {f.name: given.get(f.name) for f in dataclasses.fields(Sampling)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.window == "all":
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.units is not None:
+        units.parse(args.units)  # what is wrong with it is said before weights are loaded
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    given = {SAMPLING.get(k, k): value for k, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in given.items() if name in fields}
+    if args.window == "all":
         given["window_frames"] = None
-    units.parse(given.get("units", "frame"))
-    pipe = VideoPipeline.from_pretrained(options.model)
+    pipe = VideoPipeline.from_pretrained(args.model)
     fps = pipe.sampling.fps
-    num_frames = max(1, round(seconds * fps)) if options.num_frames is None else options.num_frames
+    num_frames = args.num_frames or max(1, round((args.seconds or 4.0) * fps))
     started = time.perf_counter()
-    generation = pipe.generate(
-        [options.prompt], num_frames=num_frames, seeds=[options.seed], **given
-    )
+    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[args.seed], **given)
     writer = output.open_output(target, num_frames=num_frames, fps=fps)
     figures, interrupted = output.write(generation, writer, started=started, fps=fps)
     if not figures["frames"]:
@@ -175,28 +144,27 @@ def generate(options: Generate) -> int:
         return 130
     figures["scheme"] = given.get("units", pipe.sampling.units)
     _say(output.summary(target, figures))
-    if options.report is not None:
-        options.report.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if args.report is not None:
+        args.report.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if interrupted:
         print(f"videoar: stopped; {target} holds what was finished", file=sys.stderr)
     return 130 if interrupted else 0
 
 
-def train(options: Train, *, config: Any = None) -> int:
+def train(args: options.Train, *, config: Any = None) -> int:
     """Train a recipe, export a run, or list the recipes."""
     from videoar import recipes
 
-    if options.recipe is None:
+    if args.list or args.recipe is None:
         for name, recipe in recipes.RECIPES.items():
             text = (recipe.__doc__ or "").partition("\n\n")[0]
             _say(f"{name:<11} {' '.join(text.split())}")
         return 0
     import torch
 
-    from videoar.train import export as export_run
-    from videoar.train import train as run
+    from videoar import train as training
 
-    config = config or recipes.find(options.recipe)
+    config = config or recipes.find(args.recipe)
     try:
         torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -204,123 +172,121 @@ def train(options: Train, *, config: Any = None) -> int:
         raise ValueError(
             f"device {config.device!r} cannot be used ({reason}); use another one, such as cpu"
         ) from error
-    folder = export_run(config) if options.export else run(config, report=_say)
+    folder = training.export(config) if args.export else training.train(config, report=_say)
     _say(f"the checkpoint is in {folder}")
     return 0
 
 
-def info(options: Info) -> int:
+def info(args: options.Info) -> int:
     """Describe a checkpoint and forecast its memory."""
-    seconds = _positive("seconds", options.seconds)
+    _check_positive(args, "seconds", "window")
     from videoar import describe
     from videoar.checkpoint import resolve
 
-    folder = resolve(options.checkpoint)
-    _say(describe.checkpoint(folder, seconds=seconds, window=options.window))
+    folder = resolve(args.checkpoint)
+    _say(describe.checkpoint(folder, seconds=args.seconds, window=args.window))
     return 0
 
 
-def draw_units(options: DrawUnits) -> int:
+def draw_units(args: options.DrawUnits) -> int:
     """Print partitions as a table, and draw them."""
-    steps = int(_positive("steps", options.steps))
-    from videoar import describe, drawing
-    from videoar.units import Units, parse
+    _check_positive(args, "steps")
+    if not args.schemes:
+        example = " ".join(options.KINDS)
+        raise ValueError(f"no scheme is given: name one or more, such as {example}")
     from videoar.video import check_output
 
-    if not options.schemes:
-        raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
-    size = (options.frames, options.height, options.width)
-    lattices = {name: Units(parse(name), *size) for name in options.schemes}
-    text, visible = describe.partitions(
-        lattices, window=options.window, sink=options.sink, steps=steps
-    )
-    _say("{} x {} x {} tokens, {} steps per unit\n".format(*size, steps) + text)
-    if options.out is None:
+    names, folder = dict.fromkeys(args.schemes), args.out
+    files = ["order.png", "mask.png", "filling.webp"] if len(names) == 1 else ["units.webp"]
+    if folder is not None:
+        _check_folder(folder)
+        for file in files if folder.is_dir() else ():
+            check_output(folder / file, overwrite=args.force)
+    from videoar import describe, drawing
+    from videoar.pipeline import Sampling
+    from videoar.units import Units, parse
+
+    size = (args.frames, args.height, args.width)
+    lattices, rows = {name: Units(parse(name), *size) for name in names}, []
+    for name, units in lattices.items():
+        if folder is not None:
+            drawing.check_size(units)
+        sampling = Sampling(units=name, window_frames=args.window, sink_frames=args.sink)
+        visible = sampling.visible(units)
+        rows.append(describe.partition(name, units, visible, steps=args.steps))
+    _say("{} x {} x {} tokens, {} steps per unit".format(*size, args.steps))
+    _say(describe.table(rows))
+    if folder is None:
         return 0
-    for units in lattices.values():
-        drawing.check_size(units)
-    folder, force = _folder(options.out), options.force
-    one = len(lattices) == 1
-    moving = check_output(folder / ("filling.webp" if one else "units.webp"), overwrite=force)
-    pictures = {}
-    if one:
-        ((name, units),) = lattices.items()
+    folder.mkdir(exist_ok=True)
+    if len(names) == 1:
         title = "{} on {} x {} x {}".format(name, *size)
-        pictures[check_output(folder / "order.png", overwrite=force)] = drawing.order(
-            units, title=title
-        )
-        pictures[check_output(folder / "mask.png", overwrite=force)] = drawing.mask(
-            units, visible[name], title=title
-        )
-    for file, picture in pictures.items():
-        picture.save(file)
-    frames, height, width = size
-    drawing.save_animation(
-        drawing.filling(list(lattices), frames=frames, height=height, width=width, steps=steps),
-        moving,
-    )
-    _say(f"drawn in {folder}: {', '.join(file.name for file in (*pictures, moving))}")
+        drawing.order(units, title=title).save(folder / "order.png")
+        drawing.mask(units, visible, title=title).save(folder / "mask.png")
+    drawing.save_animation(drawing.filling(lattices, steps=args.steps), folder / files[-1])
+    _say(f"drawn in {folder}: {', '.join(files)}")
     return 0
 
 
-# ---------------------------------------------------------------- bench, evaluate, demo
-
-
-def bench(options: Bench) -> int:
+def bench(args: options.Bench) -> int:
     """Measure speed."""
     from videoar import benchmark
 
-    _say(benchmark.run(benchmark.BenchConfig(**vars(options)), _say).to_markdown())
+    _say(benchmark.run(benchmark.BenchConfig(**vars(args)), _say).to_markdown())
     return 0
 
 
-def evaluate(options: Evaluate) -> int:
+def evaluate(args: options.Evaluate) -> int:
     """Measure faithfulness and drift."""
     from videoar import evaluate as evaluation
 
-    _say(evaluation.run(evaluation.EvaluateConfig(**vars(options)), _say).to_markdown())
+    _say(evaluation.run(evaluation.EvaluateConfig(**vars(args)), _say).to_markdown())
     return 0
 
 
-def demo(options: Demo) -> int:
+def demo(args: options.Demo) -> int:
     """Generate every kind of unit in a process of its own, so that start and memory are its own."""
-    seconds = _positive("seconds", options.seconds)
-    folder = _folder(options.out)
+    _check_positive(args, "seconds")
+    _check_folder(args.out)
+    import numpy as np
+
     from videoar import describe
     from videoar.video import decode_frames, read_video, side_by_side
 
-    _say(f"{DEMO_PROMPT!r} under {len(KINDS)} kinds of unit, and for {seconds:g} s")
+    kinds, out = options.KINDS, args.out
+    _say(f"{DEMO_PROMPT!r} under {len(kinds)} kinds of unit, and for {args.seconds:g} s")
     rows, videos = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "clip.mp4"
-        for kind in KINDS:
-            row = _generate_apart(kind, file, model=options.model, seconds=CLIP_SECONDS)
-            video = read_video(file)
-            row["seen"] = describe.seen([video.frames], fps=video.fps)
-            videos.append(video)
-            rows.append(row)
-    side_by_side(videos, KINDS, scale=3).save(folder / "units.webp", overwrite=True)
-    minute = folder / "minute.mp4"
-    row = _generate_apart(KINDS[-1], minute, model=options.model, seconds=seconds)
-    windows = _windows(decode_frames(minute), size=round(CLIP_SECONDS * videos[0].fps))
-    row["seen"] = describe.seen(windows, fps=videos[0].fps)
-    _say(f"\n{describe.table([*rows, row])}\n\n{minute} and {folder / 'units.webp'} are ready")
+        clip, report = Path(scratch) / "clip.mp4", Path(scratch) / "report.json"
+        for kind in kinds:
+            rows.append(_generate_apart(kind, clip, CLIP_SECONDS, report, model=args.model))
+            videos.append(read_video(clip))
+            rows[-1]["seen"] = describe.seen([videos[-1].frames], fps=videos[-1].fps)
+        out.mkdir(exist_ok=True)
+        side_by_side(videos, kinds, scale=3).save(out / "units.webp", overwrite=True)
+        minute = out / "minute.mp4"
+        rows.append(_generate_apart(kinds[-1], minute, args.seconds, report, model=args.model))
+    frames, size = decode_frames(minute), len(videos[0].frames)
+    clips = iter(lambda: list(itertools.islice(frames, size)), [])
+    long_enough = (np.stack(clip) for clip in clips if len(clip) > size // 2)
+    rows[-1]["seen"] = describe.seen(long_enough, fps=videos[0].fps)
+    _say(f"\n{describe.table(rows)}\n\n{minute} and {out / 'units.webp'} are ready")
     return 0
 
 
-def _generate_apart(kind: str, file: Path, *, model: str, seconds: float) -> dict[str, str]:
+def _generate_apart(
+    kind: str, file: Path, seconds: float, report: Path, *, model: str
+) -> dict[str, str]:
     """Run `videoar generate` in a process of its own, and return its figures."""
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        words = ["generate", DEMO_PROMPT, "--units", kind, "--seconds", str(seconds)]
-        words += ["--model", model, "--out", str(file), "--report", str(report), "--force"]
-        # The new process finds the package where this one did, installed or not.
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "videoar", *words]
-        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
-        if done.returncode:  # it has said why
-            raise SystemExit(done.returncode)
-        figures = json.loads(report.read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "videoar", "generate", DEMO_PROMPT, "--units", kind]
+    command += ["--seconds", str(seconds), "--model", model, "--out", str(file)]
+    command += ["--report", str(report), "--force"]
+    # The new process finds the package where this one did, installed or not.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
+    if done.returncode:  # it has said why
+        raise SystemExit(done.returncode)
+    figures = json.loads(report.read_text(encoding="utf-8"))
     start = figures["start_seconds"]
     row = {
         "units": kind,
@@ -335,20 +301,12 @@ def _generate_apart(kind: str, file: Path, *, model: str, seconds: float) -> dic
     return row
 
 
-def _windows(frames: Iterator[Any], *, size: int) -> Iterator[Any]:
-    """Cut a stream of frames into clips; a rest too short to be judged is left out."""
-    import numpy as np
-
-    while len(clip := list(itertools.islice(frames, size))) > size // 2:
-        yield np.stack(clip)
-
-
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "generate": (Generate, generate),
-    "train": (Train, train),
-    "info": (Info, info),
-    "units": (DrawUnits, draw_units),
-    "bench": (Bench, bench),
-    "evaluate": (Evaluate, evaluate),
-    "demo": (Demo, demo),
+    "generate": (options.Generate, generate),
+    "train": (options.Train, train),
+    "info": (options.Info, info),
+    "units": (options.DrawUnits, draw_units),
+    "bench": (options.Bench, bench),
+    "evaluate": (options.Evaluate, evaluate),
+    "demo": (options.Demo, demo),
 }

@@ -1,8 +1,8 @@
 """What a checkpoint, a partition or a clip is, in words and tables."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch import nn
 
 from videoar import world
 from videoar.checkpoint import load_component, load_meta
-from videoar.pipeline import CODECS, Sampling, VideoPipeline
+from videoar.pipeline import CODECS, VideoPipeline
 from videoar.units import Units, Visible, parse
 
 MIB = 2**20
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay rows of cells out in columns."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    lines = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -37,33 +37,31 @@ def checkpoint(folder: Path, *, seconds: float, window: int | None) -> str:
         seconds: length of the video.
         window: latent frames that a unit may read; None: the checkpoint's own.
     """
-    meta = load_meta(folder)
-    history = "\n".join(f"{name:<10}{value}" for name, value in _history(meta).items())
-    if "transformer" not in meta.get("components", ()):
-        codec = load_component(folder / "codec", CODECS)
-        return f"{folder}\n\n{_components(folder, {'codec': codec})}\n\n{history}"
-    pipe = VideoPipeline.from_pretrained(folder)
-    parts: dict[str, nn.Module] = {
-        "transformer": pipe.transformer,
-        "text": pipe.prompt_encoder.encoder,
-        "codec": pipe.codec,
-    }
-    memory = _memory(pipe, list(parts.values()), seconds=seconds, window=window)
-    return f"{folder}\n\n{_components(folder, parts)}\n\n{history}\n\n{memory}"
+    meta, memory = load_meta(folder), ""
+    if "transformer" in meta.get("components", ()):
+        pipe = VideoPipeline.from_pretrained(folder)
+        parts: dict[str, nn.Module] = {
+            "transformer": pipe.transformer,
+            "text": pipe.prompt_encoder.encoder,
+            "codec": pipe.codec,
+        }
+        memory = _memory(pipe, list(parts.values()), seconds=seconds, window=window)
+    else:
+        parts = {"codec": load_component(folder / "codec", CODECS)}
+    components = [
+        {
+            "component": name,
+            "class": type(part).__name__,
+            "parameters": f"{sum(parameter.numel() for parameter in part.parameters()):,}",
+            "files": f"{sum(f.stat().st_size for f in (folder / name).iterdir()) / MIB:.2f} MiB",
+        }
+        for name, part in parts.items()
+    ]
+    return f"{folder}\n\n{table(components)}\n\n{_history(meta)}\n\n{memory}".rstrip()
 
 
-def _components(folder: Path, parts: dict[str, nn.Module]) -> str:
-    rows = []
-    for name, part in parts.items():
-        size = sum(file.stat().st_size for file in (folder / name).iterdir())
-        count = sum(parameter.numel() for parameter in part.parameters())
-        cells = (name, type(part).__name__, f"{count:,}", f"{size / MIB:.2f} MiB")
-        rows.append(dict(zip(("component", "class", "parameters", "files"), cells, strict=True)))
-    return table(rows)
-
-
-def _history(meta: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of its making, as far as it does."""
+def _history(meta: dict[str, Any]) -> str:
+    """Say how a checkpoint was made, as far as it tells."""
 
     def pairs(name: str) -> str:
         return ", ".join(f"{key} {value}" for key, value in meta.get(name, {}).items())
@@ -81,7 +79,7 @@ def _history(meta: dict[str, Any]) -> dict[str, Any]:
     }
     if curve := meta.get("loss_curve"):
         found["loss"] = f"{curve[0][1]:.4g} at step {curve[0][0]}, {curve[-1][1]:.4g} at the end"
-    return {name: value for name, value in found.items() if value not in (None, "")}
+    return "\n".join(f"{name:<10}{v}" for name, v in found.items() if v not in (None, ""))
 
 
 @torch.inference_mode()
@@ -91,23 +89,25 @@ def _memory(
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
     config, sampling, codec = pipe.transformer.config, pipe.sampling, pipe.codec
     if window is not None:
-        sampling = dataclasses.replace(sampling, window_frames=window)
+        sampling = replace(sampling, window_frames=window)
     decoder = codec.stream_decoder()
     size = (pipe.height // codec.stride[1], pipe.width // codec.stride[2])
     decoder(torch.zeros(1, 1, codec.latent_channels, *size))
     memory = sum(tensor.nbytes for tensor in decoder.state_dict().values())
     weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
-    token = 2 * config.num_layers * config.hidden_size * pipe.transformer.dtype.itemsize
+    token = 2 * config.num_layers * config.hidden_size * pipe.transformer.dtype.itemsize / MIB
     num_frames = max(1, round(seconds * sampling.fps))
     rows = []
     for name in pipe.meta.get("units") or [sampling.units]:
         units = pipe.lattice(parse(name), num_frames)
-        cached = cached_tokens(units, dataclasses.replace(sampling, units=name).visible(units))
-        per_frame = sum(units.sizes) * token / (units.frames or 1)
-        everything = cached_tokens(units, Visible()) * token
-        cells = {"units": name, "per latent frame": f"{per_frame / MIB:.3f} MiB"}
-        cells["in the window"] = f"{cached * token / MIB:.2f} MiB, {cached} tokens"
-        rows.append(cells | {"without a window": f"{everything / MIB:.2f} MiB"})
+        cached = cached_tokens(units, replace(sampling, units=name).visible(units))
+        row = {
+            "units": name,
+            "per latent frame": f"{sum(units.sizes) * token / (units.frames or 1):.3f} MiB",
+            "in the window": f"{cached * token:.2f} MiB, {cached} tokens",
+            "without a window": f"{cached_tokens(units, Visible()) * token:.2f} MiB",
+        }
+        rows.append(row)
     return (
         f"memory for {seconds:g} s of {pipe.width}x{pipe.height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
@@ -131,35 +131,17 @@ def cached_tokens(units: Units, visible: Visible) -> int:
     )
 
 
-def partitions(
-    lattices: dict[str, Units], *, window: int | None, sink: int, steps: int
-) -> tuple[str, dict[str, Visible]]:
-    """Describe schemes on a lattice.
-
-    Args:
-        lattices: by the name of the scheme.
-        window: latent frames that a unit may read; None: all.
-        sink: first latent frames that stay readable.
-        steps: denoising steps per unit.
-
-    Returns:
-        A table, and what the units of every scheme may read.
-    """
-    rows, visible = [], {}
-    for name, units in lattices.items():
-        sampling = Sampling(units=name, window_frames=window, sink_frames=sink)
-        visible[name] = sampling.visible(units)
-        waves = int(units.waves.max()) + 1
-        cells = {
-            "scheme": name,
-            "units": len(units.sizes),
-            "tokens per unit": ", ".join(map(str, sorted(set(units.sizes)))),
-            "waves": waves,
-            "passes": waves * steps,
-            "cached tokens": cached_tokens(units, visible[name]),
-        }
-        rows.append({key: str(value) for key, value in cells.items()})
-    return table(rows), visible
+def partition(name: str, units: Units, visible: Visible, *, steps: int) -> dict[str, Any]:
+    """Return a row of a table on schemes: what one makes of a lattice, in so many steps per unit."""
+    waves = int(units.waves.max()) + 1
+    return {
+        "scheme": name,
+        "units": len(units.sizes),
+        "tokens per unit": ", ".join(map(str, sorted(set(units.sizes)))),
+        "waves": waves,
+        "passes": waves * steps,
+        "cached tokens": cached_tokens(units, visible),
+    }
 
 
 def seen(clips: Iterable[UInt8[np.ndarray, "frames height width 3"]], *, fps: float) -> str:

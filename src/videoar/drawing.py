@@ -6,21 +6,34 @@ All of it is read from `Units`; a scheme that does not exist yet is drawn as wel
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from videoar.units import Unit, Units, Visible, parse, token_mask
 
 Color = tuple[int, int, int]
 Place = tuple[int, int]
 
+PAPER, EMPTY, GREY, INK = (252, 252, 250), (233, 234, 231), (120, 123, 128), (32, 34, 40)
+MAX_TOKENS = 4096  # more cannot be told apart on a screen, and the mask grows with the square
+FRAMES_PER_SECOND, FILL_SECONDS, HOLD_SECONDS = 12, 5.0, 1.5
+LAB_TO_CONES = (  # OKLab (Ottosson 2020)
+    (1, 0.3963377774, 0.2158037573),
+    (1, -0.1055613458, -0.0638541728),
+    (1, -0.0894841775, -1.2914855480),
+)
+CONES_TO_RGB = (
+    (4.0767416621, -3.3077115913, 0.2309699292),
+    (-1.2684380046, 2.6097574011, -0.3413193965),
+    (-0.0041960863, -0.7034186147, 1.7076147010),
+)
 
-@dataclass(frozen=True)
-class Paint:
+
+class Paint(NamedTuple):
     """What a cell of a picture shows."""
 
     unit: int
@@ -32,34 +45,17 @@ class Paint:
     """Whether the unit gets a frame."""
 
 
-PAPER, EMPTY, GREY, INK = (252, 252, 250), (233, 234, 231), (120, 123, 128), (32, 34, 40)
-MAX_TOKENS = 4096
-"""More cannot be told apart on a screen, and the mask grows with the square."""
-FRAMES_PER_SECOND, FILL_SECONDS, HOLD_SECONDS = 12, 5.0, 1.5
-
-
 def color(share: float) -> Color:
     """Return the colour of a place in the order: 0 is light yellow, 1 dark violet.
 
-    Lightness falls evenly in OKLab (Ottosson 2020), so that equal distances look equal, in print
-    and to colour-blind eyes too.
+    Lightness falls evenly, so that equal distances look equal, in print and to colour-blind eyes.
     """
-    lightness, chroma = 0.89 - 0.47 * share, 0.125 + 0.03 * share
-    hue = math.radians(95 + 200 * share)
-    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    linear = (
-        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
-        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
-        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
-    )
-    red, green, blue = (
-        12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055
-        for x in (min(max(x, 0.0), 1.0) for x in linear)
-    )
-    return round(255 * red), round(255 * green), round(255 * blue)
+    hue, chroma = math.radians(95 + 200 * share), 0.125 + 0.03 * share
+    lab = (0.89 - 0.47 * share, chroma * math.cos(hue), chroma * math.sin(hue))
+    linear = np.clip(np.dot(CONES_TO_RGB, np.dot(LAB_TO_CONES, lab) ** 3), 0, 1)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    red, green, blue = (255 * srgb).round().astype(int).tolist()
+    return red, green, blue
 
 
 def mix(under: Color, over: Color, share: float) -> Color:
@@ -70,10 +66,9 @@ def mix(under: Color, over: Color, share: float) -> Color:
 
 def check_size(units: Units) -> None:
     """Raise if a partition has too many tokens to be drawn."""
-    if sum(units.sizes) > MAX_TOKENS:
+    if (count := sum(units.sizes)) > MAX_TOKENS:
         raise ValueError(
-            f"{sum(units.sizes)} tokens are too many to draw: choose a smaller lattice, of up to "
-            f"{MAX_TOKENS} tokens"
+            f"{count} tokens are too many to draw: choose a lattice of up to {MAX_TOKENS} tokens"
         )
 
 
@@ -82,38 +77,32 @@ def order(units: Units, *, title: str) -> Image.Image:
 
     Coarse levels stand above the finest, as grids of their own.
     """
-    check_size(units)
-    grids: dict[tuple[int, int], dict[Place, Paint]] = {}
-    for unit in units:
-        shade = color(unit.index / max(1, len(units.sizes) - 1))
+    grids: dict[tuple[int, int], dict[Place, Paint]] = {}  # by level and frame
+    for unit in units.clip:
+        shade = colorX
         for t, h, w, level in unit.cells:
             grids.setdefault((level, t), {})[h, w] = Paint(unit.index, (h, w), shade)
-    assert units.frames is not None
-    columns = min(units.frames, 16)
+    columns = min(units.clip[-1].complete_frames, 16)
     cell = max(12, min(40, 1500 // (columns * (units.width + 1))))
-    rows = _rows_of_grids(grids, columns)
-    heights = [cell * max(1 + h for key in row for h, _ in grids[key]) + cell + 16 for row in rows]
+
+    def row_of(key: tuple[int, int]) -> tuple[int, int]:
+        return key[1] // columns, -key[0]
+
+    rows = [list(row) for _, row in itertools.groupby(sorted(sorted(grids), key=row_of), row_of)]
+    heights = [cell * max(2 + h for key in row for h, _ in grids[key]) + 16 for row in rows]
     picture = Image.new("RGB", (90 + columns * cell * (units.width + 1), 60 + sum(heights)), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((20, 18), title, fill=INK, font=_font(18))
-    top = 56
-    for row, height in zip(rows, heights, strict=True):
+    draw.text((20, 18), title, fill=INK, font_size=18)
+    for row, top in zip(rows, itertools.accumulate(heights, initial=56), strict=False):
         level = row[0][0]
         name = f"pooled {2**level}x" if level else "latents"
-        draw.text((20, top + 16), name, fill=GREY, font=_font(12))
+        draw.text((20, top + 16), name, fill=GREY, font_size=12)
         for key in row:
             left = 84 + key[1] % columns * cell * (units.width + 1)
-            draw.text((left, top), f"t={key[1]}", fill=GREY, font=_font(11))
+            draw.text((left, top), f"t={key[1]}", fill=GREY, font_size=11)
             _draw_grid(draw, grids[key], left=left, top=top + 16, cell=cell)
-            _number(draw, grids[key], left=left, top=top + 16, cell=cell)
-        top += height
+            _draw_numbers(draw, grids[key], left=left, top=top + 16, cell=cell)
     return picture
-
-
-def _rows_of_grids(keys: Mapping[tuple[int, int], object], columns: int) -> list[list]:
-    """Coarse levels first, so many frames in a row."""
-    ordered = sorted(keys, key=lambda key: (key[1] // columns, -key[0], key[1]))
-    return [list(row) for _, row in itertools.groupby(ordered, lambda k: (k[1] // columns, k[0]))]
 
 
 def _draw_grid(
@@ -137,25 +126,23 @@ def _draw_grid(
         for side, width, shade in lines:
             edge = box.copy()
             edge[(side + 2) % 4] = box[side] + (width - 1 if side < 2 else 1 - width)
-            first, last = (edge[:2], edge[2:]) if side < 2 else (edge[2:], edge[:2])
-            draw.rectangle([*map(min, first, last), *map(max, first, last)], fill=shade)
+            x0, y0, x1, y1 = edge
+            draw.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), fill=shade)
 
 
-def _number(
+def _draw_numbers(
     draw: ImageDraw.ImageDraw, grid: Mapping[Place, Paint], *, left: int, top: int, cell: int
 ) -> None:
     """Write its number into the middle of every unit, or its cell nearest to the middle."""
-    places: dict[int, list[Place]] = {}
-    for place, paint in grid.items():
-        places.setdefault(paint.unit, []).append(place)
-    for index, own in places.items():
-        middle = (sum(h for h, _ in own) / len(own), sum(w for _, w in own) / len(own))
-        nearest = min(own, key=lambda place, middle=middle: math.dist(place, middle))
-        h, w = middle if math.dist(nearest, middle) < 0.75 else nearest
+    for index in dict.fromkeys(paint.unit for paint in grid.values()):
+        own = [place for place, paint in grid.items() if paint.unit == index]
+        middle = tuple(np.mean(own, axis=0).tolist())
+        distance, nearest = min((math.dist(place, middle), place) for place in own)
+        h, w = middle if distance < 0.75 else nearest
         size = max(8, min(15, 2 * cell // (1 + max(2, len(str(index))))))
         shade = INK if sum(grid[nearest].color) > 390 else PAPER
         spot = (left + (w + 0.5) * cell, top + (h + 0.5) * cell)
-        draw.text(spot, str(index), fill=shade, font=_font(size), anchor="mm")
+        draw.text(spot, str(index), fill=shade, font_size=size, anchor="mm")
 
 
 def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
@@ -163,116 +150,97 @@ def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
 
     A dot has the colour of the unit that is read.
     """
-    check_size(units)
-    reads = token_mask(
-        visible.matrix(torch.arange(len(units.sizes)), units.waves), units.unit, units.unit
-    ).numpy()
-    last = max(1, len(units.sizes) - 1)
-    ramp = np.array([color(index / last) for index in range(len(units.sizes))], dtype=np.uint8)
-    dots = np.where(
-        reads[..., None], ramp[units.unit.numpy()][None], np.array(EMPTY, dtype=np.uint8)
-    )
+    count = len(units.sizes)
+    matrix = visible.matrix(torch.arange(count), units.waves)
+    reads = token_mask(matrix, units.unit, units.unit).numpy()
+    ramp = np.array([color(index / max(1, count - 1)) for index in range(count)])
+    dots = np.where(reads[..., None], ramp[units.unit.numpy()], EMPTY).astype(np.uint8)
     scale = max(1, 760 // len(dots))
     square = Image.fromarray(dots).resize((len(dots) * scale,) * 2, Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(square)
     edges = list(itertools.accumulate(units.sizes, initial=0))
-    for edge in edges[1:-1]:
-        if min(units.sizes) * scale >= 6:
+    if min(units.sizes) * scale >= 6:
+        draw = ImageDraw.Draw(square)
+        for edge in edges[1:-1]:
             draw.line((edge * scale, 0, edge * scale, square.height), fill=PAPER)
             draw.line((0, edge * scale, square.width, edge * scale), fill=PAPER)
-    if square.width > 1520:
-        square = square.resize((1520, 1520), Image.Resampling.BOX)
-    factor = square.width / edges[-1]
-    picture = Image.new("RGB", (square.width + 90, square.height + 110), PAPER)
+    square.thumbnail((1520, 1520), Image.Resampling.BOX)
+    # What is written along the left side is written along the top of a page that is then turned.
+    picture = Image.new("RGB", (square.height + 110, square.width + 90), PAPER)
+    ImageDraw.Draw(picture).text(
+        (square.height + 26, 18), "unit that reads", fill=GREY, font_size=12, anchor="ra"
+    )
+    picture = picture.rotate(90, expand=True)
     picture.paste(square, (64, 84))
     draw = ImageDraw.Draw(picture)
-    draw.text((20, 18), title, fill=INK, font=_font(18))
-    draw.text((64, 48), "unit that is read", fill=GREY, font=_font(12))
-    reader = Image.new("RGB", (140, 16), PAPER)
-    ImageDraw.Draw(reader).text((140, 0), "unit that reads", fill=GREY, font=_font(12), anchor="ra")
-    picture.paste(reader.rotate(90, expand=True), (18, 84))
+    draw.text((20, 18), title, fill=INK, font_size=18)
+    draw.text((64, 48), "unit that is read", fill=GREY, font_size=12)
     free = 0.0
     for index, (start, end) in enumerate(itertools.pairwise(edges)):
-        middle = (start + end) / 2 * factor
-        if middle < free:
-            continue
-        free = middle + 20
-        draw.text((64 + middle, 76), str(index), fill=GREY, font=_font(10), anchor="mm")
-        draw.text((58, 84 + middle), str(index), fill=GREY, font=_font(10), anchor="rm")
+        middle = (start + end) / 2 * square.width / edges[-1]
+        if middle >= free:
+            free = middle + 20
+            draw.text((64 + middle, 76), str(index), fill=GREY, font_size=10, anchor="mm")
+            draw.text((58, 84 + middle), str(index), fill=GREY, font_size=10, anchor="rm")
     return picture
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Track:
-    """A scheme in an animation: its units, and when each is at work, as a share of the whole."""
-
-    name: str
-    units: tuple[Unit, ...]
-    spans: tuple[tuple[float, float], ...]
+Track = list[tuple[Unit, float, float]]
+"""Units, and when each is at work, from 0 to 1."""
 
 
-def _track(name: str, *, frames: int, height: int, width: int) -> _Track:
+def _track(units: Units) -> Track:
     """Give every wave time by the root of its tokens, so that small units can be seen too."""
-    units = Units(parse(name), frames, height, width)
-    check_size(units)
-    waves = [list(wave) for _, wave in itertools.groupby(units, key=lambda unit: unit.wave)]
+    waves = [list(wave) for _, wave in itertools.groupby(units.clip, key=lambda unit: unit.wave)]
     times = [math.sqrt(sum(len(unit.cells) for unit in wave)) for wave in waves]
-    ends = list(itertools.accumulate(times, initial=0.0))
-    spans: list[tuple[float, float]] = []
-    for wave, (start, end) in zip(waves, itertools.pairwise(ends), strict=True):
-        spans += [(start / ends[-1], end / ends[-1])] * len(wave)
-    return _Track(name=name, units=tuple(units), spans=tuple(spans))
+    ends = [end / sum(times) for end in itertools.accumulate(times, initial=0.0)]
+    spans = zip(waves, itertools.pairwise(ends), strict=True)
+    return [(unit, start, end) for wave, (start, end) in spans for unit in wave]
 
 
-def filling(
-    schemes: Sequence[str], *, frames: int, height: int, width: int, steps: int = 4
-) -> list[Image.Image]:
-    """Draw lattices that fill unit by unit, one row for each scheme, on one clock.
+def filling(lattices: Mapping[str, Units], *, steps: int) -> list[Image.Image]:
+    """Draw lattices of one size that fill unit by unit, a row for each by name, on one clock.
 
     All end at the same moment. The unit at work is framed and takes on its colour in as many steps
     as it is denoised in; coarse tokens lie as pale large blocks where the finest will be.
     """
-    tracks = [_track(name, frames=frames, height=height, width=width) for name in schemes]
+    (height, width, frames), *_ = ((u.height, u.width, _frames(u)) for u in lattices.values())
     cell = max(4, min(20, 1000 // (frames * (width + 1))))
-    high = max(46, cell * height) + 20
-    size = (156 + frames * cell * (width + 1), 44 + high * len(tracks))
+    lefts = [146 + t * cell * (width + 1) for t in range(frames)]
+    tops = [38 + row * (max(46, cell * height) + 20) for row in range(len(lattices) + 1)]
+    empty = Image.new("RGB", (156 + frames * cell * (width + 1), tops[-1] + 6), PAPER)
+    draw = ImageDraw.Draw(empty)
+    draw.text((16, 12), "latent frame", fill=GREY, font_size=12)
+    for t, left in enumerate(lefts):
+        draw.text((left + cell * width / 2, 20), str(t), fill=GREY, font_size=12, anchor="mm")
+    for top, name in zip(tops, lattices, strict=False):
+        draw.text((16, top), name, fill=INK, font_size=16)
+    tracks = [_track(units) for units in lattices.values()]
     pictures = []
-    for tick in range(int(FRAMES_PER_SECOND * FILL_SECONDS) + 1):
-        now = tick / (FRAMES_PER_SECOND * FILL_SECONDS)
-        picture = Image.new("RGB", size, PAPER)
+    for now in np.linspace(0, 1, int(FRAMES_PER_SECOND * FILL_SECONDS) + 1):
+        picture = empty.copy()
         draw = ImageDraw.Draw(picture)
-        draw.text((16, 12), "latent frame", fill=GREY, font=_font(12))
-        for t in range(frames):
-            left = 146 + t * cell * (width + 1)
-            place = (left + cell * width / 2, 20)
-            draw.text(place, str(t), fill=GREY, font=_font(12), anchor="mm")
-        for row, track in enumerate(tracks):
-            top = 38 + row * high
-            done = sum(end <= now + 1e-9 for _, end in track.spans)
-            draw.text((16, top), track.name, fill=INK, font=_font(16))
-            count = f"{done} of {len(track.units)} unit{'s' * (len(track.units) > 1)}"
-            draw.text((16, top + 24), count, fill=GREY, font=_font(12))
+        for top, track in zip(tops, tracks, strict=False):
+            done = sum(end <= now + 1e-9 for _, _, end in track)
+            count = f"{done} of {len(track)} unit{'s' * (len(track) > 1)}"
+            draw.text((16, top + 24), count, fill=GREY, font_size=12)
             painted = _painted(track, now=now, steps=steps)
-            for t in range(frames):
-                grid = {
-                    place: painted.get((t, *place), Paint(-1, place, EMPTY))
-                    for place in itertools.product(range(height), range(width))
-                }
-                left = 146 + t * cell * (width + 1)
+            for t, left in enumerate(lefts):
+                places = itertools.product(range(height), range(width))
+                grid = {p: painted.get((t, *p), Paint(-1, p, EMPTY)) for p in places}
                 _draw_grid(draw, grid, left=left, top=top, cell=cell)
         pictures.append(picture)
     return pictures
 
 
-def _painted(track: _Track, *, now: float, steps: int) -> dict[tuple[int, int, int], Paint]:
+def _painted(track: Track, *, now: float, steps: int) -> dict[tuple[int, int, int], Paint]:
     """Return what the cells of the finest lattice show at a moment."""
     painted: dict[tuple[int, int, int], Paint] = {}
-    for unit, (start, end) in zip(track.units, track.spans, strict=True):
+    for unit, start, end in track:
         if start >= now:
             break
         share = min(1.0, math.ceil(steps * (now - start) / (end - start)) / steps)
         working = end > now + 1e-9
-        shade = color(unit.index / max(1, len(track.units) - 1))
+        shade = color(unit.index / max(1, len(track) - 1))
         for t, h, w, level in unit.cells:
             # A finished unit is opaque; the coarser, the paler.
             strength = (0.2 + 0.8 * share * (0.8 if working else 1.0)) * 0.7**level
@@ -284,21 +252,7 @@ def _painted(track: _Track, *, now: float, steps: int) -> dict[tuple[int, int, i
 
 def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
     """Write an animated WebP that rests on its last picture and begins again."""
-    pace = round(1000 / FRAMES_PER_SECOND)
-    durations = [pace] * (len(pictures) - 1) + [round(1000 * HOLD_SECONDS)]
-    first, *rest = pictures
-    first.save(
-        path,
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        lossless=True,
-        quality=50,
-        method=4,
-        minimize_size=True,
-    )
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    durations = [round(1000 / FRAMES_PER_SECOND)] * len(pictures)
+    durations[-1] = round(1000 * HOLD_SECONDS)
+    how = {"duration": durations, "loop": 0, "lossless": True, "method": 4, "minimize_size": True}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **how)

@@ -1,7 +1,6 @@
 """One measurement of speed, in a process of its own: what `videoar.benchmark` starts.
 
-A request comes as JSON on the standard input, the answer goes as JSON to the standard output. The
-network is only counted, never changed.
+A request comes as JSON on the standard input, the answer goes as JSON to the standard output.
 """
 
 import itertools
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from videoar import runs
 from videoar.benchmark import MARK_SECONDS, SPAN_SECONDS, BenchConfig, Run
 from videoar.flow import euler_step, unit_noise
 from videoar.model import Output, VideoTransformer
-from videoar.pipeline import VideoPipeline
+from videoar.pipeline import Generation, VideoPipeline
 from videoar.sampler import Network, Sampler
 from videoar.units import token_mask
 from videoar.video import VideoWriter
@@ -48,24 +47,18 @@ def main() -> None:
 
 
 def measure(config: BenchConfig, started: float) -> Json:
-    """Generate the video several times; then measure the machine, and do without the cache.
+    """Generate the video of one kind several times; then measure the machine, and use no cache.
 
-    Args:
-        config: with one kind of unit.
-        started: when this process started, on the clock `time.time`.
+    `started` is when this process was started, on the clock `time.time`.
     """
     before = time.perf_counter()
     pipe = VideoPipeline.from_pretrained(config.checkpoint)
-    loaded = time.perf_counter() - before
-    start_seconds, done = 0.0, []
-    for _ in range(config.repeats):
-        begun = time.time()
-        done.append(generate(pipe, config, seconds=config.seconds)[0])
-        start_seconds = start_seconds or begun - started + done[0].first_frame_seconds
+    load_seconds, begun = time.perf_counter() - before, time.time()
+    done = [generate(pipe, config, seconds=config.seconds)[0] for _ in range(config.repeats)]
     return {
         "runs": [asdict(run) for run in done],
-        "start_seconds": start_seconds,
-        "load_seconds": loaded,
+        "start_seconds": begun - started + done[0].first_frame_seconds,
+        "load_seconds": load_seconds,
         "peak_bytes": peak_bytes(),  # before anything else takes memory
         "window_frames": pipe.sampling.window_frames,
         "matmul_rate": runs.measure_matmul_rate("cpu", precision="float32"),
@@ -81,11 +74,10 @@ def measure_flat(config: BenchConfig, started: float) -> Json:
     frames, times, peaks = (list(column) for column in zip(*clock, strict=True))
     fps = pipe.sampling.fps
     seconds = np.arange(1, config.long_seconds // MARK_SECONDS + 1) * MARK_SECONDS
-    early = next(peak for count, peak in zip(frames, peaks, strict=True) if count >= 20 * fps)
     return {
         "seconds": seconds.tolist(),
         "cost": [cost_at(second, fps=fps, frames=frames, times=times) for second in seconds],
-        "early_bytes": early,
+        "early_bytes": peaks[int(np.searchsorted(frames, 20 * fps))],
         "late_bytes": peaks[-1],
     }
 
@@ -93,11 +85,7 @@ def measure_flat(config: BenchConfig, started: float) -> Json:
 def cost_at(second: float, *, fps: float, frames: Sequence[int], times: Sequence[float]) -> float:
     """Return the time per second of video over the span that ends at a second of it.
 
-    Args:
-        second: of the video.
-        fps: frames per second of the video.
-        frames: how many frames there were,
-        times: and when.
+    There were so many `frames` at these `times`.
     """
     end, begin = np.interp([second * fps, (second - SPAN_SECONDS) * fps], frames, times)
     return float(end - begin) / SPAN_SECONDS
@@ -121,6 +109,17 @@ class Counted:
         return self.network(tokens, **inputs)
 
 
+def start(pipe: VideoPipeline, config: BenchConfig, *, seconds: float) -> Generation:
+    """Prepare to generate a video."""
+    return pipe.generate(
+        [config.prompt],
+        num_frames=max(1, round(seconds * pipe.sampling.fps)),
+        seeds=[0],
+        units=config.units[0],
+        num_inference_steps=config.num_inference_steps,
+    )
+
+
 def generate(
     pipe: VideoPipeline, config: BenchConfig, *, seconds: float
 ) -> tuple[Run, list[tuple[int, float, int]]]:
@@ -130,18 +129,11 @@ def generate(
         What it cost, and after every write: frames so far, time, peak memory.
     """
     started, written, clock, first = time.perf_counter(), 0.0, [], 0.0
-    generation = pipe.generate(
-        [config.prompt],
-        num_frames=max(1, round(seconds * pipe.sampling.fps)),
-        seeds=[0],
-        units=config.units[0],
-        num_inference_steps=config.num_inference_steps,
-    )
+    generation = start(pipe, config, seconds=seconds)
     sampler, stats = generation.sampler, generation.stats
     counted = sampler.network = Counted(sampler.network, pipe.transformer)
     with tempfile.TemporaryDirectory() as folder:
-        writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
-        with writer:
+        with VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps) as writer:
             for frames in generation:
                 before = time.perf_counter()
                 first = first or before - started
@@ -151,20 +143,15 @@ def generate(
                 clock.append((stats.frames, after - started, peak_bytes()))
             before = time.perf_counter()
         ended = time.perf_counter()
-    return Run(
-        frames=stats.frames,
-        wall_seconds=ended - started,
-        model_seconds=stats.model_seconds,
-        decode_seconds=stats.decode_seconds,
-        write_seconds=written + ended - before,
-        first_frame_seconds=first,
-        passes=stats.passes,
-        units=stats.units,
-        tokens=counted.tokens,
-        flops=counted.flops,
-        cache_tokens=stats.cache_tokens,
-        cache_bytes=sampler.cache.num_bytes,
-    ), clock
+    values: Json = vars(stats) | {
+        "wall_seconds": ended - started,
+        "write_seconds": written + ended - before,
+        "first_frame_seconds": first,
+        "tokens": counted.tokens,
+        "flops": counted.flops,
+        "cache_bytes": sampler.cache.num_bytes,
+    }
+    return Run(**values), clock
 
 
 def measure_uncached(pipe: VideoPipeline, config: BenchConfig) -> Json:
@@ -172,20 +159,13 @@ def measure_uncached(pipe: VideoPipeline, config: BenchConfig) -> Json:
 
     Both let a unit read all before it: sinks that move with a window exist only in a cache.
     """
+    plain = replace(pipe.sampling, window_frames=None, lag=None, context_noise=0.0)
+    pipe = replace(pipe, sampling=plain)
     times: dict[str, list[float]] = {"cached": [], "uncached": []}
     tokens: dict[str, Tensor] = {}
     for _ in range(config.repeats):
         for name, generate_all in (("cached", with_cache), ("uncached", without_cache)):
-            sampler = pipe.generate(
-                [config.prompt],
-                num_frames=max(1, round(config.uncached_seconds * pipe.sampling.fps)),
-                seeds=[0],
-                units=config.units[0],
-                num_inference_steps=config.num_inference_steps,
-                window_frames=None,
-                lag=None,
-                context_noise=0.0,
-            ).sampler
+            sampler = start(pipe, config, seconds=config.uncached_seconds).sampler
             before = time.perf_counter()
             tokens[name] = generate_all(sampler)
             times[name].append(time.perf_counter() - before)
@@ -230,14 +210,12 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
 def peak_bytes() -> int:
     """Return the most memory that this process has held."""
     status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    for line in lines:
+    for line in status.read_text(encoding="ascii").splitlines() if status.is_file() else []:
         # The peak of `getrusage` counts the process that started this one, too.
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

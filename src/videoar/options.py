@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,8 +62,7 @@ class Train:
     """Train a recipe, or go on with its run: `videoar train RECIPE --help` shows all its fields."""
 
     recipe: Positional[Annotated[str | None, arg(metavar="RECIPE")]] = None
-    """A name, or package.module:function. Fields of its configuration follow, such as --steps 100
-    --optimizer.learning-rate 0.001."""
+    """A name, or package.module:function; fields of its configuration follow: --steps 100."""
     list: bool = False
     """List the recipes."""
     export: bool = False
@@ -101,8 +100,7 @@ class DrawUnits:
     steps: int = 4
     """Denoising steps per unit."""
     out: Path | None = None
-    """Folder for order.png, mask.png and filling.webp; several schemes fill side by side in
-    units.webp."""
+    """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
     force: bool = False
     """Replace files that exist."""
 
@@ -191,26 +189,21 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:-1] if line)
-        text = re.split(r" ?(?:─{3,}|Got errors:)", text)[0].rstrip(".")
+        lines = (line.strip(" │") for line in box.getvalue().splitlines()[1:-1])
+        text = re.split(r" ?(?:─{3,}|Got errors:)", " ".join(filter(None, lines)))[0].rstrip(".")
         raise ValueError(f"{text} (see `{prog} --help`)") from stop
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])
-        close = hint(name.partition("=")[0].replace("_", "-"), option_names(default or kind))
+        close = hint(name.partition("=")[0].replace("_", "-"), _names(default or kind))
         raise ValueError(f"unknown option {name!r}{close} (see `{prog} --help`)")
     return options
 
 
-def option_names(options: Any, prefix: str = "--") -> list[str]:
-    """Return the options of a dataclass, those of nested ones after a dot."""
-    names = []
+def _names(options: Any, prefix: str = "--") -> Iterator[str]:
+    """Yield the options of a dataclass, those of nested ones after a dot."""
     for field in dataclasses.fields(options):
-        name = prefix + field.name.replace("_", "-")
-        value = getattr(options, field.name, None)
-        nested = dataclasses.is_dataclass(value)
-        names += option_names(value, f"{name}.") if nested else [name]
-    return names
+        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name, None)
+        yield from _names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
 
 
 def hint(word: str, known: Iterable[str]) -> str:

@@ -1,13 +1,12 @@
 """From a generation to a file: frames are written as they come, timed, and kept when it is stopped.
 
-Nothing here knows of options; the command line and the demo call it.
+Nothing here knows of options; the command line calls it.
 """
 
 import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from videoar.video import STREAMS, Video, VideoWriter
 
 MAX_PICTURES = 1000
 """Frames of an animation or contact sheet, which is held in memory until it is complete."""
-MIB = 2**20
 
 
 def open_output(path: Path, *, num_frames: int, fps: float) -> "VideoWriter | Pictures":
@@ -39,17 +37,12 @@ class Pictures:
 
     def __init__(self, path: Path, *, fps: float) -> None:
         self.path, self.fps, self.num_frames = path, fps, 0
-        self.frames: list[UInt8[np.ndarray, "frames height width 3"]] = []
+        self.frames: list[np.ndarray] = []
 
     def __enter__(self) -> "Pictures":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self.frames and (kind is None or issubclass(kind, KeyboardInterrupt)):
             video = Video(frames=np.concatenate(self.frames), fps=self.fps)
             video.save(self.path, overwrite=True)
@@ -63,19 +56,14 @@ class Pictures:
 def write(
     generation: Generation, writer: VideoWriter | Pictures, *, started: float, fps: int
 ) -> tuple[dict[str, Any], bool]:
-    """Write frames as they come, until the end or Ctrl-C.
-
-    Args:
-        generation: of one video.
-        writer: a context manager that is entered here.
-        started: when the work began, on the clock `time.perf_counter`.
-        fps: frames per second of the video.
+    """Write the frames of one video as they come, until the end or Ctrl-C.
 
     Returns:
-        What was done and what it took; and whether the user stopped it.
+        What was done and what it took since `started`, on the clock `time.perf_counter`; and
+        whether the user stopped it.
     """
     stats, interrupted = generation.stats, False
-    start_seconds, written, closing = None, 0.0, None
+    start_seconds, write_seconds, closing = None, 0.0, None
     progress = Progress(generation.num_frames or 0, fps=fps)
     try:
         with writer:
@@ -83,7 +71,7 @@ def write(
                 before = time.perf_counter()
                 start_seconds = start_seconds or process_seconds()
                 writer.write(batch[0])
-                written += time.perf_counter() - before
+                write_seconds += time.perf_counter() - before
                 progress.update(stats.frames)
             closing = time.perf_counter()
     except KeyboardInterrupt:
@@ -91,16 +79,15 @@ def write(
     ended = time.perf_counter()
     progress.close()
     frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
-    figures = vars(stats) | {
+    return vars(stats) | {
         "frames": frames,
         "video_seconds": frames / fps,
         "fps": frames / (ended - started),
         "seconds": ended - started,
-        "write_seconds": written + (ended - closing if closing else 0.0),
+        "write_seconds": write_seconds + (ended - closing if closing else 0.0),
         "start_seconds": start_seconds,
         "peak_bytes": peak_bytes(),
-    }
-    return figures, interrupted
+    }, interrupted
 
 
 class Progress:
@@ -150,4 +137,4 @@ def summary(path: Path, figures: dict[str, Any]) -> str:
         "{model_seconds:.2f}, decoding {decode_seconds:.2f}, writing {write_seconds:.2f}\n"
         "{units} units of {scheme} in {passes} passes; up to {cache_tokens} tokens in the cache\n"
         "first frames after {first_frame_seconds:.2f} s{since}; peak memory {peak:.0f} MiB"
-    ).format(**figures, path=path, since=since, peak=figures["peak_bytes"] / MIB)
+    ).format(**figures, path=path, since=since, peak=figures["peak_bytes"] / 2**20)
