@@ -310,6 +310,28 @@ BAD = [
 ]
 
 
+INSTANT = (
+    "seconds is", "num_frames is", "num_inference_steps is", "shift is", "threads is", "steps is",
+    "choose one", "missing does not exist", ".avi", "did you mean --seconds?", "PROMPT",
+    "no scheme",
+)  # fmt: skip
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
+    """A slip of the keyboard is told at once, not after the seconds that torch takes to start."""
+    slow = ("train", "bench", "evaluate")
+    lines = [words for words, part in BAD if part.startswith(INSTANT) and words[0] not in slow]
+    code = (
+        "import json, sys; from videoar.cli import main\n"
+        "codes = [main(words) for words in json.loads(sys.argv[1])]\n"
+        "assert set(codes) == {2} and 'torch' not in sys.modules, codes"
+    )
+    command = [sys.executable, "-c", code, json.dumps(lines)]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("videoar: error:") == len(lines) > 15
+
+
 @pytest.mark.parametrize(("words", "part"), BAD, ids=[" ".join(w)[:50] for w, _ in BAD])
 def test_bad_input_gets_one_sentence(
     run: Run, checkpoint: str, words: tuple[str, ...], part: str
@@ -586,7 +608,7 @@ def test_the_mask_shows_who_reads_whom() -> None:
 
 def test_the_lattice_fills_from_empty_to_full() -> None:
     """The animation begins empty, adds units in their order, and ends with all of them."""
-    pictures = drawing.filling(["cube:1x2x2"], frames=2, height=4, width=4)
+    pictures = drawing.filling({"cube": Units(parse_units("cube:1x2x2"), 2, 4, 4)}, steps=4)
     ramp = [drawing.color(k / 7) for k in range(8)]
     counts = []
     for picture in pictures:

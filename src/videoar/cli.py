@@ -28,10 +28,8 @@ Autoregressive video generation in which the prediction unit is a choice.
 
 `videoar COMMAND --help` shows the options of a command."""
 DEMO_PROMPT = "a small red ball bounces up and down on a black background"
-CLIP_SECONDS = 4.0
-"""Length of the short videos of the demo, and of what its judge sees at a time."""
-SAMPLING = {"window": "window_frames", "sink": "sink_frames"}
-"""Options that are shorter than the fields of `Sampling` that they set."""
+CLIP_SECONDS = 4.0  # of the short videos of the demo, and of what its judge sees at a time
+FIELDS = {"window": "window_frames", "sink": "sink_frames"}  # of `Sampling`, by their options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("videoar: stopped", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
-        named = isinstance(error, OSError) and error.filename
-        text = f"{error.strerror}: {error.filename}" if named else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.strerror}: {error.filename}"
         print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
@@ -128,7 +127,7 @@ def generate(args: options.Generate) -> int:
     if args.units is not None:
         units.parse(args.units)  # what is wrong with it is said before weights are loaded
     fields = {field.name for field in dataclasses.fields(Sampling)}
-    given = {SAMPLING.get(k, k): value for k, value in vars(args).items() if value is not None}
+    given = {FIELDS.get(k, k): value for k, value in vars(args).items() if value is not None}
     given = {name: value for name, value in given.items() if name in fields}
     if args.window == "all":
         given["window_frames"] = None
@@ -157,8 +156,7 @@ def train(args: options.Train, *, config: Any = None) -> int:
 
     if args.list or args.recipe is None:
         for name, recipe in recipes.RECIPES.items():
-            text = (recipe.__doc__ or "").partition("\n\n")[0]
-            _say(f"{name:<11} {' '.join(text.split())}")
+            _say(f"{name:<18} {(recipe.__doc__ or '').splitlines()[0]}")
         return 0
     import torch
 

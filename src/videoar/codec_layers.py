@@ -143,6 +143,8 @@ def _mirrored(
     have no mirrored halves. The gain is 1 after a ReLU and 1/2 without one, where the difference of
     the halves is twice a value.
     """
+    if conv.weight.is_meta:  # it is about to be loaded
+        return conv
     rows = conv.out_channels // groups_out // (1 if plain_out else 2)
     columns = conv.in_channels // groups_in // (1 if plain_in else 2)
     mix = nn.init.orthogonal_(torch.empty(rows, columns), gain)

@@ -30,13 +30,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def checkpoint(folder: Path, *, seconds: float, window: int | None) -> str:
-    """Say what a checkpoint is, how it was made, and what memory a video needs.
-
-    Args:
-        folder: of the checkpoint.
-        seconds: length of the video.
-        window: latent frames that a unit may read; None: the checkpoint's own.
-    """
+    """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
     meta, memory = load_meta(folder), ""
     if "transformer" in meta.get("components", ()):
         pipe = VideoPipeline.from_pretrained(folder)
@@ -132,7 +126,7 @@ def cached_tokens(units: Units, visible: Visible) -> int:
 
 
 def partition(name: str, units: Units, visible: Visible, *, steps: int) -> dict[str, Any]:
-    """Return a row of a table on schemes: what one makes of a lattice, in so many steps per unit."""
+    """Return what a scheme makes of a lattice, as a row of a table."""
     waves = int(units.waves.max()) + 1
     return {
         "scheme": name,

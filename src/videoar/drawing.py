@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from videoar.units import Unit, Units, Visible, parse, token_mask
+from videoar.units import Unit, Units, Visible, token_mask
 
 Color = tuple[int, int, int]
 Place = tuple[int, int]
+Track = list[tuple[Unit, float, float]]  # units, and when each is at work, from 0 to 1
 
 PAPER, EMPTY, GREY, INK = (252, 252, 250), (233, 234, 231), (120, 123, 128), (32, 34, 40)
 MAX_TOKENS = 4096  # more cannot be told apart on a screen, and the mask grows with the square
@@ -36,13 +37,10 @@ CONES_TO_RGB = (
 class Paint(NamedTuple):
     """What a cell of a picture shows."""
 
-    unit: int
-    """Cells of one unit lie close together."""
-    token: Hashable
-    """Cells of one token run into each other."""
+    unit: int  # its cells lie close together,
+    token: Hashable  # and those of one token run into each other
     color: Color
-    working: bool = False
-    """Whether the unit gets a frame."""
+    working: bool = False  # the unit gets a frame
 
 
 def color(share: float) -> Color:
@@ -56,6 +54,11 @@ def color(share: float) -> Color:
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     red, green, blue = (255 * srgb).round().astype(int).tolist()
     return red, green, blue
+
+
+def colors(count: int) -> list[Color]:
+    """Return the colours of so many units."""
+    return [color(index / max(1, count - 1)) for index in range(count)]
 
 
 def mix(under: Color, over: Color, share: float) -> Color:
@@ -77,9 +80,9 @@ def order(units: Units, *, title: str) -> Image.Image:
 
     Coarse levels stand above the finest, as grids of their own.
     """
-    grids: dict[tuple[int, int], dict[Place, Paint]] = {}  # by level and frame
+    ramp, grids = colors(len(units.sizes)), {}  # grids by level and frame
     for unit in units.clip:
-        shade = colorX
+        shade = ramp[unit.index]
         for t, h, w, level in unit.cells:
             grids.setdefault((level, t), {})[h, w] = Paint(unit.index, (h, w), shade)
     columns = min(units.clip[-1].complete_frames, 16)
@@ -153,8 +156,8 @@ def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
     count = len(units.sizes)
     matrix = visible.matrix(torch.arange(count), units.waves)
     reads = token_mask(matrix, units.unit, units.unit).numpy()
-    ramp = np.array([color(index / max(1, count - 1)) for index in range(count)])
-    dots = np.where(reads[..., None], ramp[units.unit.numpy()], EMPTY).astype(np.uint8)
+    shades = np.array(colors(count))[units.unit.numpy()]
+    dots = np.where(reads[..., None], shades, EMPTY).astype(np.uint8)
     scale = max(1, 760 // len(dots))
     square = Image.fromarray(dots).resize((len(dots) * scale,) * 2, Image.Resampling.NEAREST)
     edges = list(itertools.accumulate(units.sizes, initial=0))
@@ -164,16 +167,11 @@ def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
             draw.line((edge * scale, 0, edge * scale, square.height), fill=PAPER)
             draw.line((0, edge * scale, square.width, edge * scale), fill=PAPER)
     square.thumbnail((1520, 1520), Image.Resampling.BOX)
-    # What is written along the left side is written along the top of a page that is then turned.
-    picture = Image.new("RGB", (square.height + 110, square.width + 90), PAPER)
-    ImageDraw.Draw(picture).text(
-        (square.height + 26, 18), "unit that reads", fill=GREY, font_size=12, anchor="ra"
-    )
-    picture = picture.rotate(90, expand=True)
+    picture = Image.new("RGB", (square.width + 90, square.height + 110), PAPER)
     picture.paste(square, (64, 84))
     draw = ImageDraw.Draw(picture)
     draw.text((20, 18), title, fill=INK, font_size=18)
-    draw.text((64, 48), "unit that is read", fill=GREY, font_size=12)
+    draw.text((64, 48), "row: unit that reads; column: unit that is read", fill=GREY, font_size=12)
     free = 0.0
     for index, (start, end) in enumerate(itertools.pairwise(edges)):
         middle = (start + end) / 2 * square.width / edges[-1]
@@ -182,10 +180,6 @@ def mask(units: Units, visible: Visible, *, title: str) -> Image.Image:
             draw.text((64 + middle, 76), str(index), fill=GREY, font_size=10, anchor="mm")
             draw.text((58, 84 + middle), str(index), fill=GREY, font_size=10, anchor="rm")
     return picture
-
-
-Track = list[tuple[Unit, float, float]]
-"""Units, and when each is at work, from 0 to 1."""
 
 
 def _track(units: Units) -> Track:
@@ -203,7 +197,8 @@ def filling(lattices: Mapping[str, Units], *, steps: int) -> list[Image.Image]:
     All end at the same moment. The unit at work is framed and takes on its colour in as many steps
     as it is denoised in; coarse tokens lie as pale large blocks where the finest will be.
     """
-    (height, width, frames), *_ = ((u.height, u.width, _frames(u)) for u in lattices.values())
+    units = next(iter(lattices.values()))
+    frames, height, width = units.clip[-1].complete_frames, units.height, units.width
     cell = max(4, min(20, 1000 // (frames * (width + 1))))
     lefts = [146 + t * cell * (width + 1) for t in range(frames)]
     tops = [38 + row * (max(46, cell * height) + 20) for row in range(len(lattices) + 1)]
@@ -234,17 +229,18 @@ def filling(lattices: Mapping[str, Units], *, steps: int) -> list[Image.Image]:
 
 def _painted(track: Track, *, now: float, steps: int) -> dict[tuple[int, int, int], Paint]:
     """Return what the cells of the finest lattice show at a moment."""
-    painted: dict[tuple[int, int, int], Paint] = {}
+    painted, shades = {}, colors(len(track))
     for unit, start, end in track:
         if start >= now:
             break
         share = min(1.0, math.ceil(steps * (now - start) / (end - start)) / steps)
         working = end > now + 1e-9
-        shade = color(unit.index / max(1, len(track) - 1))
         for t, h, w, level in unit.cells:
             # A finished unit is opaque; the coarser, the paler.
             strength = (0.2 + 0.8 * share * (0.8 if working else 1.0)) * 0.7**level
-            paint = Paint(unit.index, (h, w, level), mix(EMPTY, shade, strength), working)
+            paint = Paint(
+                unit.index, (h, w, level), mix(EMPTY, shades[unit.index], strength), working
+            )
             for dh, dw in itertools.product(range(2**level), repeat=2):
                 painted[t, h * 2**level + dh, w * 2**level + dw] = paint
     return painted

@@ -110,7 +110,8 @@ class VideoTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = LayerNorm(size, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(size, config.token_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, size) / size**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, size))
+        nn.init.normal_(self.scale_shift_table, std=size**-0.5)
         nn.init.zeros_(self.scale_embedding.weight)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
@@ -304,7 +305,8 @@ class Block(nn.Module):
         self.attn2 = Attention(config)
         self.norm3 = LayerNorm(size, config.eps, elementwise_affine=False)
         self.ffn = FeedForward(size, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size) / size**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, size))
+        nn.init.normal_(self.scale_shift_table, std=size**-0.5)
 
     def forward(
         self,

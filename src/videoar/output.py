@@ -16,8 +16,7 @@ from videoar.measure import peak_bytes
 from videoar.pipeline import Generation
 from videoar.video import STREAMS, Video, VideoWriter
 
-MAX_PICTURES = 1000
-"""Frames of an animation or contact sheet, which is held in memory until it is complete."""
+MAX_PICTURES = 1000  # of an animation or contact sheet, which is held in memory until complete
 
 
 def open_output(path: Path, *, num_frames: int, fps: float) -> "VideoWriter | Pictures":

@@ -52,11 +52,17 @@ class OptimizerConfig:
 class Task(Protocol):
     """What is trained, on what, and what comes out."""
 
-    objective: Objective
-    batches: Batches
     tokens_per_batch: int
     flops_per_batch: float
     """Floating point operations, forward and backward, for the share of peak."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is trained, and its loss."""
+
+    @property
+    def batches(self) -> Batches:
+        """What it is trained on."""
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Measure the averaged weights, with generators of its own; may return nothing."""

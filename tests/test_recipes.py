@@ -1,0 +1,121 @@
+"""Every recipe builds and takes a step at tiny size, and what it exports generates."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import CODEC, MODEL, TEXT
+
+from videoar import recipes
+from videoar.checkpoint import load_meta
+from videoar.pipeline import VideoPipeline
+from videoar.recipes import RECIPES, find
+from videoar.runs import read_log
+from videoar.tasks import CodecTask, GeneratorTask, load_codec
+from videoar.train import TrainConfig, train
+
+
+def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The same recipe with small parts, few videos and a few steps."""
+    task = config.task
+    if isinstance(task, CodecTask):
+        codec = CODEC if not isinstance(task.codec, Path) else folder / task.codec
+        small = replace(task, codec=codec, num_frames=5, num_clips=4)
+    elif isinstance(task, GeneratorTask):
+        small = replace(
+            task,
+            codec=folder / task.codec,
+            latents=folder / task.latents,
+            model=replace(MODEL, prediction=task.model.prediction),
+            text=replace(TEXT, max_tokens=task.text.max_tokens),
+            num_videos=4,
+            num_latents=5,
+        )
+    else:
+        pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
+    return replace(
+        config, task=small, out=folder / config.out, steps=2, batch_size=2, sample_every=2
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train recipes at tiny size, each once: later ones use what earlier ones left."""
+    folder = tmp_path_factory.mktemp("recipes")
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        for each in RECIPES:  # in the order in which they build on each other
+            if each not in done:
+                done[each] = train(_tiny(find(each), folder))
+            if each == name:
+                break
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(trained, name: str) -> None:
+    """A recipe that nobody runs rots; all its parts must fit and its losses be finite."""
+    checkpoint = trained(name)
+    rows = [row for row in read_log(checkpoint.parent) if "loss" in row]
+    assert rows
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert load_meta(checkpoint)
+
+
+def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
+    """Training and generation meet in the checkpoint: names, sizes, words, defaults."""
+    pipe = VideoPipeline.from_pretrained(trained("toy"))
+    assert pipe.sampling == find("toy").task.sampling
+    for units in find("toy").task.units:
+        video = pipe("a red ball moves left", num_frames=9, units=units, num_inference_steps=1)
+        assert video.frames.shape == (9, 64, 64, 3)
+
+
+def test_a_second_decoder_leaves_the_latents_alone(trained) -> None:
+    """Latents encoded with the first codec stay valid: only the decoder is trained on."""
+    first, second = (load_codec(trained(name)) for name in ("codec-toy", "codec-toy-decoder"))
+    video = torch.rand(1, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(first.encode(video), second.encode(video))
+    latents = first.encode(video)
+    assert not torch.equal(first.decode(latents), second.decode(latents))
+
+
+def test_recipes_agree_on_the_window_that_is_trained_and_used() -> None:
+    """What a unit reads while generating is what it read in training: as many frames and sinks."""
+    for name in RECIPES:
+        task = find(name).task
+        if isinstance(task, GeneratorTask):
+            assert task.sampling.window_frames == task.flow.clip_frames
+            assert task.sampling.sink_frames == task.flow.sink_frames
+            assert task.sampling.shift == task.flow.shift
+            assert task.sampling.lag is None or task.flow.context == "noisy"
+            assert task.sampling.units in task.units
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("toys", "Unknown recipe 'toys'.*Did you mean toy"),
+        ("", "Unknown recipe"),
+        ("nowhere:toy", "cannot be imported.*check both names"),
+        ("videoar.recipes:nothing", "cannot be imported.*check both names"),
+        ("videoar:__doc__.strip", "cannot be imported|returns str"),
+        ("videoar.checkpoint:bundled", "returns list: return a TrainConfig"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_sentence(name: str, message: str) -> None:
+    """Users type these names."""
+    with pytest.raises(ValueError, match=message) as caught:
+        find(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_ones_own_is_found_by_its_path() -> None:
+    """Nothing has to be registered."""
+    assert find("videoar.recipes:toy") == recipes.toy()
