@@ -117,7 +117,8 @@ class _NoInitialValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        draws = func in (torch.Tensor.normal_, torch.Tensor.uniform_)
+        if draws or getattr(func, "__module__", "") == "torch.nn.init":
             return values["tensor"] if "tensor" in values else args[0]
         return func(*args, **values)
 
