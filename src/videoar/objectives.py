@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from videoar.tokens import to_tokens
 from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a training loop needs to know: the module it updates, and the loss of a batch."""
 
