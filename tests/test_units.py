@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import SCHEMES
 
@@ -39,8 +39,8 @@ ANY_SCHEME = st.one_of(
     st.tuples(st.just(KeyDetail), st.integers(2, 5)),
     st.tuples(
         st.just(Pyramid),
-        st.sampled_from([(1,), (2, 1), (4, 1), (4, 2, 1), (8, 4, 2, 1)]),
         SIZES,
+        st.sampled_from([(1,), (2, 1), (4, 1), (4, 2, 1), (8, 4, 2, 1)]),
     ),
 )
 LATTICE = st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 6))
@@ -263,8 +263,8 @@ def test_one_unit_cannot_span_an_endless_stream() -> None:
 class _Broken(Scheme):
     """Leaves out the last column, or takes it twice."""
 
-    columns: tuple[int, ...] = ()
     frames: int = 1
+    columns: tuple[int, ...] = ()
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         return [[box(range(frames), range(height), range(c, c + 1))] for c in self.columns]
@@ -274,7 +274,7 @@ class _Broken(Scheme):
 def test_a_scheme_that_is_no_partition_is_caught(columns: tuple[int, ...]) -> None:
     """A mistake in a new scheme shows at once, not as noise in a corner."""
     with pytest.raises(AssertionError, match="not a partition"):
-        Units(_Broken(columns), 1, 2, 3).at(0)
+        Units(_Broken(columns=columns), 1, 2, 3).at(0)
 
 
 # ---------------------------------------------------------------- visibility
@@ -289,6 +289,8 @@ def _tokens(units: Units, visible: Visible) -> torch.Tensor:
 
 
 @given(ANY_SCHEME, LATTICE, st.none() | st.integers(1, 9), st.integers(0, 5))
+@example((Blocks, 1, 1, 1, "wavefront"), (2, 3, 3), None, 0)
+@example((Blocks, 2, 1, 2, "wavefront"), (3, 3, 4), 4, 2)
 @FEW
 def test_visibility_is_causal_windowed_and_keeps_sinks(scheme, lattice, window, sink) -> None:
     """The rule, cell by cell; and what has expired is what no later unit reads."""
@@ -345,8 +347,8 @@ def test_clean_copies_are_the_teacher_forcing_mask_of_self_forcing() -> None:
 class _FirstAlone(Scheme):
     """One frame, then chunks: the layout of image-to-video models."""
 
-    chunk: int = 2
     frames: None = None
+    chunk: int = 2
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         starts = [0, *range(1, frames, self.chunk)]
@@ -363,7 +365,7 @@ def test_a_first_frame_of_its_own_is_the_mask_of_1_and_n_and_n() -> None:
     published = torch.tensor(
         [[block[k // tokens] <= block[q // tokens] for k in range(28)] for q in range(28)]
     )
-    assert torch.equal(_tokens(Units(_FirstAlone(n), frames, 2, 2), Visible()), published)
+    assert torch.equal(_tokens(Units(_FirstAlone(chunk=n), frames, 2, 2), Visible()), published)
 
 
 @pytest.mark.parametrize(("window", "sink"), [(1, 0), (3, 0), (3, 1), (2, 3)])

@@ -53,7 +53,7 @@ def codec_toy_decoder() -> TrainConfig:
         name="codec-toy-decoder",
         out=Path("runs/codec-toy-decoder"),
         task=CodecTask(codec=first.out / "checkpoint"),
-        steps=3000,
+        steps=1300,
     )
 
 
@@ -63,7 +63,7 @@ def toy() -> TrainConfig:
         name="toy",
         out=Path("runs/toy"),
         task=GeneratorTask(
-            codec=Path("runs/codec-toy/checkpoint"),
+            codec=Path("runs/codec-toy-decoder/checkpoint"),
             latents=Path("runs/world-64"),
             units=TOY_UNITS,
             model=ModelConfig(
@@ -78,9 +78,9 @@ def toy() -> TrainConfig:
             ),
             text=TextEncoderConfig(),
             flow=FlowMatchingConfig(),
-            sampling=Sampling(),
+            sampling=Sampling(guidance_scale=3.0),
         ),
-        steps=4000,
+        steps=1750,
         batch_size=32,
         optimizer=OptimizerConfig(
             learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=100, decay_fraction=0.3
