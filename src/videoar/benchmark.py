@@ -219,7 +219,9 @@ def run(config: BenchConfig, report: Callable[[str], None]) -> Report:
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(rows[-1]).items()))
     result = Report(config=asdict(config) | {"out": None}, rows=tuple(rows))
     if out is not None:
-        out.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial = out.with_name(f".{out.name}.partial")
+        partial.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(out)
     return result
 
 

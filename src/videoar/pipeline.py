@@ -194,7 +194,7 @@ class VideoPipeline:
         tokenizer = Tokenizer.from_json((folder / "text" / "tokenizer.json").read_text("utf-8"))
         known = {f.name for f in fields(Sampling)}
         defaults = {key: v for key, v in meta.get("sampling", {}).items() if key in known}
-        pipeline = cls(
+        return cls(
             transformer=load_component(
                 folder / "transformer",
                 {"VideoTransformer": (VideoTransformer, ModelConfig)},
@@ -205,7 +205,6 @@ class VideoPipeline:
             sampling=Sampling(**defaults),
             meta=meta,
         )
-        return pipeline
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint folder."""

@@ -81,7 +81,7 @@ class Finished:
 class Sampler:
     """A generation in progress; iterate over it to get units as they finish.
 
-    Its state (`state_dict`) is the cache, the units in flight, and two integers.
+    Its state (`state_dict`) is the cache, the units in flight, and how far it is.
     """
 
     def __init__(
