@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from videoar import benchmark
-from videoar.benchmark import BenchConfig, Report, Row, Run, flat_cells, speed_cells, uncached_cells
+from videoar.benchmark import Report, Row, Run, flat_cells, speed_cells, uncached_cells
 from videoar.measure import (
     cost_at,
     generate,
@@ -18,6 +18,7 @@ from videoar.measure import (
     with_cache,
     without_cache,
 )
+from videoar.options import Bench
 from videoar.pipeline import VideoPipeline
 from videoar.units import Visible, parse
 
@@ -33,10 +34,10 @@ def pipe() -> VideoPipeline:
 
 
 @pytest.fixture(scope="module")
-def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> BenchConfig:
+def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """One kind of unit, measured in every way."""
     folder = tmp_path_factory.mktemp("benchmark")
-    return BenchConfig(
+    return Bench(
         checkpoint=str(pipe.save_pretrained(folder / "tiny")),
         units=("cube:1x2x2",),
         prompt=PROMPT,
@@ -51,7 +52,7 @@ def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Ben
 
 
 @pytest.fixture(scope="module")
-def report(config: BenchConfig) -> Report:
+def report(config: Bench) -> Report:
     """One benchmark in real processes that several tests look at."""
     return benchmark.run(config, lambda line: None)
 
@@ -90,7 +91,7 @@ def test_a_long_video_is_timed_at_every_mark(report: Report) -> None:
     assert all(cost > 0 for cost in flat["cost"])
 
 
-def test_the_file_reloads(report: Report, config: BenchConfig) -> None:
+def test_the_file_reloads(report: Report, config: Bench) -> None:
     """The JSON is what was returned; runs can be built from it again."""
     assert config.out is not None
     read = json.loads(config.out.read_text())
@@ -122,7 +123,7 @@ def test_without_a_cache_comes_the_same_video(pipe: VideoPipeline, scheme: str) 
     )
 
 
-def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: BenchConfig) -> None:
+def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: Bench) -> None:
     """Both times are positive and the difference of tokens is rounding."""
     both = measure_uncached(pipe, config)
     assert both["cached_seconds"] > 0
@@ -132,7 +133,7 @@ def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: BenchConfig) -
 
 @pytest.mark.parametrize("scheme", ["frame", "chunk:2", "cube:1x2x2"])
 def test_tokens_are_counted_with_their_commits(
-    pipe: VideoPipeline, config: BenchConfig, scheme: str
+    pipe: VideoPipeline, config: Bench, scheme: str
 ) -> None:
     """A unit goes through once per step and once to be cached, the last one never to be cached."""
     run, clock = generate(pipe, replace(config, units=(scheme,)), seconds=8.5)
@@ -143,7 +144,7 @@ def test_tokens_are_counted_with_their_commits(
     assert clock[-1][0] == run.frames == 17
 
 
-def test_flops_grow_with_guidance(pipe: VideoPipeline, config: BenchConfig) -> None:
+def test_flops_grow_with_guidance(pipe: VideoPipeline, config: Bench) -> None:
     """Guidance runs every pass on two conditions, so it costs twice as much."""
     once, _ = generate(pipe, config, seconds=5.0)
     guided = replace(pipe, sampling=replace(pipe.sampling, guidance_scale=3.0))
@@ -206,13 +207,13 @@ def test_cells_follow_from_the_measurements() -> None:
     assert uncached_cells(row)["ratio"] == "6.0"
 
 
-def test_bad_requests_are_one_sentence(config: BenchConfig, tmp_path: Path) -> None:
+def test_bad_requests_are_one_sentence(config: Bench, tmp_path: Path) -> None:
     """Wrong numbers, names and files are refused before a process starts."""
     for field, value in (("seconds", 0.0), ("seconds", float("nan")), ("long_seconds", 12.0)):
         with pytest.raises(ValueError, match=f"{field} is"):
             replace(config, **{field: value})
     with pytest.raises(ValueError, match="Unknown units"):
-        replace(config, units=("cubes",))
+        benchmark.run(replace(config, units=("cubes",)), lambda line: None)
     with pytest.raises(ValueError, match="no checkpoint is called"):
         benchmark.run(replace(config, checkpoint="nowhere"), lambda line: None)
     foreign = tmp_path / "notes.json"
@@ -222,7 +223,7 @@ def test_bad_requests_are_one_sentence(config: BenchConfig, tmp_path: Path) -> N
     assert foreign.read_text() == "my notes"
 
 
-def test_errors_come_back_from_the_process(config: BenchConfig) -> None:
+def test_errors_come_back_from_the_process(config: Bench) -> None:
     """What only the pipeline can refuse arrives as the same sentence, not as a traceback."""
     with pytest.raises(ValueError, match="The prompt has 5000 characters"):
         benchmark.run(replace(config, prompt="a" * 5000, out=None), lambda line: None)

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import SCHEMES, TEXT, tiny_pipeline
 from torch import nn
 
-from videoar import benchmark, describe, drawing, evaluate, options, output
+from videoar import describe, drawing, options, output
 from videoar.cli import COMMANDS, main, parse
 from videoar.data import Batches
 from videoar.recipes import RECIPES
@@ -95,21 +95,6 @@ def test_help_comes_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in COMMANDS)
     assert "--num-inference-steps" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("mirror", "original"),
-    [(options.Bench, benchmark.BenchConfig), (options.Evaluate, evaluate.EvaluateConfig)],
-)
-def test_mirrors_have_the_fields_and_defaults_of_what_they_mirror(
-    mirror: type, original: type
-) -> None:
-    """Options that live apart from torch do not drift away from the configs they fill."""
-    fields, expected = (
-        {field.name: field.default for field in dataclasses.fields(kind)}
-        for kind in (mirror, original)
-    )
-    assert fields == expected
 
 
 def test_every_option_is_explained() -> None:

@@ -14,7 +14,6 @@ from videoar.evaluate import (
     CLEAN,
     CODEC,
     FIRST_SCENE,
-    EvaluateConfig,
     Report,
     fingerprint,
     held_out_prompts,
@@ -23,6 +22,7 @@ from videoar.evaluate import (
     tabulate,
     windows,
 )
+from videoar.options import Evaluate
 from videoar.pipeline import VideoPipeline
 from videoar.tasks import HELD_OUT, scene_of
 from videoar.text import PromptEncoder, TextEncoder, Tokenizer
@@ -41,9 +41,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     """Few and short videos."""
-    return EvaluateConfig(
+    return Evaluate(
         checkpoint=checkpoint,
         units=("frame", "cube:1x2x2"),
         num_prompts=5,
@@ -57,7 +57,7 @@ def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluat
 
 
 @pytest.fixture(scope="module")
-def report(config: EvaluateConfig) -> Report:
+def report(config: Evaluate) -> Report:
     """One evaluation that several tests look at."""
     return run(config, lambda line: None)
 
@@ -188,13 +188,13 @@ def test_the_first_table_fits_a_readme(report: Report) -> None:
             assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
 
 
-def test_the_file_holds_every_score(report: Report, config: EvaluateConfig) -> None:
+def test_the_file_holds_every_score(report: Report, config: Evaluate) -> None:
     """The JSON reloads as what was returned, down to each video."""
     assert json.loads(config.out.read_text()) == json.loads(json.dumps(report.to_json()))
 
 
 def test_finished_kinds_are_not_computed_again(
-    report: Report, config: EvaluateConfig, tmp_path: Path
+    report: Report, config: Evaluate, tmp_path: Path
 ) -> None:
     """A second run only adds what is new; a mark on an old result survives it."""
     kept = report.to_json()
@@ -209,7 +209,7 @@ def test_finished_kinds_are_not_computed_again(
 
 
 def test_results_of_other_settings_are_not_mixed(
-    report: Report, config: EvaluateConfig, tmp_path: Path
+    report: Report, config: Evaluate, tmp_path: Path
 ) -> None:
     """Another seed or other weights under the same name would make pairs of strangers."""
     with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
@@ -218,7 +218,7 @@ def test_results_of_other_settings_are_not_mixed(
     assert fingerprint(other) != fingerprint(Path(config.checkpoint))
 
 
-def test_a_foreign_file_is_left_alone(config: EvaluateConfig, tmp_path: Path) -> None:
+def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
     """A file that is no evaluation is refused in one sentence, and stays as it is."""
     path = tmp_path / "notes.json"
     path.write_text("my notes")
@@ -233,7 +233,6 @@ def test_a_foreign_file_is_left_alone(config: EvaluateConfig, tmp_path: Path) ->
     ("field", "value", "message"),
     [
         ("units", ("frame", "frame"), "twice"),
-        ("units", ("chunks:2",), "Did you mean chunk"),
         ("num_prompts", 1, "2 or more"),
         ("long_prompts", 1, "use 0"),
         ("seconds", 5.0, "2 to 4"),
@@ -246,13 +245,15 @@ def test_a_foreign_file_is_left_alone(config: EvaluateConfig, tmp_path: Path) ->
 def test_impossible_requests_are_refused(field: str, value: object, message: str) -> None:
     """One sentence before any work, with the value and what to use."""
     with pytest.raises(ValueError, match=message):
-        EvaluateConfig(**{field: value})
+        Evaluate(**{field: value})
+    with pytest.raises(ValueError, match="Did you mean chunk"):
+        run(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
 
 
 def test_an_impossible_step_count_fails_before_the_first_video(
     checkpoint: str, tmp_path: Path
 ) -> None:
     """Arguments that only the pipeline knows are checked for all kinds before hours of work."""
-    config = EvaluateConfig(checkpoint=checkpoint, num_inference_steps=0)
+    config = Evaluate(checkpoint=checkpoint, num_inference_steps=0)
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
         run(config, lambda line: pytest.fail(line))

@@ -15,9 +15,9 @@ EACH = pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 # A module imports from the floors below its own. The package itself holds the version only.
 FLOORS = (
     {"__init__"},
-    {"units", "tokens", "flow"},
+    {"units", "tokens", "flow", "options"},
     {"attention", "cache", "model"},
-    {"sampler", "objectives", "distillation"}
+    {"sampler", "sampling", "objectives", "distillation"}
     | {
         "codec_layers",
         "codecs",
@@ -25,13 +25,18 @@ FLOORS = (
         "data",
         "world",
         "video",
+        "condition",
         "checkpoint",
         "interop",
+        "weights",
+        "wan",
+        "umt5",
+        "formats",
         "metrics",
     }
     | {"drawing"},
     {"runs", "optim", "train", "tasks", "recipes", "pipeline", "evaluate", "benchmark", "measure"},
-    {"app", "cli", "options", "output", "describe"},
+    {"app", "cli", "output", "describe"},
     {"__main__"},
 )
 # Neighbours on one floor that know each other, in one direction. Each line was a decision.
@@ -43,13 +48,19 @@ NEIGHBOURS = {
     "objectives": {"codecs", "text"},
     "distillation": {"objectives", "sampler"},
     "data": {"video"},
-    "interop": {"checkpoint", "codecs", "text"},
+    "condition": {"video"},
+    "text": {"checkpoint"},
+    "weights": {"checkpoint"},
+    "interop": {"checkpoint", "weights"},
+    "wan": {"checkpoint", "codecs", "codec_layers", "weights"},
+    "umt5": {"checkpoint", "text", "weights"},
+    "formats": {"checkpoint", "codecs", "interop", "text", "umt5", "wan"},
     "train": {"runs", "optim"},
     "tasks": {"runs", "train", "pipeline"},
     "recipes": {"tasks", "train", "pipeline"},
     "evaluate": {"pipeline", "tasks"},
     "measure": {"benchmark", "pipeline", "runs"},
-    "cli": {"app", "options", "output", "describe"},
+    "cli": {"app", "output", "describe"},
 }
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
 SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")

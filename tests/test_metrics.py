@@ -9,10 +9,8 @@ from jaxtyping import Float, UInt8
 from videoar.metrics import (
     bootstrap_interval,
     drift_slopes,
-    frechet_distance,
     paired_interval,
     psnr,
-    random_video_features,
     ssim,
 )
 
@@ -116,77 +114,6 @@ def test_intervals_refuse_what_has_no_spread() -> None:
         paired_interval([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match=r"confidence is 95"):
         bootstrap_interval([1.0, 2.0], confidence=95)
-
-
-def _with_moments(
-    rng: np.random.Generator,
-    mean: Float[np.ndarray, " features"],
-    covariance: Float[np.ndarray, "features features"],
-) -> Float[np.ndarray, "videos features"]:
-    """Return samples whose sample mean and covariance are exactly the given ones."""
-    x = rng.standard_normal((200, len(mean)))
-    x -= x.mean(0)
-    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
-    return x @ np.linalg.cholesky(covariance).T + mean
-
-
-def test_frechet_distance_of_known_gaussians(rng: np.random.Generator) -> None:
-    """With common axes it is the sum of the squared differences of means and of deviations."""
-    rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-    sigma_a, sigma_b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.5, 3.0])
-    shift = np.array([1.0, -2.0, 0.5])
-    a = _with_moments(rng, np.zeros(3), rotation @ np.diag(sigma_a**2) @ rotation.T)
-    b = _with_moments(rng, shift, rotation @ np.diag(sigma_b**2) @ rotation.T)
-    expected = (shift**2).sum() + ((sigma_a - sigma_b) ** 2).sum()
-    assert frechet_distance(a, b) == pytest.approx(expected)
-    assert frechet_distance(b, a) == pytest.approx(expected)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def _discs(seed: int, *, num_clips: int = 48) -> UInt8[np.ndarray, "clips frames height width 3"]:
-    """Render coloured discs that cross plain backgrounds."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:32, :32]
-    clips = np.empty((num_clips, 12, 32, 32, 3), np.uint8)
-    for clip in clips:
-        clip[:] = rng.integers(0, 80, 3)
-        color, (top, left) = rng.integers(120, 256, 3), rng.uniform(8, 24, 2)
-        angle = rng.uniform(0, 2 * math.pi)
-        for k, frame in enumerate(clip):
-            cy, cx = top + 1.5 * k * math.sin(angle), left + 1.5 * k * math.cos(angle)
-            frame[(y - cy % 32) ** 2 + (x - cx % 32) ** 2 < 36] = color
-    return clips
-
-
-def test_random_features_tell_damaged_videos_from_real_ones() -> None:
-    """Each damage is clearly farther from real clips than other real clips are."""
-    real, other = _discs(1), _discs(2)
-    rng = np.random.default_rng(3)
-    smooth = other.astype(np.float32)
-    for axis in (2, 3):
-        smooth = (np.roll(smooth, 1, axis) + smooth + np.roll(smooth, -1, axis)) / 3
-    damaged = {
-        "noise": (other + rng.normal(0, 12, other.shape)).clip(0, 255).astype(np.uint8),
-        "blur": smooth.astype(np.uint8),
-        "frozen": other[:, :1].repeat(12, axis=1),
-        "shuffled": rng.permuted(other.reshape(48, 12, -1), axis=1).reshape(other.shape),
-        "one mode": other[:2].repeat(24, axis=0),
-    }
-    features = random_video_features(real)
-    floor = frechet_distance(features, random_video_features(other))
-    for name, clips in damaged.items():
-        assert frechet_distance(features, random_video_features(clips)) > 1.5 * floor, name
-
-
-def test_random_features_are_the_same_every_time() -> None:
-    """Scores of today and of next year can be compared; another seed is another network."""
-    clips = _discs(1, num_clips=2)
-    features = random_video_features(clips)
-    assert np.array_equal(features, random_video_features(clips))
-    assert np.allclose(features[1:], random_video_features(clips[1:]))
-    assert not np.allclose(features, random_video_features(clips, seed=1))
-    with pytest.raises(ValueError, match="12 frames of 32x14"):
-        random_video_features(np.ascontiguousarray(clips[:, :, :14]))
 
 
 def _grey(levels: Float[np.ndarray, " frames"]) -> UInt8[np.ndarray, "frames height width 3"]:

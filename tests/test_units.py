@@ -391,3 +391,26 @@ def test_units_of_counts_whole_segments(name: str) -> None:
         spanned = {cell[0] for index in range(count) for cell in units.at(index).cells}
         segment = units.segment_frames
         assert spanned == set(range(math.ceil(frames / segment) * segment))
+
+
+def test_a_segment_is_no_longer_than_its_clip() -> None:
+    """A chunk of a million frames must not be laid out for a clip of five; endless, it is refused.
+
+    It took a minute and gigabytes before anything was said.
+    """
+    units = Units(parse("chunk:1000000"), 5, 3, 4)
+    assert units.sizes == (5 * 3 * 4,)
+    assert units.segment_frames == 5
+    assert units.units_of(2) == units.units_per_segment == 1
+    with pytest.raises(ValueError, match="12000000 tokens of 1048576: use smaller units"):
+        Units(parse("chunk:1000000"), None, 3, 4)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_sinks_leave_a_window_room_for_a_segment(name: str) -> None:
+    """Training and generation cut sinks by this rule; a window of sinks alone would see nothing."""
+    segment = parse(name).frames
+    for window, frames in itertools.product(range(1, 3 * segment + 2), range(3 * segment)):
+        sink = Units(parse(name), None, 3, 4).whole_segments(frames, window=window)
+        fits = [n for n in range(0, frames + 1, segment) if n + segment <= window]
+        assert sink == max(fits, default=0)

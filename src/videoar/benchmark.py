@@ -6,7 +6,6 @@ sampling with the prefix recomputed in every pass. The measurements are in `vide
 """
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -14,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from videoar.checkpoint import resolve
+from videoar.options import Bench
 from videoar.units import parse
 
 Json = dict[str, Any]
@@ -28,39 +27,6 @@ INCLUDED = (
     "[lowest, highest], no warm-up. {seconds:g} s of video, {num_inference_steps} steps per unit, "
     "{hardware}."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What to measure; `videoar bench --help` explains the fields."""
-
-    checkpoint: str = "toy"
-    units: tuple[str, ...] = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
-    prompt: str = "a large red ball moves left on a black background"
-    seconds: float = 20.0
-    long_seconds: float = 0.0
-    uncached_seconds: float = 2.0
-    num_inference_steps: int = 4
-    repeats: int = 3
-    threads: int | None = None
-    out: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if not self.units:
-            raise ValueError("units is empty: name at least one kind.")
-        for name in self.units:
-            parse(name)
-        for name in ("seconds", "long_seconds", "uncached_seconds"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0) or (name == "seconds" and value == 0):
-                raise ValueError(f"{name} is {value}: use a positive number, such as 20.")
-        if 0 < self.long_seconds < 3 * MARK_SECONDS:
-            raise ValueError(f"long_seconds is {self.long_seconds}: use 0, or 30 or more.")
-        for name in ("num_inference_steps", "repeats", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: use 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +163,15 @@ def uncached_cells(row: Row) -> dict[str, str]:
     }
 
 
-def run(config: BenchConfig, report: Callable[[str], None]) -> Report:
+def run(config: Bench, report: Callable[[str], None]) -> Report:
     """Measure every kind of unit, with a line of report for each.
 
     Raises:
         ValueError: the checkpoint or an argument does not fit.
         ChildProcessError: a measurement died, for instance for want of memory.
     """
+    for name in config.units:
+        parse(name)
     if (out := config.out) is not None:
         if not out.parent.is_dir():
             raise ValueError(f"the folder {out.parent} does not exist; create it first")

@@ -11,8 +11,10 @@ A checkpoint is a folder::
 Foreign formats are read elsewhere. Nothing here knows which components there are.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -21,7 +23,7 @@ import platform
 import re
 import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -87,7 +89,7 @@ def load_component(
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
-    values = _read_json(config_file)
+    values = read_json(config_file)
     name = values.pop("class", None)
     if name not in classes:
         raise ValueError(
@@ -95,21 +97,35 @@ def load_component(
         )
     module_class, config_class = classes[name]
     config = _build_config(config_class, values, file=config_file)
+    weights = read_safetensors(weights_file, device=device)
+    module = build_empty(module_class, config)
+    assign_weights(module, weights, file=weights_file)
+    return module
+
+
+def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read a file; on the CPU its tensors are views of the mapped file and cost no memory."""
     try:
-        weights = load_file(weights_file, device=str(device))
+        return load_file(file, device=str(device))
     except SafetensorError as error:
         raise ValueError(
-            f"{weights_file} ({weights_file.stat().st_size} bytes) is truncated or damaged "
+            f"{file} ({file.stat().st_size} bytes) is truncated or damaged "
             f"({error}); copy or download it again"
         ) from error
-    # No memory is spent on initial values that the weights replace.
+
+
+def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
+    """Build a module on the meta device: no memory is spent on values that weights replace."""
     with torch.device("meta"), _NoInitialValues():
-        module = module_class(config)
-    _check_weights(module, weights, file=weights_file)
+        return module_class(config)
+
+
+def assign_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
+    """Make tensors those of a module, strictly and without a copy."""
+    _check_weights(module, weights, file=file)
     module.load_state_dict(weights, strict=True, assign=True)
     for buffer, tensor in module.named_buffers():
-        assert not tensor.is_meta, f"buffer {buffer} of {name} is not saved: compute it in forward"
-    return module
+        assert not tensor.is_meta, f"buffer {buffer} is not saved: compute it in forward"
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -125,37 +141,53 @@ class _NoInitialValues(TorchFunctionMode):
 
 def save_checkpoint(
     folder: Path,
-    components: Mapping[str, Component],
+    components: Mapping[str, Component | Callable[[Path], None]],
     meta: Mapping[str, Any],
     *,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is complete the moment it appears under its name.
 
-    Each component gets a sub-folder of its name; `meta` goes into `videoar.json`. `overwrite`
-    replaces a checkpoint of this name; nothing but a checkpoint is ever replaced.
+    Each component gets a sub-folder of its name, into which a callable writes what it likes; `meta`
+    goes into `videoar.json`. `overwrite` replaces a checkpoint of this name; nothing but a
+    checkpoint is ever replaced.
     """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / META).is_file():
-            raise ValueError(f"{folder} is no checkpoint, so it is left alone; choose another")
-        if not overwrite:
-            raise ValueError(f"{folder} exists already; choose another folder or pass --force")
     own = {"format": FORMAT, "components": sorted(components)}
     versions = {"videoar": __version__, "python": platform.python_version()}
     for library in ("torch", "numpy", "safetensors", "tokenizers"):
         versions[library] = importlib.metadata.version(library)
     # The writer's versions win: a checkpoint saved again keeps those it was trained with.
     text = json.dumps({**own, "versions": versions, **meta, **own}, indent=2) + "\n"
+    with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
+        for name, component in components.items():
+            if isinstance(component, Component):
+                module, config, texts = component.module, component.config, component.texts
+                save_component(partial / name, module, config, texts=texts)
+            else:
+                component(partial / name)
+        (partial / META).write_text(text, encoding="utf-8")
+    return folder
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder that takes the name `folder` when all is written, and vanishes if not.
+
+    Raises:
+        ValueError: the folder exists and has no file `marker`, or is not to be overwritten.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / marker).is_file():
+            raise ValueError(f"{folder} is no checkpoint, so it is left alone; choose another")
+        if not overwrite:
+            raise ValueError(f"{folder} exists already; choose another folder or pass --force")
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
-        for name, component in components.items():
-            module, config, texts = component.module, component.config, component.texts
-            save_component(partial / name, module, config, texts=texts)
-        (partial / META).write_text(text, encoding="utf-8")
+        yield partial
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
@@ -163,7 +195,6 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
@@ -171,7 +202,7 @@ def load_meta(folder: Path) -> dict[str, Any]:
     file = folder / META
     if not file.is_file():
         raise ValueError(f"{folder} has no {META}, so it is no checkpoint; pass one that has it")
-    meta = _read_json(file)
+    meta = read_json(file)
     version = meta.get("format")
     if type(version) is not int or version < 1:
         raise ValueError(
@@ -193,22 +224,37 @@ def bundled() -> list[str]:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Find a checkpoint: a folder if there is one, else one that comes with the package."""
+    """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository."""
     name = str(name_or_path)
-    if (folder := Path(name).expanduser()).is_dir():
-        return folder
+    if (path := Path(name).expanduser()).exists():
+        return path
     names = bundled()
     if name in names:
         return _assets() / name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(
-            f"there is no folder {name!r}, and VideoAR downloads nothing; for a Hugging Face "
-            f"repository, run `hf download {name} --local-dir {name.split('/')[1]}` and pass that"
-        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
+        return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}" if close else "pass a folder that holds " + META
+    hint = f"did you mean {close[0]!r}" if close else f"pass a folder that holds {META}, or a file"
     raise ValueError(f"no checkpoint is called {name!r} ({known}); {hint}")
+
+
+def _from_hub(name: str) -> Path:
+    """Return the snapshot of a Hugging Face repository, downloaded if it is not there yet."""
+    import huggingface_hub  # takes seconds
+
+    try:
+        try:
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            return Path(huggingface_hub.snapshot_download(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"there is no folder {name!r}, and the Hugging Face repository of that name is not in "
+            f"the local cache and cannot be downloaded ({reason}); where there is a network, run "
+            f"`hf download {name} --local-dir {name.split('/')[1]}` and pass that folder"
+        ) from error
 
 
 def _assets() -> Path:
@@ -225,7 +271,8 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object."""
     remedy = "copy or download the checkpoint again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -280,15 +327,40 @@ def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
 def _check_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
     """Raise one sentence for missing, unexpected or wrongly shaped tensors."""
     wanted, kind = module.state_dict(), type(module).__name__
-    remedy = f"{CONFIG} and {WEIGHTS} must come from the same checkpoint"
+    remedy = "configuration and weights must come from the same checkpoint"
+    wrong = []
     if missing := [key for key in wanted if key not in weights]:
-        count = f"{len(missing)} of the {len(wanted)} tensors of {kind}"
-        raise ValueError(f"{file} lacks {count}, such as {missing[0]!r}; {remedy}")
+        wrong.append(f"lacks {len(missing)} of the {len(wanted)} tensors of {kind}{_list(missing)}")
     if unexpected := [key for key in weights if key not in wanted]:
-        raise ValueError(f"{file} has {unexpected[0]!r}, which {kind} does not; {remedy}")
+        wrong.append(f"has {len(unexpected)} that {kind} does not know{_list(unexpected)}")
+    if wrong:
+        raise ValueError(f"{file} {' and '.join(wrong)}; {remedy}")
     for key, tensor in wanted.items():
         needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
         if shape != needed:
             raise ValueError(
                 f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
             )
+
+
+def _list(keys: list[str]) -> str:
+    """Write keys in brackets, those of several layers as one."""
+    alike: dict[str, list[str]] = {}
+    for key in keys:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key, count=1), []).append(key)
+    names = (
+        repr(same[0]) if len(same) == 1 else f"{name!r} x {len(same)}"
+        for name, same in alike.items()
+    )
+    return f" ({', '.join(names)})"
+
+
+def library(name: str) -> Any:
+    """Import what the extra `wan` installs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"Wan's codec and text encoder need {name.partition('.')[0]} ({error}); "
+            "run `pip install 'videoar[wan]'`"
+        ) from error

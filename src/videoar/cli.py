@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kinds = {
                 name: (kind.__doc__ or "").splitlines() for name, (kind, _) in COMMANDS.items()
             }
-            lines = [f"  {name:<9} {line}" for name, (line, *_) in kinds.items()]
+            lines = [f"  {name:<13} {line}" for name, (line, *_) in kinds.items()]
             _say(USAGE.format(commands="\n".join(lines)))
             return 0
         if words == ["--version"]:
@@ -107,16 +107,27 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"the folder {place} is not writable; choose another one")
 
 
-def generate(args: options.Generate) -> int:
-    """Generate, decode and write at the same time, in memory that does not grow."""
-    _check_positive(args, "seconds", "num_frames", "num_inference_steps", "shift", "threads")
+def _check_generate(args: options.Generate) -> None:
+    names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
+    _check_positive(args, *names, "height", "width")
     if args.seconds is not None and args.num_frames is not None:
         raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+    if args.image is not None and args.video is not None:
+        raise ValueError("--image and --video both say how the video begins: choose one of them")
+    if args.keep is not None and args.video is None:
+        raise ValueError("--keep says how much of --video comes first: name a video too")
     if args.report is not None and not args.report.parent.is_dir():
         raise ValueError(f"the folder {args.report.parent} does not exist; create it first")
+
+
+def generate(args: options.Generate) -> int:
+    """Generate, decode and write at the same time, in memory that does not grow."""
+    _check_generate(args)
+    from videoar import condition
     from videoar.video import check_output
 
     target = check_output(args.out, overwrite=args.force)
+    image = None if args.image is None else condition.read_image(args.image)
     import torch
 
     from videoar import output, units
@@ -131,11 +142,23 @@ def generate(args: options.Generate) -> int:
     given = {name: value for name, value in given.items() if name in fields}
     if args.window == "all":
         given["window_frames"] = None
-    pipe = VideoPipeline.from_pretrained(args.model)
+    names = ("base", "lora", "codec", "preset", "dtype", "device", "offload")
+    load = {name: getattr(args, name) for name in names}
+    pipe = VideoPipeline.from_pretrained(args.model, **load)
+    pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     fps = pipe.sampling.fps
-    num_frames = args.num_frames or max(1, round((args.seconds or 4.0) * fps))
+    size = {"height": pipe.height, "width": pipe.width, "fit": args.fit}
+    video = None
+    if args.video is not None:
+        video = condition.read_clip(args.video, fps=fps, seconds=args.keep, **size)
+    begin = 0 if video is None else len(video) / fps
+    num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
     started = time.perf_counter()
+    given |= {"image": image, "video": video, "fit": args.fit}
     generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[args.seed], **given)
+    if video is not None and (kept := generation.kept_frames) < len(video):
+        groups = f"1 + {pipe.codec.stride[0]} * k"
+        _say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
     writer = output.open_output(target, num_frames=num_frames, fps=fps)
     figures, interrupted = output.write(generation, writer, started=started, fps=fps)
     if not figures["frames"]:
@@ -158,31 +181,36 @@ def train(args: options.Train, *, config: Any = None) -> int:
         for name, recipe in recipes.RECIPES.items():
             _say(f"{name:<18} {(recipe.__doc__ or '').splitlines()[0]}")
         return 0
-    import torch
-
+    from videoar import formats
     from videoar import train as training
 
     config = config or recipes.find(args.recipe)
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {config.device!r} cannot be used ({reason}); use another one, such as cpu"
-        ) from error
+    formats.check_device(config.device)
     folder = training.export(config) if args.export else training.train(config, report=_say)
     _say(f"the checkpoint is in {folder}")
+    return 0
+
+
+def convert(args: options.Convert) -> int:
+    """Convert a checkpoint."""
+    _check_folder(args.target)
+    from videoar import formats
+
+    origin = formats.Origin.find(args.source, base=args.base, lora=args.lora)
+    how = {"format": args.format, "preset": args.preset, "dtype": args.dtype}
+    for line in formats.convert(origin, args.target, **how, overwrite=args.force):
+        _say(line)
     return 0
 
 
 def info(args: options.Info) -> int:
     """Describe a checkpoint and forecast its memory."""
     _check_positive(args, "seconds", "window")
-    from videoar import describe
-    from videoar.checkpoint import resolve
+    from videoar import describe, formats
 
-    folder = resolve(args.checkpoint)
-    _say(describe.checkpoint(folder, seconds=args.seconds, window=args.window))
+    origin = formats.Origin.find(args.checkpoint, base=args.base, lora=args.lora)
+    asked = {name: getattr(args, name) for name in ("seconds", "window", "preset", "dtype")}
+    _say(describe.checkpoint(origin, **asked))
     return 0
 
 
@@ -226,19 +254,57 @@ def draw_units(args: options.DrawUnits) -> int:
     return 0
 
 
+def prepare(args: options.Prepare) -> int:
+    """Prepare videos, with a bar on a terminal and else a line every ten seconds."""
+    from videoar import prepare as preparation
+
+    if not sys.stdout.isatty():
+        said = time.monotonic()
+
+        def show(progress: preparation.Progress) -> None:
+            nonlocal said
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                _say(str(progress))
+
+        statistics = preparation.run(args, show)
+    else:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        with Progress(BarColumn(), TextColumn("{task.description}")) as bar:
+            task = bar.add_task("loading", total=1.0)
+            statistics = preparation.run(
+                args, lambda at: bar.update(task, completed=at.share, description=str(at))
+            )
+    _say(
+        "{clips} clips to train on and {held_out_clips} held out, {seconds:.0f} s, of {used} of"
+        " {videos} videos".format(**statistics)
+    )
+    for reason, count in statistics["rejected"].items():
+        _say(f"  {count} x {reason}")
+    _say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
+    _say(f"videoar train finetune --task.latents {args.latents} --task.init {args.codec}")
+    return 0
+
+
 def bench(args: options.Bench) -> int:
     """Measure speed."""
     from videoar import benchmark
 
-    _say(benchmark.run(benchmark.BenchConfig(**vars(args)), _say).to_markdown())
+    _say(benchmark.run(args, _say).to_markdown())
     return 0
 
 
 def evaluate(args: options.Evaluate) -> int:
     """Measure faithfulness and drift."""
+    if args.data is not None:
+        from videoar import heldout
+
+        _say(heldout.run(args, args.data, _say).to_markdown())
+        return 0
     from videoar import evaluate as evaluation
 
-    _say(evaluation.run(evaluation.EvaluateConfig(**vars(args)), _say).to_markdown())
+    _say(evaluation.run(args, _say).to_markdown())
     return 0
 
 
@@ -303,8 +369,10 @@ def _generate_apart(
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "generate": (options.Generate, generate),
     "train": (options.Train, train),
+    "convert": (options.Convert, convert),
     "info": (options.Info, info),
     "units": (options.DrawUnits, draw_units),
+    "prepare": (options.Prepare, prepare),
     "bench": (options.Bench, bench),
     "evaluate": (options.Evaluate, evaluate),
     "demo": (options.Demo, demo),

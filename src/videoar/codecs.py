@@ -5,11 +5,13 @@ picture, each later one a group. Whole clips and streams walk one latent frame a
 agree bit for bit by construction; only training (`TinyCodec.reconstruct`) takes all at once.
 """
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,10 @@ PerChannel = Float[Tensor, " latent_channels"]
 class Codec(nn.Module, ABC):
     """What the rest of the program knows of a codec. Modules hold weights, never a stream's state.
 
-    `stride` counts the pixels per latent in time, height and width.
+    `stride` counts the pixels per latent in time, height and width; `config` is a dataclass.
     """
+
+    config: Any
 
     def __init__(self, *, stride: tuple[int, int, int], latent_channels: int) -> None:
         super().__init__()
@@ -62,6 +66,15 @@ class Codec(nn.Module, ABC):
 
     def stream_decoder(self) -> "StreamDecoder":
         return StreamDecoder(self)
+
+    def fingerprint(self) -> str:
+        """Name what the latents mean: the same for codecs that differ in their decoders alone."""
+        values = {k: v for k, v in asdict(self.config).items() if "decoder" not in k}
+        digest = hashlib.sha256(json.dumps(values).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if "decoder" not in name:
+                digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+        return f"{type(self).__name__}-{digest.hexdigest()[:12]}"
 
     def check_video(self, video: Video) -> None:
         """Raise `ValueError` unless these pixels are whole latent frames of a new clip."""
@@ -297,6 +310,12 @@ class TinyCodec(Codec):
         )
         copy = TinyCodec(config).to(next(self.parameters()))
         copy.load_state_dict(self.state_dict())
+        return copy
+
+    def with_decoder(self, channels: tuple[int, int, int, int]) -> "TinyCodec":
+        """Return a copy with the same encoder and a new decoder of these widths."""
+        copy = TinyCodec(replace(self.config, decoder_channels=channels))
+        copy.encoder.load_state_dict(self.encoder.state_dict())
         return copy
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

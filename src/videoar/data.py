@@ -42,6 +42,7 @@ class Batches:
     Each epoch is a fresh permutation of the dataset, cut into global batches of
     `batch_size * world_size` samples, of which every rank takes its own part. What does not fill a
     last global batch is dropped in that epoch: never repeated, and another remainder each time.
+    With `kinds`, all samples of a batch are of one kind, and the rule holds for each kind.
 
     Args:
         dataset: The samples.
@@ -50,6 +51,7 @@ class Batches:
         rank: This process among `world_size`.
         world_size: Number of processes.
         prefetch: How many batches a background thread prepares ahead; changes no batch.
+        kinds: A number per sample; only samples of the same number share a batch.
     """
 
     def __init__(
@@ -61,13 +63,21 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
+        kinds: Int[np.ndarray, " samples"] | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         per_step = batch_size * world_size
-        if len(dataset) < per_step:
+        self._kinds = np.zeros(len(dataset), np.int64) if kinds is None else kinds
+        counts = np.unique_counts(self._kinds).counts
+        self.batches_per_epoch = int((counts // per_step).sum())
+        self.left_out = int(counts[counts < per_step].sum())
+        """Samples of kinds that never fill a batch."""
+        if not self.batches_per_epoch:
+            most = f"the dataset has {len(dataset)} samples"
+            if len(counts) > 1:
+                most += f", at most {counts.max()} of one size"
             raise ValueError(
-                f"the dataset has {len(dataset)} samples, but one batch takes {per_step}:"
-                " add samples or lower batch_size"
+                f"{most}, but one batch takes {per_step}: add samples or lower batch_size"
             )
         self.dataset = dataset
         self.batch_size = batch_size
@@ -75,8 +85,7 @@ class Batches:
         self.rank = rank
         self.world_size = world_size
         self.prefetch = prefetch
-        self.batches_per_epoch = len(dataset) // per_step
-        self._order: tuple[int, Int[np.ndarray, " samples"]] | None = None
+        self._order: tuple[int, Int[np.ndarray, "batches samples"]] | None = None
         self._ready: dict[int, Future[dict[str, Any]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
@@ -85,10 +94,21 @@ class Batches:
         epoch, position = divmod(step, self.batches_per_epoch)
         order = self._order
         if order is None or order[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = self._order = (epoch, rng.permutation(len(self.dataset)))
-        start = (position * self.world_size + self.rank) * self.batch_size
-        return order[1][start : start + self.batch_size].tolist()
+            order = self._order = (epoch, self._batches_of(epoch))
+        start = self.rank * self.batch_size
+        return order[1][position, start : start + self.batch_size].tolist()
+
+    def _batches_of(self, epoch: int) -> Int[np.ndarray, "batches samples"]:
+        """Permute the samples and fill batches; one stands where its last sample does."""
+        samples = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        per_step = self.batch_size * self.world_size
+        places = []
+        for kind in np.unique(self._kinds):
+            (found,) = np.nonzero(self._kinds[samples] == kind)
+            whole = len(found) // per_step * per_step
+            places.append(found[:whole].reshape(-1, per_step))
+        full = np.concatenate(places)
+        return samples[full[np.argsort(full[:, -1])]]
 
     def batch(self, step: int) -> dict[str, Any]:
         """Return the batch of `step`, and have the next ones prepared meanwhile."""
@@ -129,7 +149,8 @@ class LatentsInfo:
 class ShardWriter:
     """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.
 
-    A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`.
+    A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`,
+    and into `text` the rows of their captions if an encoder of text is too large to train with.
     Files appear under their names when complete; a folder without `latents.json` is unfinished.
     """
 
@@ -139,16 +160,17 @@ class ShardWriter:
         *,
         info: LatentsInfo,
         clips_per_shard: int = 1024,
+        max_shard_bytes: int = 256 << 20,
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.info = info
-        self.clips_per_shard = clips_per_shard
+        self.clips_per_shard, self.max_shard_bytes = clips_per_shard, max_shard_bytes
         self.dtype = dtype
-        self._open: dict[torch.Size, list[tuple[Tensor, dict[str, Any]]]] = {}
+        self._open: dict[torch.Size, list[tuple[dict[str, Tensor], dict[str, Any]]]] = {}
         self._index: list[dict[str, Any]] = []
         self._num_shards = 0
         self._values_per_channel = 0
@@ -168,8 +190,12 @@ class ShardWriter:
         *,
         captions: Sequence[str],
         extra: dict[str, Any] | None = None,
+        text: Float[Tensor, "words text_channels"] | None = None,
     ) -> None:
-        """Append one clip with its captions; `extra` is kept in the index as it is."""
+        """Append one clip with its captions; `extra` is kept in the index as it is.
+
+        `text` are the rows of the caption, as many for every clip of a folder.
+        """
         if latents.shape[1] != self.info.channels:
             raise ValueError(
                 f"a clip has {latents.shape[1]} channels, but the folder holds clips of"
@@ -188,15 +214,18 @@ class ShardWriter:
         frames, _, height, width = stored.shape
         line = {"captions": list(captions), "frames": frames, "height": height, "width": width}
         clips = self._open.setdefault(stored.shape, [])
-        clips.append((stored, line | ({"extra": extra} if extra else {})))
-        if len(clips) >= self.clips_per_shard:
+        tensors = {"latents": stored} | ({} if text is None else {"text": text.to(self.dtype)})
+        clips.append((tensors, line | ({"extra": extra} if extra else {})))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if len(clips) >= min(self.clips_per_shard, max(1, self.max_shard_bytes // size)):
             self._flush(stored.shape)
 
     def _flush(self, shape: torch.Size) -> None:
         clips = self._open.pop(shape)
         name = f"shard-{self._num_shards:05d}.safetensors"
         partial = self.folder / f".{name}.partial"
-        save_file({"latents": torch.stack([latents for latents, _ in clips])}, partial)
+        stacked = {key: torch.stack([tensors[key] for tensors, _ in clips]) for key in clips[0][0]}
+        save_file(stacked, partial)
         os.replace(partial, self.folder / name)
         self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
         self._num_shards += 1
@@ -230,39 +259,57 @@ class LatentShards:
     ) -> None:
         self.folder = folder
         self.tokenize = tokenize
-        self.info = _read_info(folder / INFO_NAME)
+        self.info = read_info(folder)
         self.clips = _read_index(folder / INDEX_NAME)
         names = {clip["shard"] for clip in self.clips}
         # Both a tensor and a slice of a mapped file return one clip when indexed by a row.
-        self._shards: dict[str, Any] = {name: _map_shard(folder / name) for name in names}
+        self._shards: dict[str, dict[str, Any]] = {
+            name: _map_shard(folder / name) for name in names
+        }
+        counts = {name: shard["latents"].get_shape()[0] for name, shard in self._shards.items()}
         for clip in self.clips:
-            num_rows = self._shards[clip["shard"]].get_shape()[0]
+            num_rows = counts[clip["shard"]]
             if not 0 <= clip["row"] < num_rows:
                 raise ValueError(
                     f"{folder / INDEX_NAME} names row {clip['row']} of {clip['shard']}, which has"
                     f" {num_rows} rows: prepare the latents again"
                 )
         if sum((folder / name).stat().st_size for name in names) <= max_memory_bytes:
-            self._shards = {name: shard[:] for name, shard in self._shards.items()}
+            self._shards = {
+                name: {key: rows[:] for key, rows in shard.items()}
+                for name, shard in self._shards.items()
+            }
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
-        """Return `latents` (float32) with `text` token ids, or `captions` without a tokenizer.
+    @property
+    def kinds(self) -> Int[np.ndarray, " samples"]:
+        """A number for each clip, the same for clips of the same size."""
+        sizes = [[clip[side] for side in ("frames", "height", "width")] for clip in self.clips]
+        _, kinds = np.unique(np.array(sizes), axis=0, return_inverse=True)
+        return kinds.reshape(-1)
 
-        A clip with several captions shows one of them, drawn anew each time.
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        """Return `latents` (float32) with `text`: the rows that are stored, else token ids.
+
+        Without a tokenizer there are `captions` instead of ids. A clip with several captions shows
+        one of them, drawn anew each time.
         """
         clips = [self.clips[index] for index in indices]
-        rows = [self._shards[clip["shard"]][clip["row"]] for clip in clips]
+        places = [(self._shards[clip["shard"]], clip["row"]) for clip in clips]
+        rows = [shard["latents"][row] for shard, row in places]
         sizes = {tuple(row.shape) for row in rows}
         if len(sizes) > 1:
             raise ValueError(
                 f"a batch of {self.folder} mixes clips of {len(sizes)} sizes, as {min(sizes)} and"
-                f" {max(sizes)}: prepare the videos at one size and length"
+                f" {max(sizes)}: give the `kinds` of its clips to Batches"
             )
         captions = [clip["captions"][rng.integers(len(clip["captions"]))] for clip in clips]
         latents = torch.stack(rows).float()
+        if "text" in places[0][0]:
+            text = torch.stack([shard["text"][row] for shard, row in places]).float()
+            return {"latents": latents, "text": text}
         if self.tokenize is None:
             return {"latents": latents, "captions": captions}
         return {"latents": latents, "text": self.tokenize(captions)}
@@ -274,7 +321,9 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _read_info(path: Path) -> LatentsInfo:
+def read_info(folder: Path) -> LatentsInfo:
+    """Return what a folder of latents says of itself."""
+    path = folder / INFO_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again, or name another folder")
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -303,9 +352,10 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
     return clips
 
 
-def _map_shard(path: Path) -> Any:
+def _map_shard(path: Path) -> dict[str, Any]:
     try:
-        return safe_open(path, framework="pt").get_slice("latents")
+        shard = safe_open(path, framework="pt")
+        return {key: shard.get_slice(key) for key in {"latents", *shard.keys()}}
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"

@@ -1,19 +1,23 @@
 """What a checkpoint, a partition or a clip is, in words and tables."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import nn
+from torch import Tensor
 
 from videoar import world
-from videoar.checkpoint import load_component, load_meta
-from videoar.pipeline import CODECS, VideoPipeline
+from videoar.checkpoint import build_empty
+from videoar.codecs import Codec
+from videoar.formats import CODECS, Origin, as_dtype, surroundings
+from videoar.model import ModelConfig
+from videoar.sampling import Sampling
+from videoar.text import Prompts
 from videoar.units import Units, Visible, parse
 
 MIB = 2**20
@@ -29,29 +33,51 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def checkpoint(folder: Path, *, seconds: float, window: int | None) -> str:
+def checkpoint(
+    origin: Origin,
+    *,
+    seconds: float,
+    window: int | None,
+    preset: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> str:
     """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
-    meta, memory = load_meta(folder), ""
-    if "transformer" in meta.get("components", ()):
-        pipe = VideoPipeline.from_pretrained(folder)
-        parts: dict[str, nn.Module] = {
-            "transformer": pipe.transformer,
-            "text": pipe.prompt_encoder.encoder,
-            "codec": pipe.codec,
-        }
-        memory = _memory(pipe, list(parts.values()), seconds=seconds, window=window)
-    else:
-        parts = {"codec": load_component(folder / "codec", CODECS)}
+    meta, parts, memory = origin.meta, surroundings(origin.home), ""
+    kinds = {name: type(part).__name__ for name, part in parts.items()}
+    tensors = {name: list(_tensors(part)) for name, part in parts.items()}
+    about, stated = "format    videoar", None
+    if "transformer" in meta.get("components", ["transformer"]):
+        found = origin.transformer()
+        stated, wanted = origin.sampling(preset), as_dtype(dtype)
+        kinds = {"transformer": "VideoTransformer", **kinds}
+        tensors = {"transformer": list(found.weights.values()), **tensors}
+        about = f"format    {found.format}"
+        sizes = [t.numel() * (wanted or t.dtype).itemsize for t in found.weights.values()]
+        memory = _memory(
+            origin,
+            found.config,
+            parts.get("codec"),
+            weights=sum(sizes),
+            itemsize=(wanted or found.dtype).itemsize,
+            stated=dict(stated),
+            length=(seconds, window),
+        )
     components = [
         {
             "component": name,
-            "class": type(part).__name__,
-            "parameters": f"{sum(parameter.numel() for parameter in part.parameters()):,}",
-            "files": f"{sum(f.stat().st_size for f in (folder / name).iterdir()) / MIB:.2f} MiB",
+            "class": kinds[name],
+            "parameters": f"{sum(tensor.numel() for tensor in part):,}",
+            "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part})),
+            "size": f"{sum(tensor.nbytes for tensor in part) / MIB:.2f} MiB",
         }
-        for name, part in parts.items()
+        for name, part in sorted(tensors.items())
     ]
-    return f"{folder}\n\n{table(components)}\n\n{_history(meta)}\n\n{memory}".rstrip()
+    history = _history(meta | ({} if stated is None else {"sampling": stated}))
+    return f"{origin.source}\n\n{table(components)}\n\n{about}\n{history}\n\n{memory}".rstrip()
+
+
+def _tensors(part: Codec | Prompts) -> Iterable[Tensor]:
+    return part.parameters() if isinstance(part, Codec) else part.tensors()
 
 
 def _history(meta: dict[str, Any]) -> str:
@@ -78,34 +104,49 @@ def _history(meta: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _memory(
-    pipe: VideoPipeline, parts: list[nn.Module], *, seconds: float, window: int | None
+    origin: Origin,
+    config: ModelConfig,
+    codec: Codec | None,
+    *,
+    weights: int,
+    itemsize: int,
+    stated: dict[str, Any],
+    length: tuple[float, int | None],
 ) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
-    config, sampling, codec = pipe.transformer.config, pipe.sampling, pipe.codec
+    (seconds, window), height, width = length, stated.pop("height"), stated.pop("width")
+    sampling = Sampling(**stated)
     if window is not None:
         sampling = replace(sampling, window_frames=window)
-    decoder = codec.stream_decoder()
-    size = (pipe.height // codec.stride[1], pipe.width // codec.stride[2])
-    decoder(torch.zeros(1, 1, codec.latent_channels, *size))
-    memory = sum(tensor.nbytes for tensor in decoder.state_dict().values())
-    weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
-    token = 2 * config.num_layers * config.hidden_size * pipe.transformer.dtype.itemsize / MIB
-    num_frames = max(1, round(seconds * sampling.fps))
+    stride, decoding = (4, 8, 8), "a decoder"
+    if codec is not None:
+        # On the meta device: nothing is computed, however large the frames are.
+        stride, twin = codec.stride, build_empty(CODECS[type(codec).__name__][0], codec.config)
+        decoder = twin.stream_decoder()
+        size = (height // stride[1], width // stride[2])
+        decoder(torch.zeros(1, 1, codec.latent_channels, *size, device="meta"))
+        bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())
+        own = sum(parameter.nbytes for parameter in codec.parameters())
+        decoding = f"decoder {own / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
+    token = 2 * config.num_layers * config.hidden_size * itemsize / MIB
+    frames = 1 + math.ceil((max(1, round(seconds * sampling.fps)) - 1) / stride[0])
     rows = []
-    for name in pipe.meta.get("units") or [sampling.units]:
-        units = pipe.lattice(parse(name), num_frames)
+    for name in origin.meta.get("units") or [sampling.units]:
+        patches = (side * config.patch for side in stride[1:])
+        rows_columns = [n // p for n, p in zip((height, width), patches, strict=True)]
+        units = Units(parse(name), frames, *rows_columns)
         cached = cached_tokens(units, replace(sampling, units=name).visible(units))
         row = {
             "units": name,
-            "per latent frame": f"{sum(units.sizes) * token / (units.frames or 1):.3f} MiB",
+            "per latent frame": f"{sum(units.sizes) * token / frames:.3f} MiB",
             "in the window": f"{cached * token:.2f} MiB, {cached} tokens",
             "without a window": f"{cached_tokens(units, Visible()) * token:.2f} MiB",
         }
         rows.append(row)
     return (
-        f"memory for {seconds:g} s of {pipe.width}x{pipe.height}, in a window of "
+        f"memory for {seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
-        f"weights {weights / MIB:.2f} MiB, decoder {memory / MIB:.2f} MiB, and keys and values "
+        f"weights {weights / MIB:.2f} MiB, {decoding}, and keys and values "
         f"(twice that with guidance)\n{table(rows)}"
     )
 

@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from videoar import world
 from videoar.checkpoint import resolve
 from videoar.metrics import Interval, bootstrap_interval, drift_slopes, paired_interval
+from videoar.options import WINDOW_SECONDS, Evaluate
 from videoar.pipeline import VideoPipeline, to_frames
 from videoar.tasks import HELD_OUT, scene_of, to_video
 from videoar.units import parse
@@ -36,44 +37,6 @@ COMPARED = ATTRIBUTES[:3]
 HEADLINE = {"color": "colour", "shape": "shape", "motion": "motion", "all": "all right"}
 CLEAN, CODEC = "real clips", "real clips through the codec"
 LONG = ", long"  # ends the names of parts with long videos
-WINDOW_SECONDS = 4.0
-"""Long videos are judged in their first and last window of this length."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to evaluate; `videoar evaluate --help` explains the fields."""
-
-    checkpoint: str = "toy"
-    units: tuple[str, ...] = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
-    num_prompts: int = 200
-    seconds: float = 3.0
-    long_prompts: int = 0
-    long_seconds: float = 60.0
-    seed: int = 0
-    """Of the scenes; video i has the seed `seed + i`."""
-    batch_size: int = 16
-    num_inference_steps: int | None = None
-    shift: float | None = None
-    guidance_scale: float | None = None
-    out: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if not self.units or len(set(self.units)) < len(self.units):
-            raise ValueError(f"units are {self.units}: name at least one kind, none of them twice.")
-        for name in self.units:
-            parse(name)
-        for name, right, remedy in (
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-        ):
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {remedy}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +88,13 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def run(config: EvaluateConfig, report: Callable[[str], None]) -> Report:
+def run(config: Evaluate, report: Callable[[str], None]) -> Report:
     """Evaluate a checkpoint, with a report of each batch and kind.
 
     What `config.out` holds already is kept, not computed again; with other settings it is refused.
     """
+    for name in config.units:
+        parse(name)
     folder, parts = resolve(config.checkpoint), load_parts(config.out)
     save(config.out, {"parts": parts})  # fails now if it must fail
     pipe = VideoPipeline.from_pretrained(folder)

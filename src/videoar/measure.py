@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from videoar import runs
-from videoar.benchmark import MARK_SECONDS, SPAN_SECONDS, BenchConfig, Run
+from videoar.benchmark import MARK_SECONDS, SPAN_SECONDS, Run
 from videoar.flow import euler_step, unit_noise
 from videoar.model import Output, VideoTransformer
+from videoar.options import Bench
 from videoar.pipeline import Generation, VideoPipeline
 from videoar.sampler import Network, Sampler
 from videoar.units import token_mask
@@ -36,7 +37,7 @@ def main() -> None:
     """Do the job that is asked for on the standard input."""
     request = json.load(sys.stdin)
     try:
-        config = BenchConfig(**request["config"] | {"units": tuple(request["config"]["units"])})
+        config = Bench(**request["config"] | {"units": tuple(request["config"]["units"])})
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         job = {"measure": measure, "measure_flat": measure_flat}[request["job"]]
@@ -46,7 +47,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(answer))
 
 
-def measure(config: BenchConfig, started: float) -> Json:
+def measure(config: Bench, started: float) -> Json:
     """Generate the video of one kind several times; then measure the machine, and use no cache.
 
     `started` is when this process was started, on the clock `time.time`.
@@ -67,7 +68,7 @@ def measure(config: BenchConfig, started: float) -> Json:
     }
 
 
-def measure_flat(config: BenchConfig, started: float) -> Json:
+def measure_flat(config: Bench, started: float) -> Json:
     """Generate one long video; return what its seconds cost, and the peak of memory on the way."""
     pipe = VideoPipeline.from_pretrained(config.checkpoint)
     clock = generate(pipe, config, seconds=config.long_seconds)[1]
@@ -109,7 +110,7 @@ class Counted:
         return self.network(tokens, **inputs)
 
 
-def start(pipe: VideoPipeline, config: BenchConfig, *, seconds: float) -> Generation:
+def start(pipe: VideoPipeline, config: Bench, *, seconds: float) -> Generation:
     """Prepare to generate a video."""
     return pipe.generate(
         [config.prompt],
@@ -121,7 +122,7 @@ def start(pipe: VideoPipeline, config: BenchConfig, *, seconds: float) -> Genera
 
 
 def generate(
-    pipe: VideoPipeline, config: BenchConfig, *, seconds: float
+    pipe: VideoPipeline, config: Bench, *, seconds: float
 ) -> tuple[Run, list[tuple[int, float, int]]]:
     """Generate a video file and forget it.
 
@@ -154,7 +155,7 @@ def generate(
     return Run(**values), clock
 
 
-def measure_uncached(pipe: VideoPipeline, config: BenchConfig) -> Json:
+def measure_uncached(pipe: VideoPipeline, config: Bench) -> Json:
     """Time the network alone for one video, with the cache and with the prefix recomputed.
 
     Both let a unit read all before it: sinks that move with a window exist only in a cache.

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, UInt8
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -120,61 +117,6 @@ def paired_interval(first: Values, second: Values) -> Interval:
     if a.shape != b.shape:
         raise ValueError(f"{len(a)} scores cannot be paired with {len(b)}; use the same prompts")
     return bootstrap_interval(a - b)
-
-
-def frechet_distance(
-    first: Float[np.ndarray, "videos features"], second: Float[np.ndarray, "others features"]
-) -> float:
-    """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
-
-    Dowson and Landau 1982. Estimates from few videos are too large: compare only distances from
-    equal numbers.
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        (x.mean(0, dtype=np.float64), np.atleast_2d(np.cov(x.astype(np.float64), rowvar=False)))
-        for x in (first, second)
-    )
-    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), and the latter is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    return float(max(distance, 0.0))
-
-
-@torch.inference_mode()
-def random_video_features(
-    clips: UInt8[np.ndarray, "clips frames height width 3"], *, seed: int = 0
-) -> Float[np.ndarray, "clips features"]:
-    """Return 192 features of each clip: amplitudes in a fixed random 3D convolutional network.
-
-    With random orthogonal filters nothing has to be downloaded, and noise, blur, frozen, shuffled
-    and slowed motion and missing modes all move the Fréchet distance. It is *not* an FVD and must
-    not be printed as one. The first filters have mean zero: with means in them the colour of the
-    background outweighed everything (blurred clips were as near as real ones; now 4 times as far).
-    """
-    frames, height, width = clips.shape[1:4]
-    if frames < 9 or min(height, width) < 15:
-        raise ValueError(
-            f"clips of {frames} frames of {width}x{height} are too small; use 9 of 15x15 or more"
-        )
-    rng, filters = np.random.default_rng(seed), []
-    for inputs, outputs in ((3, 32), (32, 64), (64, 96)):
-        q, r = np.linalg.qr(rng.standard_normal((inputs * 27, outputs)))
-        q *= np.sign(np.diag(r))  # the sign is a choice of the library otherwise
-        weight = rearrange(q, "(i t h w) o -> o i t h w", t=3, h=3, w=3)
-        filters.append(torch.from_numpy(weight).float())
-    filters[0] -= filters[0].mean((2, 3, 4), keepdim=True)
-    features = []
-    for clip in clips:
-        x = torch.from_numpy(clip.astype(np.float32)) / (PEAK / 2) - 1
-        x, amplitudes = rearrange(x, "t h w c -> 1 c t h w"), []
-        for layer, weight in enumerate(filters):
-            # Time is halved once only: motion is what features must see.
-            x = F.conv3d(x, weight, stride=(2 if layer == 1 else 1, 2, 2)).abs()
-            amplitudes.append(x.mean((0, 2, 3, 4)).sqrt())
-        features.append(torch.cat(amplitudes).numpy())
-    return np.stack(features)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ load without a mapping of shapes; the zero-initialised `scale_embedding` is the 
 Causality is not a property of the network: it lies in the mask and in what the cache holds.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,7 +148,8 @@ class VideoTransformer(nn.Module):
         if cache is not None:
             cache.reserve(tokens.shape[1])
         weight = self.patch_embedding.weight.flatten(1)
-        x = F.linear(tokens, weight, self.patch_embedding.bias)
+        # Latents stay in float32 through all steps, as in diffusers; only the network is narrower.
+        x = F.linear(tokens.to(weight.dtype), weight, self.patch_embedding.bias)
         x = x + self.scale_embedding(coords[:, 3].long())
         embedded, modulation = self.condition_embedder(sigma, x.dtype)
         if sigma.shape[1] > 1:  # gathered once for all layers: the backward of a gather is slow
@@ -206,8 +208,10 @@ class ConditionEmbedder(nn.Module):
     ) -> tuple[Float[Tensor, "batch units channels"], Float[Tensor, "batch units 6 channels"]]:
         """Embed sigma; Wan was trained on `timestep = 1000 * sigma`."""
         half = self.freq_dim // 2
-        powers = torch.arange(half, dtype=torch.float64, device=sigma.device) / half
-        angles = (1000 * sigma.double())[..., None] * 10000**-powers
+        # In float32, as diffusers does, so that outputs can be compared bit for bit; the original
+        # does this in float64, which differs by 1e-4 radians at most.
+        steps = torch.arange(half, dtype=torch.float32, device=sigma.device)
+        angles = (1000 * sigma.float())[..., None] * torch.exp(-math.log(10000) * steps / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         embedded = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
         return embedded, self.time_proj(F.silu(embedded)).unflatten(-1, (6, -1))

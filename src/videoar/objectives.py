@@ -125,8 +125,8 @@ class FlowMatching:
         """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
         batch, frames = latents.shape[:2]
         length = min(self.config.clip_frames, frames)
-        segment = scheme.frames or length
-        head = self.config.sink_frames // segment * segment
+        units = Units(scheme, length, 1, 1)  # for its segments alone
+        head = units.whole_segments(self.config.sink_frames, window=length)
         start = torch.randint(head, frames - (length - head) + 1, (batch,), **_on(rng))
         near = torch.rand(batch, **_on(rng)) >= self.config.far_probability
         offset = (start - head).masked_fill(near, 0).to(latents.device)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,19 +15,43 @@ import tyro
 from tyro.conf import Positional, arg
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
+WINDOW_SECONDS = 4.0
+"""Long videos are judged in their first and last window of this length."""
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Weights:
+    """What may be said of a checkpoint beside its name: see docs/wan.md."""
+
+    base: str | None = None
+    """Folder or Hugging Face repository with the codec and text encoder, for files of weights."""
+    lora: Path | None = None
+    """File of low-rank updates to merge."""
+    preset: str | None = None
+    """Family whose settings are the defaults: wan, self-forcing, causvid, longlive, ..."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision; as it is stored by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Weights):
     """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
 
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
     """What to show."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
+    image: Path | None = None
+    """Picture to begin with."""
+    video: Path | None = None
+    """Video to go on from; its frames come first in the result."""
+    keep: float | None = None
+    """Seconds of it to go on after; all by default."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """How a picture or video of another shape is brought to the model's size."""
     seconds: float | None = None
-    """Length of the video; 4 by default."""
+    """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: int | None = None
     """Length in frames, instead of seconds."""
     seed: int = 0
@@ -34,7 +59,17 @@ class Generate:
     out: Path = Path("video.mp4")
     """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet)."""
     model: str = "toy"
-    """Checkpoint: a bundled name or a folder."""
+    """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
+    codec: str | None = None
+    """Another codec: a checkpoint, or a file such as taew2_1.pth."""
+    height: int | None = None
+    """Rows of pixels."""
+    width: int | None = None
+    """Columns of pixels."""
+    device: str = "cpu"
+    """Where to compute, such as cuda."""
+    offload: bool = False
+    """Keep the transformer in the memory of the host, but for the layer that computes."""
     num_inference_steps: int | None = None
     """Denoising steps per unit."""
     shift: float | None = None
@@ -70,11 +105,25 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class Convert(Weights):
+    """Write a checkpoint in another format, with every tensor accounted for."""
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """Checkpoint of any format; FILE#ENTRY picks an entry of a file."""
+    target: Positional[Annotated[Path, arg(metavar="TARGET")]]
+    """Folder to write."""
+    format: Literal["videoar", "diffusers", "wan"] = "videoar"
+    """Ours, that of diffusers, or the transformer alone under the names of the original."""
+    force: bool = False
+    """Replace the folder if it is a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(Weights):
     """Say what a checkpoint is, how it was trained, and what memory it needs."""
 
     checkpoint: Positional[Checkpoint]
-    """A bundled name or a folder."""
+    """A bundled name, a folder, a file, or a Hugging Face repository."""
     seconds: float = 60.0
     """Length of the video to forecast."""
     window: int | None = None
@@ -130,6 +179,81 @@ class Bench:
     out: Path | None = None
     """JSON file of the report."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            ("units", len(self.units) > 0, "at least one kind"),
+            ("seconds", 0 < self.seconds < math.inf, "a positive number, such as 20"),
+            (
+                "long_seconds",
+                self.long_seconds == 0 or 30 <= self.long_seconds < math.inf,
+                "0, or 30 or more",
+            ),
+            ("uncached_seconds", 0 <= self.uncached_seconds < math.inf, "0 or more"),
+            ("num_inference_steps", self.num_inference_steps >= 1, "1 or more"),
+            ("repeats", self.repeats >= 1, "1 or more"),
+            ("threads", self.threads is None or self.threads >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn a folder of videos and captions into latents to train on; goes on where it stopped."""
+
+    videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
+    """Folder with video files, folders of pictures, WebDataset tars."""
+    latents: Positional[Annotated[Path, arg(metavar="LATENTS")]]
+    """Folder to write."""
+    codec: str = "toy"
+    """Checkpoint whose codec encodes: a bundled name or a folder."""
+    captions: Literal["auto", "none"] = "auto"
+    """From metadata.jsonl, metadata.csv, .txt beside the video or in the tar; none: without."""
+    fps: float = 16.0
+    """Frames per second of the clips."""
+    num_frames: tuple[int, ...] = (61, 29)
+    """Lengths of clips, 1 + 4k: the longest, and shorter ones for what is left of a scene."""
+    stride: int | None = None
+    """Frames from one clip to the next; by default the longest length."""
+    sizes: tuple[str, ...] = ("64x64",)
+    """Widths and heights of clips; each video is cropped to the one of nearest shape."""
+    scene_cut: float | None = None
+    """Mean change of a pixel, from 0 to 1, that ends a scene, such as 0.1; none is looked for."""
+    picture_fps: float | None = None
+    """Pictures per second in folders of pictures; `fps` by default."""
+    held_out: float = 0.05
+    """Share of the videos that are kept out of training, to evaluate on; at least one of them."""
+    max_seconds: float = 14400.0
+    """What is later in a video is not used."""
+    timeout: float = 120.0
+    """Seconds without a clip after which a video is given up."""
+    workers: int | None = None
+    """Processes; by default one per core."""
+    device: str = "cpu"
+    """Where to encode."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or Ray Data (extra `dist`) on many that share the folders."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            ("fps", 0 < self.fps <= 240, "a number above 0, up to 240"),
+            ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
+            ("stride", self.stride is None or self.stride >= 1, "1 or more"),
+            ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
+            ("scene_cut", self.scene_cut is None or 0 < self.scene_cut < 1, "between 0 and 1"),
+            ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
+            ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
+            ("max_seconds", self.max_seconds > 0, "a number above 0"),
+            ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
+            ("workers", self.workers is None or self.workers >= 1, "1 or more"),
+        )
+
+    @property
+    def pixels(self) -> list[tuple[int, int]] | None:
+        """Return the sizes as numbers; None if one of them is none."""
+        found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
+        return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -159,6 +283,20 @@ class Evaluate:
     """Classifier-free guidance."""
     out: Path | None = None
     """JSON file with the scores of every video; kinds that it holds are not computed again."""
+    data: Path | None = None
+    """Prepared videos: measure reconstruction and loss on what they hold out, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
+            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +309,13 @@ class Demo:
     """Checkpoint: a bundled name or a folder."""
     seconds: float = 60.0
     """Length of the long video."""
+
+
+def _check(options: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raise for the first field whose rule does not hold; a rule ends in what to use instead."""
+    for name, right, remedy in rules:
+        if not right:
+            raise ValueError(f"{name} is {getattr(options, name)}: use {remedy}.")
 
 
 def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
@@ -191,6 +336,7 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
             raise
         lines = (line.strip(" │") for line in box.getvalue().splitlines()[1:-1])
         text = re.split(r" ?(?:─{3,}|Got errors:)", " ".join(filter(None, lines)))[0].rstrip(".")
+        text = re.sub(r"^Error parsing \w+: ", "", text)
         raise ValueError(f"{text} (see `{prog} --help`)") from stop
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])

@@ -13,25 +13,23 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from videoar.checkpoint import (
-    Component,
-    load_component,
-    load_meta,
-    resolve,
-    save_checkpoint,
-)
-from videoar.codecs import Codec, PatchCodec, PatchCodecConfig, TinyCodec, TinyCodecConfig
-from videoar.flow import sigma_steps
-from videoar.model import ModelConfig, TextContext, VideoTransformer
+from videoar import interop
+from videoar.checkpoint import Component, resolve, save_checkpoint
+from videoar.codecs import Codec
+from videoar.condition import Fit, beginning
+from videoar.flow import euler_step, renoise_step, sigma_steps
+from videoar.formats import Origin, as_dtype, check_device, load_codec, load_prompts
+from videoar.model import TextContext, VideoTransformer
 from videoar.sampler import Guided, Sampler, SamplerConfig
-from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
-from videoar.tokens import Assembler
-from videoar.units import Scheme, Units, Visible, parse
+from videoar.sampling import Sampling, check_whole
+from videoar.text import Prompts
+from videoar.tokens import Assembler, Known, known_tokens, to_tokens
+from videoar.units import Scheme, Units, parse
 from videoar.video import Video
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
-CODECS = {"TinyCodec": (TinyCodec, TinyCodecConfig), "PatchCodec": (PatchCodec, PatchCodecConfig)}
+STEPS = {"euler": euler_step, "renoise": renoise_step}
 
 
 def to_frames(
@@ -42,46 +40,11 @@ def to_frames(
     return rearrange(pixels, "... c h w -> ... h w c").cpu().numpy()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
-
-    units: str | Scheme = "cube:1x2x2"
-    """Unit scheme, or its name: see `videoar.units.parse`."""
-    num_inference_steps: int = 4
-    """Denoising steps per unit."""
-    shift: float = 5.0
-    """Shift of the sigmas towards noise."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 runs no second, unconditional pass."""
-    negative_prompt: str = ""
-    """What guidance leads away from."""
-    window_frames: int | None = 8
-    """Latent frames that a unit may read, its own and the sinks included; None: all before it."""
-    sink_frames: int = 2
-    """First latent frames that stay readable for ever: as many whole segments as fit."""
-    lag: int | None = None
-    """Rows between the starts of two waves: see `SamplerConfig`."""
-    context_noise: float = 0.0
-    """Noise level at which finished units enter the cache."""
-    fps: int = 16
-    """Frames per second of the model's videos."""
-
-    def visible(self, units: Units) -> Visible:
-        """Return the visibility over `units`: sink and window in whole units."""
-        segment = units.segment_frames
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames is {self.sink_frames}: use 0 or more.")
-        if self.window_frames is None or units.count == units.units_per_segment:
-            return Visible()
-        if self.window_frames < segment:
-            raise ValueError(
-                f"A window of {self.window_frames} latent frames is smaller than one unit of "
-                f"{self.units} with its {segment} latent frames: use a window of {segment} or more."
-            )
-        sink = min(self.sink_frames, self.window_frames - segment) // segment * segment
-        window = (self.window_frames - sink) // segment * segment
-        return Visible(window=units.units_of(window), sink=units.units_of(sink))
+def from_frames(
+    frames: UInt8[np.ndarray, "*batch height width 3"],
+) -> Float[Tensor, "*batch 3 height width"]:
+    """Turn pixels into floats in [-1, 1]."""
+    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "... h w c -> ... c h w")
 
 
 @dataclass
@@ -109,8 +72,12 @@ class Generation:
     decoder's memory, so an endless stream needs constant memory.
     """
 
-    def __init__(self, sampler: Sampler, codec: Codec, *, num_frames: int | None):
+    def __init__(
+        self, sampler: Sampler, codec: Codec, *, num_frames: int | None, kept_frames: int = 0
+    ):
         self.sampler, self.num_frames, self.stats = sampler, num_frames, Stats()
+        self.kept_frames = kept_frames
+        """First frames that are given, not generated."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
         self._decoder = codec.stream_decoder()
 
@@ -150,6 +117,8 @@ class Generation:
         return state | {"frames": torch.tensor(self.stats.frames)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where a generation with the same arguments stood, on whatever device that was."""
+        state = {key: value.to(self.sampler.device) for key, value in state.items()}
         for part, target in (
             ("sampler.", self.sampler),
             ("decoder.", self._decoder),
@@ -170,7 +139,7 @@ class VideoPipeline:
     """
 
     transformer: VideoTransformer
-    prompt_encoder: PromptEncoder
+    prompt_encoder: Prompts
     codec: Codec
     sampling: Sampling = field(default_factory=Sampling)
     height: int = 64
@@ -180,42 +149,68 @@ class VideoPipeline:
     """What the checkpoint says of itself."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, device: str = "cpu") -> "VideoPipeline":
-        """Load a bundled checkpoint by name, or one from a folder.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        base: str | Path | None = None,
+        lora: str | Path | None = None,
+        codec: str | Path | None = None,
+        preset: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str = "cpu",
+        offload: bool = False,
+    ) -> "VideoPipeline":
+        """Load a bundled checkpoint, a folder, a file of weights, or a Hugging Face repository.
+
+        Args:
+            name_or_path: any format of `docs/wan.md`; `FILE#ENTRY` picks an entry of a file.
+            base: where codec and text encoder are, if not there.
+            lora: file of low-rank updates to merge.
+            codec: another codec: a checkpoint, or a file such as `taew2_1.pth`.
+            preset: how to sample, by the name of a family in `wan.PRESETS`.
+            dtype: of transformer and text encoder; None: as they are stored.
+            device: where to compute.
+            offload: keep the transformer on the host, but for the layer that computes.
 
         Raises:
             ValueError: nothing of that name, or something is wrong with the files.
         """
-        folder = resolve(name_or_path)
-        meta = load_meta(folder)
-        text = load_component(
-            folder / "text", {"TextEncoder": (TextEncoder, TextEncoderConfig)}, device=device
-        )
-        tokenizer = Tokenizer.from_json((folder / "text" / "tokenizer.json").read_text("utf-8"))
+        origin = Origin.find(name_or_path, base=base, lora=lora)
+        defaults = origin.sampling(preset)
+        size = {side: defaults.pop(side) for side in ("height", "width")}
+        check_device(device)
+        wanted = as_dtype(dtype)
+        prompts = load_prompts(origin.home, dtype=wanted, device=device)
+        found = origin.transformer()
+        kept = as_dtype(wanted or found.dtype)
+        transformer = found.build(dtype=kept, device="cpu" if offload else device)
+        if offload:
+            interop.offload(transformer, device)
         known = {f.name for f in fields(Sampling)}
-        defaults = {key: v for key, v in meta.get("sampling", {}).items() if key in known}
         return cls(
-            transformer=load_component(
-                folder / "transformer",
-                {"VideoTransformer": (VideoTransformer, ModelConfig)},
-                device=device,
-            ).eval(),
-            prompt_encoder=PromptEncoder(tokenizer, text.eval()),
-            codec=load_component(folder / "codec", CODECS, device=device).eval(),
-            sampling=Sampling(**defaults),
-            meta=meta,
+            transformer=transformer.eval(),
+            prompt_encoder=prompts,
+            codec=load_codec(origin.home if codec is None else resolve(codec), device=device),
+            sampling=Sampling(**{key: v for key, v in defaults.items() if key in known}),
+            meta=origin.meta,
+            **size,
         )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint folder."""
-        text = {"tokenizer.json": self.prompt_encoder.tokenizer.to_json()}
-        encoder = self.prompt_encoder.encoder
+        if not isinstance(units := self.sampling.units, str):
+            raise ValueError(
+                f"The default units are {units}, which has no name to be stored by: set "
+                "`sampling.units` to a name such as 'frame', and pass your own scheme to calls."
+            )
         components = {
             "transformer": Component(module=self.transformer, config=self.transformer.config),
-            "text": Component(module=encoder, config=encoder.config, texts=text),
+            "text": self.prompt_encoder.save,
             "codec": Component(module=self.codec, config=self.codec.config),
         }
-        meta = {**self.meta, "sampling": vars(self.sampling)}
+        size = {"height": self.height, "width": self.width}
+        meta = {**self.meta, **size, "sampling": vars(self.sampling)}
         return save_checkpoint(Path(folder), components, meta, overwrite=overwrite)
 
     def __call__(
@@ -240,15 +235,25 @@ class VideoPipeline:
         num_frames: int | None,
         seeds: Sequence[int],
         units: str | Scheme | None = None,
+        image: Any = None,
+        video: Any = None,
+        fit: Fit = "crop",
+        latents: Tensor | None = None,
         **sampling: Any,
     ) -> Generation:
         """Begin to generate a batch of videos, one per prompt and seed.
 
         Args:
             prompts: one per video.
-            num_frames: pixel frames; None for an endless stream.
+            num_frames: pixel frames, the given ones included; None for an endless stream.
             seeds: one per video.
             units: a name that `videoar.units.parse` knows, or a scheme of your own.
+            image: the first frame, as an array: see `condition.beginning`.
+            video: or the first frames, at the model's rate. What does not fill a latent frame is
+                dropped: `kept_frames` of the result says how many are left.
+            fit: how they are brought to the model's size, by cropping or between bars.
+            latents: the noise to begin with, batch x frames x channels x height x width; by default
+                it is drawn from the seeds.
             sampling: further fields of `Sampling` to override.
 
         Raises:
@@ -256,14 +261,18 @@ class VideoPipeline:
         """
         if isinstance(units, str):
             sampling["units"] = units
+        if {"num_inference_steps", "shift"} & sampling.keys():
+            sampling.setdefault("sigmas", None)
         options = replace(self.sampling, **sampling)
         for prompt in (*prompts, options.negative_prompt):
             _check_prompt(prompt)
         if not any(prompt.strip() for prompt in prompts):
             raise ValueError("The prompt is empty: describe the video in a few words.")
+        check_whole("num_frames", num_frames)
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}: use 1 or more.")
         for seed in seeds:
+            check_whole("seed", seed)
             if not 0 <= seed <= MAX_SEED:
                 raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
         if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
@@ -280,11 +289,19 @@ class VideoPipeline:
             else options.units
         )
         lattice = self.lattice(scheme, num_frames)
+        given = self._beginning(image, video, batch=len(prompts), fit=fit)
+        kept = 0 if given is None else given.shape[1]
+        if num_frames is not None and kept >= num_frames:
+            raise ValueError(
+                f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
+            )
         config = SamplerConfig(
-            sigmas=sigma_steps(options.num_inference_steps, shift=options.shift),
+            sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
+            step=STEPS[options.step],
             lag=options.lag,
             visible=options.visible(lattice),
             context_noise=options.context_noise,
+            moving_sinks=options.moving_sinks,
         )
         guided = options.guidance_scale != 1
         device = next(self.transformer.parameters()).device
@@ -294,26 +311,61 @@ class VideoPipeline:
             self.encode([*prompts, *([options.negative_prompt] * len(prompts) * guided)]),
             config,
             seeds=seeds,
+            known={} if given is None else self._known(given, lattice, len(prompts), device),
+            noise=None if latents is None else self._noise(latents, lattice, len(prompts)),
             device=device,
-            dtype=self.transformer.dtype,
         )
-        return Generation(sampler, self.codec, num_frames=num_frames)
+        return Generation(sampler, self.codec, num_frames=num_frames, kept_frames=kept)
+
+    def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
+        """Return starting noise as tokens; levels of a pyramid would have to share it."""
+        patch, channels = self.transformer.config.patch, self.codec.latent_channels
+        shape = (batch, units.frames, channels, units.height * patch, units.width * patch)
+        if units.frames is None or tuple(latents.shape) != shape or units.coords[:, 3].any():
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} cannot be the noise of this video: give "
+                f"{shape} to a clip of units without levels."
+            )
+        return to_tokens(latents, units, patch=patch)
+
+    def _beginning(self, image: Any, video: Any, *, batch: int, fit: Fit) -> np.ndarray | None:
+        size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
+        return beginning(image, video, batch=batch, fit=fit, **size)
+
+    @torch.inference_mode()
+    def _known(
+        self, given: np.ndarray, units: Units, batch: int, device: torch.device
+    ) -> dict[int, Known]:
+        """Encode the frames that are given, and find their tokens."""
+        video = from_frames(given).to(device)
+        latents = self.codec.encode(video).expand(batch, -1, -1, -1, -1)
+        return known_tokens(latents, units, patch=self.transformer.config.patch)
 
     def lattice(self, scheme: Scheme, num_frames: int | None) -> Units:
         """Lay a scheme over the latents of `num_frames` pixel frames."""
         time_stride, *stride = self.codec.stride
         patch = self.transformer.config.patch
         frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
-        height, width = self.height // stride[0] // patch, self.width // stride[1] // patch
-        return Units(scheme, frames, height, width)
+        sides = [patch * side for side in stride]
+        for name, size, side in zip(
+            ("height", "width"), (self.height, self.width), sides, strict=True
+        ):
+            if size < side or size % side:
+                raise ValueError(
+                    f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
+                )
+        return Units(scheme, frames, self.height // sides[0], self.width // sides[1])
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> TextContext:
         """Encode prompts to what every pass reads."""
-        return self.transformer.encode_text(self.prompt_encoder.encode(prompts))
+        rows = self.prompt_encoder.encode(prompts)
+        return self.transformer.encode_text(rows.to(self.transformer.patch_embedding.bias))
 
 
 def _check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"A prompt is {prompt!r}: use a text.")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise ValueError(
             f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."

@@ -4,11 +4,18 @@ All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In 
 whose level moves run through the model, together with the units that reached 0 in the row before:
 their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
 i+1.
+
+What is known from the start, such as a picture to begin with, takes part in the same walk. A unit
+that is known whole is clean from the row in which it would start, so its rows are left out but for
+its commit. In one that is known in part, the known tokens stay clean beside the noisy ones and the
+model is told so: noised like the others they say little at high sigmas, where few steps decide all
+(19 against 23 dB in the frames after a picture, `docs/image-and-video.md`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +26,7 @@ from videoar.attention import rope_table
 from videoar.cache import KVCache
 from videoar.flow import add_noise, euler_step, level, unit_noise
 from videoar.model import ModelConfig, Output, TextContext, VideoTransformer
+from videoar.tokens import Known
 from videoar.units import Unit, Units, Visible, token_mask
 
 Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
@@ -44,7 +52,7 @@ class SamplerConfig:
     """How units are generated."""
 
     sigmas: tuple[float, ...]
-    """Falling noise levels of one unit, 1 first and 0 last: `flow.sigma_steps`."""
+    """Falling noise levels of one unit, from 1 to 0: `flow.sigma_steps`."""
     lag: int | None = None
     """Rows between the starts of successive waves; None: one wave after the other. Less than the
     number of steps is pipelined and needs a model trained with noisy context; 0 is full
@@ -53,13 +61,15 @@ class SamplerConfig:
     """What a unit may read."""
     context_noise: float = 0.0
     """Noise level at which finished units are written to the cache."""
+    moving_sinks: bool = True
+    """Whether sinks follow the window, so that no distance is longer than in training."""
     step: Step = euler_step
     """How a noise level is left."""
 
     def __post_init__(self):
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-        if len(self.sigmas) < 2 or not falling or self.sigmas[-1] != 0:
-            raise ValueError(f"sigmas must fall and end in 0, got {self.sigmas}: see sigma_steps.")
+        if len(self.sigmas) < 2 or not falling or (self.sigmas[0], self.sigmas[-1]) != (1, 0):
+            raise ValueError(f"sigmas must fall from 1 to 0, got {self.sigmas}: see sigma_steps.")
         if self.lag is not None and not 0 <= self.lag <= self.num_steps:
             raise ValueError(f"lag is {self.lag}: use 0 to {self.num_steps}, the number of steps.")
         if not 0 <= self.context_noise < 1:
@@ -82,6 +92,17 @@ class Sampler:
     """A generation in progress; iterate over it to get units as they finish.
 
     Its state (`state_dict`) is the cache, the units in flight, and how far it is.
+
+    Args:
+        network: the model, or a wrapper of it.
+        units: the partition, of a clip or an endless stream.
+        text: from `VideoTransformer.encode_text`.
+        config: see `SamplerConfig`.
+        seeds: of the noise, one per video.
+        known: what is given, by unit: see `tokens.known_tokens`.
+        noise: the starting noise of a clip, tokens in unit order; None: drawn from the seeds.
+        device: where the network is.
+        dtype: of the tokens.
     """
 
     def __init__(
@@ -92,11 +113,20 @@ class Sampler:
         config: SamplerConfig,
         *,
         seeds: Sequence[int],
+        known: Mapping[int, Known] = MappingProxyType({}),
+        noise: Float[Tensor, "batch tokens features"] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         self.network, self.units, self.text, self.config = network, units, text, config
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
+        self._noise = None if noise is None else noise.split(list(units.sizes), dim=1)
+        self.known = {
+            index: Known(part.held.to(device), part.tokens.to(device, dtype))
+            for index, part in known.items()
+        }
+        self.whole = {index for index, part in known.items() if part.held.all()}
+        """Units that are known whole."""
         self.lag = config.num_steps if config.lag is None else config.lag
         if self.lag == 0 and units.count is None:
             raise ValueError(
@@ -128,7 +158,7 @@ class Sampler:
         """
         while self.delivered in self.active:
             index = self.delivered
-            if self._level(index, self.row) < self.config.num_steps:
+            if self._shown(index) < self.config.num_steps:
                 return
             self.delivered += 1
             yield Finished(self.units.at(index), self.active[index])
@@ -136,6 +166,10 @@ class Sampler:
     def _level(self, index: int, row: int) -> int:
         wave = self.units.wave_of(index)
         return level(row, wave, steps=self.config.num_steps, lag=self.lag)
+
+    def _shown(self, index: int) -> int:
+        """The level at which a unit is before this row; a known one does not wait for its turn."""
+        return self.config.num_steps if index in self.whole else self._level(index, self.row)
 
     def _moving(self) -> bool:
         steps = self.config.num_steps
@@ -149,38 +183,48 @@ class Sampler:
             if unit.wave * self.lag > self.row:
                 break
             shape = (len(unit.cells), self.network.config.token_dim)
-            noise = unit_noise(self.seeds, unit.index, shape)
-            self.active[unit.index] = noise.to(self.device, self.dtype)
+            given = None if self._noise is None else self._noise[unit.index]
+            noise = unit_noise(self.seeds, unit.index, shape) if given is None else given
+            noise = noise.to(self.device, self.dtype)
+            self.active[unit.index] = self._hold(unit.index, noise)
             self.entered += 1
         return self.entered > before
 
     def _advance(self) -> None:
-        """Run one row."""
-        row, config = self.row, self.config
+        """Run one row, unless all in flight are known and none is due for the cache."""
         group = [self.units.at(index) for index in sorted(self.active)]
-        levels = [self._level(unit.index, row) for unit in group]
-        output = self._forward(group, levels)
-
-        sizes = [len(unit.cells) for unit in group]
-        velocities = output.velocity.split(sizes, dim=1)
-        for unit, at, velocity in zip(group, levels, velocities, strict=True):
-            if at == config.num_steps:
-                del self.active[unit.index]
-                continue
-            x = self.active[unit.index]
-            sigma, after = config.sigmas[at], config.sigmas[at + 1]
-            fresh = x
-            if 0 < after and config.step is not euler_step:
-                noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=at + 1)
-                fresh = noise.to(x)
-            self.active[unit.index] = config.step(x, velocity, sigma, after, fresh)
-        self._commit(group, levels, output)
+        levels = [self._level(unit.index, self.row) for unit in group]
+        steps = self.config.num_steps
+        if steps in levels or not self.whole.issuperset(self.active):
+            output = self._forward(group, [self._shown(unit.index) for unit in group])
+            velocities = output.velocity.split([len(unit.cells) for unit in group], dim=1)
+            for unit, at, velocity in zip(group, levels, velocities, strict=True):
+                if at == steps:
+                    del self.active[unit.index]
+                elif unit.index not in self.whole:
+                    self.active[unit.index] = self._step(unit.index, at, velocity)
+            self._commit(group, levels, output)
         self.row += 1
+
+    def _step(self, index: int, at: int, velocity: Tensor) -> Tensor:
+        """Return the tokens of a unit at the level after `at`."""
+        x, config = self.active[index], self.config
+        sigma, after = config.sigmas[at], config.sigmas[at + 1]
+        fresh = x
+        if 0 < after and config.step is not euler_step:
+            noise = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=at + 1)
+            fresh = noise.to(x)
+        return self._hold(index, config.step(x, velocity, sigma, after, fresh))
+
+    def _hold(self, index: int, tokens: Tensor) -> Tensor:
+        """Put in what is known of a unit."""
+        known = self.known.get(index)
+        return tokens if known is None else torch.where(known.held[:, None], known.tokens, tokens)
 
     def _forward(self, group: list[Unit], levels: list[int]) -> Output:
         config, device = self.config, self.device
         self._place_sinks(group[-1].index)
-        tokens, sigmas = [], []
+        tokens, sigmas, rows = [], [], []
         for unit, at in zip(group, levels, strict=True):
             x, sigma = self.active[unit.index], config.sigmas[at]
             if at == config.num_steps and config.context_noise:
@@ -188,22 +232,23 @@ class Sampler:
                 noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=at + 1)
                 x = add_noise(x, noise.to(x), sigma)
             tokens.append(x)
+            rows.append(torch.full((len(unit.cells),), len(sigmas), device=device))
             sigmas.append(sigma)
-        row = torch.repeat_interleave(
-            torch.arange(len(group)), torch.tensor([len(unit.cells) for unit in group])
-        )
+            if unit.index in self.known and at < config.num_steps:
+                rows[-1][self.known[unit.index].held] = len(sigmas)
+                sigmas.append(0.0)
         self.passes += 1
         return self.network(
             torch.cat(tokens, dim=1),
             coords=torch.cat([unit.coords for unit in group]).to(device),
             sigma=torch.tensor([sigmas], device=device).expand(len(self.seeds), -1),
-            unit=row.to(device),
+            unit=torch.cat(rows),
             text=self.text,
-            mask=self._mask(group, row),
+            mask=self._mask(group),
             cache=self.cache,
         )
 
-    def _mask(self, group: list[Unit], row: Tensor) -> Tensor | None:
+    def _mask(self, group: list[Unit]) -> Tensor | None:
         """What tokens of this pass may read: cached tokens, then each other. None: everything."""
         key = (self.cache.version, *(unit.index for unit in group))
         if self._mask_of is None or self._mask_of[0] != key:
@@ -213,6 +258,8 @@ class Sampler:
             visible = self.config.visible.matrix(index, wave)[len(cached) :]
             mask = None
             if not visible.all():
+                sizes = torch.tensor([len(unit.cells) for unit in group])
+                row = torch.repeat_interleave(torch.arange(len(group)), sizes)
                 reads = torch.cat([inverse, len(cached) + row])
                 mask = token_mask(visible, row, reads).to(self.device)
             self._mask_of = key, mask
@@ -221,6 +268,8 @@ class Sampler:
     def _place_sinks(self, newest: int) -> None:
         """Let the window move on while the sinks stay right before it, as they were in training."""
         visible = self.config.visible
+        if not self.config.moving_sinks:
+            return
         if not visible.sink or visible.window is None or newest - visible.window < visible.sink:
             return
         window = range(newest - visible.window + 1, newest + 1)
@@ -263,14 +312,19 @@ class Sampler:
         return state | {"position": torch.tensor(position)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where the sampler that gave `state` stood, on whatever device that was."""
         self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
+        state = {
+            name: value.to(self.device) if value.is_floating_point() else value.cpu()
+            for name, value in state.items()
+        }  # not to another dtype: the cache has that of the network
         self._mask_of = None
         prefix = "cache."
         self.cache.load_state_dict(
             {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
         )
         self.active = {
-            int(name.removeprefix("active.")): value
+            int(name.removeprefix("active.")): value.to(self.dtype)
             for name, value in state.items()
             if name.startswith("active.")
         }

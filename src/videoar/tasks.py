@@ -1,8 +1,9 @@
 """What the recipes train: the codec, and the generator on latents that were encoded once."""
 
+import functools
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -11,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from videoar import units, world
 from videoar.checkpoint import Component, load_component, save_checkpoint
-from videoar.codecs import TinyCodec, TinyCodecConfig
-from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter
+from videoar.codecs import Codec, TinyCodec, TinyCodecConfig
+from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter, read_info
 from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction, TextToVideo
-from videoar.pipeline import Sampling, to_frames
+from videoar.pipeline import Sampling, VideoPipeline, to_frames
 from videoar.runs import Report
-from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.text import PAD, PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
 
 HELD_OUT = 1_000_000
@@ -48,6 +49,27 @@ def load_codec(checkpoint: Path) -> TinyCodec:
     return load_component(checkpoint / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
 
 
+def check_codec(latents: Path, codec: Codec, *, checkpoint: str | Path) -> LatentsInfo:
+    """Return what a folder of latents says of itself; raise if they are of another codec."""
+    info = read_info(latents)
+    theirs, ours = info.codec, codec.fingerprint()
+    if (Path(theirs) / "codec").is_dir():  # before 0.2 folders named a checkpoint
+        theirs = load_codec(Path(theirs)).fingerprint()
+    if theirs != ours:
+        raise ValueError(
+            f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
+            f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
+        )
+    return info
+
+
+def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
+    """Return token ids; the end of a caption beyond the encoder's limit is left out."""
+    limit = prompts.encoder.config.max_tokens
+    ids = [prompts.tokenizer.encode(caption)[:limit] for caption in captions]
+    return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
+
+
 # ---------------------------------------------------------------- the codec
 
 
@@ -58,6 +80,8 @@ class CodecTask:
     codec: TinyCodecConfig | Path
     """Shape of a new codec; or the checkpoint of one whose decoder is trained on, so that latents
     keep their meaning, and a generator trained on them stays valid."""
+    decoder_channels: tuple[int, int, int, int] | None = None
+    """Begin a new decoder of these widths for the codec of a checkpoint; None keeps its own."""
     num_frames: int = 9
     """Pixel frames per clip, 1 + 4k."""
     num_clips: int = 200_000
@@ -96,6 +120,8 @@ class CodecTraining:
             codec = TinyCodec(task.codec)
         else:
             codec = load_codec(task.codec)
+            if task.decoder_channels is not None:
+                codec = codec.with_decoder(task.decoder_channels)
             codec.encoder.requires_grad_(False)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
@@ -176,6 +202,10 @@ class GeneratorTask:
     """Videos of the world to encode."""
     num_latents: int = 16
     """Latent frames per encoded video."""
+    init: Path | None = None
+    """Checkpoint whose transformer, text encoder and tokenizer this run begins with."""
+    compile: bool = False
+    """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def build(self, config: TrainConfig, report: Report) -> "GeneratorTraining":
         return GeneratorTraining(self, config, report)
@@ -213,7 +243,7 @@ def encode_world(
 ) -> None:
     """Keep the latents and captions of the world's first videos in a new folder."""
     info = LatentsInfo(
-        codec=str(task.codec), channels=codec.latent_channels, stride=codec.stride, fps=16.0
+        codec=codec.fingerprint(), channels=codec.latent_channels, stride=codec.stride, fps=16.0
     )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
@@ -231,6 +261,58 @@ def encode_world(
     partial.rename(folder)
 
 
+def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, PromptEncoder]:
+    """Load what `task.init` names; its sizes must be those that the task asks for."""
+    assert task.init is not None
+    pipe, prompts = load_trainable(task.init)
+    found = pipe.transformer.config, prompts.encoder.config
+    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=True):
+        if there != wanted:
+            raise ValueError(
+                f"{task.init} has the {name} sizes {there}, but the run asks for {wanted}:"
+                " name another checkpoint, or change the sizes"
+            )
+    return pipe.transformer, prompts
+
+
+def load_trainable(checkpoint: Path) -> tuple[VideoPipeline, PromptEncoder]:
+    """Load a checkpoint whose text encoder is trained along."""
+    pipe = VideoPipeline.from_pretrained(checkpoint)
+    if not isinstance(pipe.prompt_encoder, PromptEncoder):
+        raise ValueError(
+            f"{checkpoint} has a text encoder that is not trained here: name a checkpoint of a"
+            " recipe, such as toy"
+        )
+    return pipe, pipe.prompt_encoder
+
+
+def read_held_out(
+    latents: Path, tokenize: Callable[[list[str]], Tensor], *, limit: int = 32
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the first clips that a folder holds out, in batches of one size; none if it has not."""
+    if not (latents / "heldout").is_dir():
+        return
+    shards, rng = LatentShards(latents / "heldout", tokenize=tokenize), np.random.default_rng(0)
+    first = shards.kinds[:limit]
+    for kind in np.unique(first):
+        yield shards.get(np.nonzero(first == kind)[0].tolist(), rng)
+
+
+def _report_unused(
+    shards: LatentShards, batches: Batches, prompts: PromptEncoder, report: Report
+) -> None:
+    if batches.left_out:
+        report(
+            f"{batches.left_out} of {len(shards)} clips are never trained on: of their sizes there"
+            f" are fewer than the {batches.batch_size} of a batch; lower batch_size to use them"
+        )
+    captions = {caption for clip in shards.clips for caption in clip["captions"]}
+    limit = prompts.encoder.config.max_tokens
+    long = sum(len(prompts.tokenizer.encode(caption)) > limit for caption in captions)
+    if long:
+        report(f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut")
+
+
 class GeneratorTraining:
     """A `Task`: what the loop needs to train a generator."""
 
@@ -239,29 +321,41 @@ class GeneratorTraining:
         self.codec = load_codec(task.codec)
         if not task.latents.exists():
             encode_world(self.codec, task.latents, task=task, config=config, report=report)
-        captions = [
-            caption for clip in LatentShards(task.latents).clips for caption in clip["captions"]
-        ]
-        self.tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
-        text = TextEncoder(task.text)
-        prompt = PromptEncoder(self.tokenizer, text)
-        shards = LatentShards(task.latents, tokenize=prompt.tokenize)
-        transformer = VideoTransformer(task.model)
+        check_codec(task.latents, self.codec, checkpoint=task.codec)
+        if task.init is None:
+            clips = LatentShards(task.latents).clips
+            captions = [caption for clip in clips for caption in clip["captions"]]
+            tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
+            prompt = PromptEncoder(tokenizer, TextEncoder(task.text))
+            transformer = VideoTransformer(task.model)
+        else:
+            transformer, prompt = load_generator(task)
+        self.tokenizer, text = prompt.tokenizer, prompt.encoder
+        if task.compile:  # of the averaged copy, made later, nothing is compiled
+            for block in transformer.blocks:
+                block.compile(dynamic=False)
+        tokenize = functools.partial(tokenize_cut, prompt)
+        shards = LatentShards(task.latents, tokenize=tokenize)
         self.objective = FlowMatching(
             TextToVideo(transformer, text),
             schemes=tuple(map(units.parse, task.units)),
             config=task.flow,
         )
-        self.batches = Batches(shards, batch_size=config.batch_size, seed=config.seed)
-        indices = range(HELD_OUT, HELD_OUT + 32)
-        unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, config=config)
-        videos = list(unseen)
-        self.held_out = {
-            "latents": torch.stack([video.latents for video in videos]),
-            "text": prompt.tokenize([video.captions[0] for video in videos]),
-        }
-        height, width = self.held_out["latents"].shape[-2:]
-        per_clip = task.flow.clip_frames * height * width // task.model.patch**2
+        kinds, batch_size = shards.kinds, config.batch_size
+        self.batches = Batches(shards, batch_size=batch_size, seed=config.seed, kinds=kinds)
+        _report_unused(shards, self.batches, prompt, report)
+        common = shards.clips[int(np.argmax(kinds == np.bincount(kinds).argmax()))]
+        self.size = common["height"], common["width"]
+        if "scene" in common.get("extra", {}):
+            indices = range(HELD_OUT, HELD_OUT + 32)
+            unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, config=config)
+            videos = list(unseen)
+            latents = torch.stack([video.latents for video in videos])
+            text = tokenize([video.captions[0] for video in videos])
+            self.held_out = [{"latents": latents, "text": text}]
+        else:
+            self.held_out = list(read_held_out(task.latents, tokenize))
+        per_clip = task.flow.clip_frames * self.size[0] * self.size[1] // task.model.patch**2
         tokens = per_clip * (2 if task.flow.context == "clean" else 1)
         self.tokens_per_batch = tokens * config.batch_size
         flops = transformer.flops(tokens, keys=tokens, words=task.text.max_tokens)
@@ -273,19 +367,22 @@ class GeneratorTraining:
         assert isinstance(module, TextToVideo)
         schemes = self.objective.schemes
         objective = FlowMatching(module, schemes=schemes, config=self.task.flow)
-        losses = {}
-        for name, scheme in zip(self.task.units, objective.schemes, strict=True):
-            rng = torch.Generator().manual_seed(0)
-            latents = objective.clip(self.held_out["latents"], scheme, rng)
-            losses[name] = float(
-                objective.scheme_loss(latents, self.held_out["text"], scheme, rng)["loss"]
-            )
+        count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
+        for name, scheme in zip(self.task.units, schemes, strict=True) if count else ():
+            rng, total = torch.Generator().manual_seed(0), 0.0
+            for batch in self.held_out:
+                latents = objective.clip(batch["latents"], scheme, rng)
+                loss = objective.scheme_loss(latents, batch["text"], scheme, rng)["loss"]
+                total += float(loss) * len(latents)
+            losses[name] = total / count
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TextToVideo)
         task = self.task
         text = {"tokenizer.json": self.tokenizer.to_json()}
+        sides = zip(("height", "width"), self.size, self.codec.stride[1:], strict=True)
+        size = {name: side * stride for name, side, stride in sides}
         save_checkpoint(
             folder,
             {
@@ -293,6 +390,6 @@ class GeneratorTraining:
                 "text": Component(module=module.text, config=task.text, texts=text),
                 "codec": Component(module=self.codec, config=self.codec.config),
             },
-            {"units": list(task.units), "sampling": vars(task.sampling), **meta},
+            {"units": list(task.units), "sampling": vars(task.sampling), **size, **meta},
             overwrite=True,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import tokenizers
 import torch
@@ -11,6 +12,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+
+from videoar.checkpoint import load_component, save_component
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
@@ -136,14 +139,17 @@ class TextEncoder(nn.Module):
         """Encode prompts; the rows of padding are zero and no other row reads them."""
         num_words = token_ids.shape[1]
         assert num_words <= self.config.max_tokens
+        # No row reads padding: what all prompts of a batch are padded with need not be computed.
+        longest = max(1, int((token_ids != PAD).sum(dim=1).max()))
+        token_ids = token_ids[:, :longest]
         real = token_ids != PAD
         # A row may always read itself: the softmax of an empty prompt must not be empty.
-        itself = torch.eye(num_words, dtype=torch.bool, device=token_ids.device)
+        itself = torch.eye(longest, dtype=torch.bool, device=token_ids.device)
         mask = rearrange(real, "batch words -> batch 1 1 words") | itself
-        x = self.embedding(token_ids) + self.positions.weight[:num_words]
+        x = self.embedding(token_ids) + self.positions.weight[:longest]
         for layer in self.layers:
             x = layer(x, mask)
-        return self.norm(x) * real[..., None]
+        return F.pad(self.norm(x) * real[..., None], (0, 0, 0, num_words - longest))
 
 
 class _Layer(nn.Module):
@@ -168,6 +174,23 @@ class _Layer(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
+@runtime_checkable
+class Prompts(Protocol):
+    """What a pipeline knows of its text side."""
+
+    def encode(self, prompts: list[str]) -> Rows:
+        """Encode prompts to rows of channels; those behind the end of a prompt are zero."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what is needed to load it again."""
+        ...
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Return the parameters: for counting."""
+        ...
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """A tokenizer and the encoder trained with it."""
@@ -190,3 +213,17 @@ class PromptEncoder:
     def encode(self, prompts: list[str]) -> Rows:
         """Encode prompts, each to the encoder's limit of rows; the empty one to zeros."""
         return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "PromptEncoder":
+        """Load what `save` wrote."""
+        classes = {"TextEncoder": (TextEncoder, TextEncoderConfig)}
+        encoder = load_component(folder, classes, device=device)
+        return cls(Tokenizer.load(folder / "tokenizer.json"), encoder.eval())
+
+    def save(self, folder: Path) -> None:
+        texts = {"tokenizer.json": self.tokenizer.to_json()}
+        save_component(folder, self.encoder, self.encoder.config, texts=texts)
+
+    def tensors(self) -> Sequence[Tensor]:
+        return list(self.encoder.parameters())

@@ -1,12 +1,14 @@
-"""Latents to tokens in unit order, and back."""
+"""Latents to tokens in unit order, and back; tokens that are given."""
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from videoar.units import Unit, Units, box
@@ -26,17 +28,21 @@ def to_tokens(
     given = (latents.shape[1], *latents.shape[3:])
     if given != expected:
         raise ValueError(f"Latents of {given} (t, h, w) do not fit units over {expected}.")
-    levels = sorted({cell[3] for unit in units.clip for cell in unit.cells})
+    return _gather(latents, [cell for unit in units.clip for cell in unit.cells], patch)
+
+
+def _gather(
+    latents: Float[Tensor, "batch frames channels height width"],
+    cells: Sequence[tuple[int, ...]],
+    patch: int,
+) -> Float[Tensor, "batch tokens features"]:
+    levels = sorted({cell[3] for cell in cells})
     grids, starts, start = [], {}, 0
     for level in levels:
         grid = _patchify(_pooled(latents, 2**level, patch), patch)
         starts[level], start = (start, *grid.shape[2:4]), start + math.prod(grid.shape[1:4])
         grids.append(rearrange(grid, "b t h w c -> b (t h w) c"))
-    index = [
-        starts[n][0] + (t * starts[n][1] + h) * starts[n][2] + w
-        for unit in units.clip
-        for t, h, w, n in unit.cells
-    ]
+    index = [starts[n][0] + (t * starts[n][1] + h) * starts[n][2] + w for t, h, w, n in cells]
     return torch.cat(grids, dim=1)[:, torch.tensor(index, device=latents.device)]
 
 
@@ -68,6 +74,36 @@ def _pooled(
     below, right = (-flat.shape[2]) % step, (-flat.shape[3]) % step
     flat = F.avg_pool2d(F.pad(flat, (0, right, 0, below), mode="replicate"), factor)
     return rearrange(flat, "(b t) c h w -> b t c h w", b=batch)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is given of one unit."""
+
+    held: Bool[Tensor, " tokens"]
+    """The tokens that are given: coarse ones too, where all they cover is."""
+    tokens: Float[Tensor, "batch tokens features"]
+    """Their values; 0 elsewhere."""
+
+
+def known_tokens(
+    latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
+) -> dict[int, Known]:
+    """Find the units that the given first latent frames of a clip or stream reach into."""
+    frames, known = latents.shape[1], {}
+    count = units.units_of(frames) if units.count is None else units.count
+    for unit in map(units.at, range(min(count, units.units_of(frames)))):
+        # Levels pool height and width alone, so a token is given if its frame is.
+        held = torch.tensor([cell[0] < frames for cell in unit.cells], device=latents.device)
+        if held.any():
+            start = unit.frame_start
+            cells = [(t - start, *cell) for t, *cell in unit.cells if t < frames]
+            end = start + 1 + max(cell[0] for cell in cells)
+            given = _gather(latents[:, start:end], cells, patch)
+            tokens = given.new_zeros(len(latents), len(held), given.shape[2])
+            tokens[:, held] = given
+            known[unit.index] = Known(held, tokens)
+    return known
 
 
 class Assembler:

@@ -40,6 +40,7 @@ by 2**level in height and width. The video is read from level 0, the lattice its
 
 ORDERS = ("raster", "snake", "wavefront")
 MAX_LEVELS = 5
+MAX_SEGMENT = 2**20  # tokens of a segment, which are held as lists
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ class Blocks(Scheme):
             raise ValueError(f"Unknown order {self.order!r}: use one of {', '.join(ORDERS)}.")
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
-        rows, columns = _spans(height, self.h or height), _spans(width, self.w or width)
+        rows, columns = (
+            [range(start, min(start + step, size)) for start in range(0, size, step)]
+            for size, step in ((height, self.h or height), (width, self.w or width))
+        )
         places = list(itertools.product(range(len(rows)), range(len(columns))))
         if self.order == "snake":
             places.sort(key=lambda place: (place[0], place[1] * (-1) ** place[0]))
@@ -88,10 +92,6 @@ class Blocks(Scheme):
             diagonals = itertools.groupby(sorted(places, key=sum), key=sum)
             waves = [list(diagonal) for _, diagonal in diagonals]
         return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
-
-
-def _spans(size: int, step: int) -> list[range]:
-    return [range(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @dataclass(frozen=True)
@@ -126,24 +126,17 @@ class Pyramid(Scheme):
     def __post_init__(self):
         shrinking = all(a > b for a, b in itertools.pairwise(self.factors))
         powers = all(f > 0 and f & (f - 1) == 0 for f in self.factors)
-        if not self.factors or not (shrinking and powers and self.factors[-1] == 1):
+        ends = self.factors and self.factors[-1] == 1 and self.factors[0] < 2**MAX_LEVELS
+        if not (ends and shrinking and powers) or self.frames < 1:
             raise ValueError(
-                f"multiscale needs falling powers of two that end in 1, got "
-                f"{','.join(map(str, self.factors))}: use for example multiscale:4,2,1."
-            )
-        if self.factors[0] >= 2**MAX_LEVELS or self.frames < 1:
-            raise ValueError(
-                f"multiscale takes factors below {2**MAX_LEVELS} and segments of >= 1 frames, got "
-                f"factor {self.factors[0]} and {self.frames} frames: use smaller factors."
+                f"multiscale needs falling powers of two from below {2**MAX_LEVELS} to 1 and >= 1 "
+                f"frames, got {self.factors} and {self.frames}: use for example multiscale:4,2,1."
             )
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
-        grids = ((range(-(-height // f)), range(-(-width // f))) for f in self.factors)
-        levels = (factor.bit_length() - 1 for factor in self.factors)
-        return [
-            [box(range(frames), *grid, level=level)]
-            for grid, level in zip(grids, levels, strict=True)
-        ]
+        levels = {factor.bit_length() - 1: factor for factor in self.factors}
+        grids = {n: (range(-(-height // f)), range(-(-width // f))) for n, f in levels.items()}
+        return [[box(range(frames), *grid, level=n)] for n, grid in grids.items()]
 
 
 def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
@@ -222,11 +215,18 @@ class Units:
         for axis, size in (("frames", self.frames), ("height", self.height), ("width", self.width)):
             if size is not None and size < 1:
                 raise ValueError(f"A lattice needs {axis} >= 1, got {size}.")
+        if (size := self.segment_frames * self.height * self.width) > MAX_SEGMENT:
+            raise ValueError(f"A segment has {size} tokens of {MAX_SEGMENT}: use smaller units.")
 
     @property
     def segment_frames(self) -> int:
-        """Latent frames of a full segment."""
-        return self.scheme.frames or self.frames or 0
+        """Latent frames of a full segment, or of a clip that is shorter."""
+        return min(size for size in (self.scheme.frames, self.frames) if size is not None)
+
+    def whole_segments(self, frames: int, *, window: int) -> int:
+        """Of the first frames, those in whole segments that leave a window room for one more."""
+        segment = self.segment_frames
+        return max(0, min(frames, window - segment)) // segment * segment
 
     @property
     def units_per_segment(self) -> int:

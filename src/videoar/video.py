@@ -12,7 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import Flags, InputContainer
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -77,6 +77,7 @@ class VideoWriter:
         rate = Fraction(fps).limit_denominator(1001)  # 23.976 is meant as 24000/1001
         # Nothing is written before the first frame, which gives the size.
         self._container = av.open(str(self.partial), "w")
+        self._container.flags |= Flags.bitexact.value  # no date, no random name
         if kind == ".mkv":
             self._stream = self._container.add_stream("ffv1", rate=rate)
             self._stream.pix_fmt = "bgr0"

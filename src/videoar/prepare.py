@@ -1,0 +1,274 @@
+"""Own videos: a folder of them becomes a folder of latents.
+
+Every video is made into *parts* by one process: files below `LATENTS/.work`, named after the video,
+complete as soon as they exist. When there are parts of all videos, they are put together in the
+order of the names. So a run may be killed at any moment, and neither that nor the number of
+processes or machines changes a byte of the result.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from videoar.checkpoint import resolve
+from videoar.codecs import Codec
+from videoar.data import INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
+from videoar.formats import load_codec
+from videoar.options import Prepare
+from videoar.parts import begin, read_done, read_parts, write_json
+from videoar.processes import Event, Pool
+from videoar.sources import Listing, Source, list_sources
+from videoar.video import Frames, contact_sheet
+
+Json = dict[str, Any]
+WORK, HELD_OUT = ".work", "heldout"
+ABOUT, REJECTED, STATISTICS = "prepare.json", "rejected.jsonl", "statistics.json"
+SHEET = "contact-sheet.png"
+OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME)
+# What may differ when a run goes on: where things are, and who does the work.
+FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "engine"}
+SHEET_CLIPS = 48
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is."""
+
+    share: float
+    """Of the bytes of all videos."""
+    clips: int
+    seconds: float
+    """Since this run began."""
+    new_clips: int
+    new_share: float
+    """Of this run, which may have found some done."""
+
+    def __str__(self) -> str:
+        rate = self.new_clips / max(self.seconds, 1e-9)
+        left = self.seconds * (1 - self.share) / self.new_share if self.new_share else 0.0
+        shown = f"{int(left // 3600)}:{int(left // 60) % 60:02}:{int(left) % 60:02} left"
+        return f"{self.share:.0%}  {self.clips} clips  {rate:.1f} clips/s  {shown}"
+
+
+def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: None) -> Json:
+    """Prepare a folder, or go on with it, and return its statistics.
+
+    Raises:
+        ValueError: something does not fit, or no video gives a clip.
+    """
+    folder, videos = config.latents, config.videos
+    if not videos.is_dir():
+        raise ValueError(f"there is no folder {videos}: name the folder of your videos")
+    if folder.resolve().is_relative_to(videos.resolve()):
+        raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
+    config = replace(config, codec=str(resolve(config.codec).resolve()))
+    codec = load_codec(Path(config.codec))
+    _check_sizes(config, codec)
+    listing = list_sources(videos, captions=config.captions)
+    kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
+    about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
+    digest = hashlib.sha256("".join(source.key for source in listing.sources).encode())
+    sources = {"sources": digest.hexdigest()[:16]}
+    if (folder / INFO_NAME).exists():
+        _claim(folder / ABOUT, about | sources)
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    work = folder / WORK
+    if folder.exists() and any(folder.iterdir()) and not work.is_dir():
+        raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
+    work.mkdir(parents=True, exist_ok=True)
+    _claim(work / ABOUT, about)
+    _make_parts(config, listing, work, show)
+    info = LatentsInfo(
+        codec=about["codec"], channels=codec.latent_channels, stride=codec.stride, fps=config.fps
+    )
+    statistics = _join(folder, listing, info=info, about=about | sources)
+    shutil.rmtree(work)
+    return statistics
+
+
+def _check_sizes(config: Prepare, codec: Codec) -> None:
+    time_stride, *sides = codec.stride
+    for length in config.num_frames:
+        if (length - 1) % time_stride:
+            below = 1 + (length - 1) // time_stride * time_stride
+            raise ValueError(
+                f"num_frames is {length}, but latent frames end at 1 + {time_stride} * k: use"
+                f" {below} or {below + time_stride}"
+            )
+    for size in config.pixels or ():
+        # Transformers take patches of 2 x 2 latents.
+        if size[0] % (2 * sides[1]) or size[1] % (2 * sides[0]):
+            raise ValueError(
+                f"a size is {size[0]}x{size[1]}, but width and height must be multiples of"
+                f" {2 * sides[1]} and {2 * sides[0]}: change it"
+            )
+
+
+def _claim(path: Path, about: Json) -> None:
+    """Write what a folder is made of and how, or raise if it is made otherwise."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+    for key, value in about.items():
+        if old.get(key) != value:
+            raise ValueError(
+                f"{path} says that {key} was {old.get(key)}, but it is {value} now: keep it as it"
+                " was, or name a new folder for the latents"
+            )
+    write_json(path, about)
+
+
+def _make_parts(
+    config: Prepare, listing: Listing, work: Path, show: Callable[[Progress], None]
+) -> None:
+    sizes = {source.key: source.size for source in listing.sources}
+    todo = [source for source in listing.sources if not (work / f"{source.key}.json").exists()]
+    for key in {source.key for source in todo} & held_out(listing.sources, share=config.held_out):
+        (work / f"{key}.heldout").touch()
+    total = max(1, sum(sizes.values()))
+    before = total - sum(source.size for source in todo)
+    clips = old = sum(read_done(s, work)["clips"] for s in set(listing.sources) - set(todo))
+    engine = _on_ray if config.engine == "ray" else _on_this_machine
+    finished, within, started = before, dict[str, float](), time.perf_counter()
+    # Long ones first: no process should begin the longest when the others are done.
+    for event in engine(config, sorted(todo, key=lambda s: -s.size), work):
+        key = event.job.key
+        if event.kind == "beat":
+            clips += 1
+            within[key] = event.value * sizes[key]
+        else:
+            within.pop(key, None)
+            finished += sizes[key]
+        if event.kind == "lost":
+            write_json(work / f"{key}.json", {"clips": 0, "parts": 0, "note": event.value})
+        share = (finished + sum(within.values())) / total
+        new = (clips - old, share - before / total)
+        show(Progress(share, clips, time.perf_counter() - started, *new))
+
+
+def held_out(sources: Iterable[Source], *, share: float) -> set[str]:
+    """Choose whole videos to keep out of training, by a hash of their names; return their keys."""
+    order = sorted(sources, key=lambda source: hashlib.sha256(source.name.encode()).digest())
+    count = max(1, round(share * len(order))) if share and len(order) > 1 else 0
+    return {source.key for source in order[:count]}
+
+
+def _on_this_machine(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
+    workers = min(config.workers or os.cpu_count() or 1, len(todo))
+    start = partial(begin, config, work)
+    with Pool(start, workers=workers, timeout=config.timeout, preload=__name__) as pool:
+        yield from pool.run(todo)
+
+
+class _RayWorker:
+    """An actor with a process of its own that may be given up."""
+
+    def __init__(self, config: Prepare, work: Path) -> None:
+        start = partial(begin, config, work)
+        self.pool = Pool(start, workers=1, timeout=config.timeout, preload=__name__)
+
+    def __call__(self, batch: Json) -> Json:
+        events = [list(self.pool.run([pickle.loads(job)])) for job in batch["job"]]
+        return {"events": [pickle.dumps(each) for each in events]}
+
+
+def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ValueError(
+            "engine is ray, which is not installed: `pip install videoar[dist]`"
+        ) from (error)
+    if not todo:
+        return
+    cores = int(ray.available_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count()
+    workers = min(config.workers or cores or 1, len(todo))
+    jobs = [{"job": pickle.dumps(source)} for source in todo]
+    events = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
+        _RayWorker,
+        batch_size=1,
+        concurrency=workers,
+        fn_constructor_args=(config, work.resolve()),
+    )
+    for row in events.iter_rows():
+        yield from pickle.loads(row["events"])
+
+
+def _join(folder: Path, listing: Listing, *, info: LatentsInfo, about: Json) -> Json:
+    """Put the parts of all videos together and return statistics; `latents.json` comes last."""
+    work, apart = folder / WORK, folder / HELD_OUT
+    for stale in (*folder.glob("shard-*"), *(folder / name for name in OUTPUTS)):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(apart, ignore_errors=True)
+    done = {source: read_done(source, work) for source in listing.sources}
+    used = [source for source, record in done.items() if record["clips"]]
+    if not used:
+        rejected = _write_rejected(folder, listing, done)
+        raise ValueError(
+            f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
+        )
+    out = {source for source in used if (work / f"{source.key}.heldout").exists()}
+    out = set() if len(out) == len(used) else out
+    shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
+    sizes, num_frames = {"clips": Counter[str](), HELD_OUT: Counter[str]()}, 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(folder, info=info))
+        other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
+        rejected = _write_rejected(folder, listing, done)
+        for number, source in enumerate(used):
+            table = sizes[HELD_OUT if source in out else "clips"]
+            for clip in read_parts(source, work):
+                extra = {"file": source.name, "start": clip.start}
+                if source in out:
+                    extra["source"] = f"{table.total():06d}.mkv"
+                    shutil.copyfile(clip.pixels, apart / extra["source"])
+                target = other if source in out else writer
+                target.add(clip.latents, captions=source.captions, extra=extra)
+                frames, _, height, width = clip.latents.shape
+                length = 1 + (frames - 1) * info.stride[0]
+                table[f"{length} of {width * info.stride[2]}x{height * info.stride[1]}"] += 1
+                num_frames += length
+                if clip.shown is not None and number % every == 0 and len(shown) < SHEET_CLIPS:
+                    shown.append(clip.shown.numpy())
+        sheet = contact_sheet(np.concatenate(shown), columns=9)
+        Image.fromarray(sheet).save(folder / SHEET)
+        reasons = Counter(re.split(r"[:(,]| after| at ", reason)[0] for reason in rejected.values())
+        statistics = {
+            "videos": len(done),
+            "used": len(used),
+            "rejected": dict(reasons.most_common()),
+            "clips": sizes["clips"].total(),
+            "held_out_clips": sizes[HELD_OUT].total(),
+            "seconds": num_frames / info.fps,
+            "frames_of_sizes": dict(sorted((sizes["clips"] + sizes[HELD_OUT]).items())),
+        }
+        write_json(folder / STATISTICS, statistics)
+        write_json(folder / ABOUT, about)
+    return statistics
+
+
+def _write_rejected(folder: Path, listing: Listing, done: dict[Source, Json]) -> dict[str, str]:
+    """Write a line for all that is not used, and for what is used in part; return the reasons."""
+    clips = {source.name: record["clips"] for source, record in done.items() if record["clips"]}
+    notes = {source.name: record["note"] for source, record in done.items() if record["note"]}
+    rejected = dict(sorted((listing.rejected | notes).items()))
+    with (folder / REJECTED).open("w", encoding="utf-8") as file:
+        for name, reason in rejected.items():
+            line = {"file": name, "reason": reason}
+            if name in clips:
+                line |= {"clips_before": clips[name]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return rejected

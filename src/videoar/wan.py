@@ -1,0 +1,192 @@
+"""Wan's codec behind our interface, and how the families of Wan are sampled.
+
+diffusers is imported where it is used, and nowhere else.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from videoar.checkpoint import assign_weights, build_empty, library, read_json
+from videoar.codec_layers import Memory
+from videoar.codecs import Codec, Latents, Padded, TinyCodec, TinyCodecConfig, Video
+from videoar.weights import read_weights
+
+# Where the codec lies: in a folder of diffusers, of the original.
+CODECS = ("vae", "*VAE*.pth")
+_ALL = {"height": 480, "width": 832, "fps": 16, "sink_frames": 0}
+_FEW = _ALL | {
+    "units": "chunk:3",
+    "num_inference_steps": 4,
+    "shift": 5.0,
+    "step": "renoise",
+    "guidance_scale": 1.0,
+    "context_noise": 0.0,
+    "window_frames": 21,
+}
+# How each family was trained to be sampled: fields of `pipeline.Sampling`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "wan": _ALL
+    | {
+        "units": "full",
+        "num_inference_steps": 50,
+        "shift": 3.0,
+        "guidance_scale": 5.0,
+        "window_frames": None,
+    },
+    "self-forcing": _FEW,
+    # The timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8.
+    "causvid": _FEW | {"num_inference_steps": 3, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522, 0.0)},
+    "longlive": _FEW | {"window_frames": 12, "sink_frames": 3, "moving_sinks": False},
+    "causal-forcing": _FEW,
+    "causal-forcing-frame": _FEW | {"units": "frame"},
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return how a family is sampled."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}: use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def stated_sampling(folder: Path) -> dict[str, Any]:
+    """Return how plain Wan is sampled, with the shift that the scheduler of a folder has."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    stated = read_json(file) if file.is_file() else {}
+    shift = stated.get("flow_shift", stated.get("shift", PRESETS["wan"]["shift"]))
+    return PRESETS["wan"] | {"shift": float(shift)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanCodecConfig:
+    """Shape of a `WanCodec`, under the names of diffusers; the defaults are Wan 2.1."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    """Latent channels."""
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    # fmt: off
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    # fmt: on
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Pixels per latent in time, height and width."""
+        side = 2 ** (len(self.dim_mult) - 1)
+        return 2 ** sum(self.temperal_downsample), side, side
+
+
+class WanCodec(Codec):
+    """`AutoencoderKLWan` of diffusers, whose memory is held outside of it.
+
+    The first latent frame is one picture. `Codec` counts it as a group that repeats this picture,
+    so the repetitions are left out before the network and put in after it.
+    """
+
+    def __init__(self, config: WanCodecConfig) -> None:
+        super().__init__(stride=config.stride, latent_channels=config.z_dim)
+        self.config = config
+        stated = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+        self.vae = library("diffusers").AutoencoderKLWan(**stated)
+
+    def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
+        frames = frames[:, -1:] if memory is None else frames
+        x, kept = self._run("encoder", self._inside(frames), memory, {})
+        mean, std = self._statistics(x)
+        # The mode of the posterior: its mean, which comes before its log variance.
+        latents = self.vae.quant_conv(x).chunk(2, dim=1)[0].float()
+        return rearrange((latents - mean) / std, "b c t h w -> b t c h w"), kept
+
+    def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
+        x = rearrange(latents.float(), "b t c h w -> b c t h w")
+        mean, std = self._statistics(x)
+        x = self.vae.post_quant_conv((x * std + mean).to(self._dtype))
+        x, kept = self._run("decoder", x, memory, {"first_chunk": memory is None})
+        video = rearrange(x.float().clamp(-1, 1), "b c t h w -> b t c h w")
+        return video.expand(-1, self.stride[0], -1, -1, -1) if memory is None else video, kept
+
+    def _run(
+        self, part: str, x: Tensor, memory: Memory | None, options: dict[str, bool]
+    ) -> tuple[Tensor, Memory]:
+        count = self.vae._cached_conv_counts[part]
+        # A saved stream holds tensors only: what is empty or a word there is an empty tensor here.
+        words = {1: None, 2: "Rep"}
+        past = [None] * count if memory is None else [words.get(t.ndim, t) for t in memory]
+        x = getattr(self.vae, part)(x, feat_cache=past, feat_idx=[0], **options)
+        empty = x.new_empty(0)
+        return x, tuple(
+            empty if t is None else empty[None] if isinstance(t, str) else t for t in past
+        )
+
+    def _inside(self, video: Video | Padded) -> Tensor:
+        return rearrange(video, "b t c h w -> b c t h w").to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.vae.quant_conv.weight.dtype
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.config.latents_mean, device=like.device)
+        std = torch.tensor(self.config.latents_std, device=like.device)
+        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
+    """Load a codec: a Wan folder, or a file of the original or of TAEHV (`taew2_1`)."""
+    if source.is_dir():
+        found = next((path for place in CODECS for path in sorted(source.glob(place))), None)
+        if found is None:
+            raise ValueError(
+                f"{source} has no codec; pass a Wan folder with `vae/` or `Wan2.1_VAE.pth` as "
+                "--base, or a codec as --codec"
+            )
+        source = found
+    weights = read_weights(source)
+    weights = {key: tensor.to(device) for key, tensor in weights.items()}
+    if "decoder.22.weight" in weights:
+        codec: Codec = build_empty(TinyCodec, TinyCodecConfig())
+        assign_weights(codec, weights, file=source)
+        return codec
+    config = WanCodecConfig()
+    if source.is_dir():
+        config = _codec_config(source / "config.json")
+    elif "encoder.conv1.weight" in weights:
+        dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
+        config = replace(config, base_dim=dim, z_dim=channels)
+        names = library("diffusers.loaders.single_file_utils")
+        weights = names.convert_wan_vae_to_diffusers(weights)
+    codec = build_empty(WanCodec, config)
+    prefixed = {f"vae.{key}": tensor for key, tensor in weights.items()}
+    assign_weights(codec, prefixed, file=source)
+    return codec
+
+
+def _codec_config(file: Path) -> WanCodecConfig:
+    """Read the config of diffusers; what ours does not know must be as in Wan 2.1."""
+    stated, names = read_json(file), [field.name for field in fields(WanCodecConfig)]
+    for name in ("is_residual", "patch_size"):
+        if stated.get(name):
+            raise ValueError(
+                f"{file} gives {name} {stated[name]!r}, as the codec of Wan 2.2 has it, which is "
+                "not supported; use the one of Wan 2.1"
+            )
+    given = {name: stated[name] for name in names if name in stated}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    given.update(lists)
+    return WanCodecConfig(**given)
