@@ -35,15 +35,19 @@ Run = Callable[..., tuple[int, str, str]]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 FROZEN = {
-    "generate": "prompt units seconds num_frames seed out model num_inference_steps shift "
-    "guidance_scale negative_prompt window sink lag threads report force",
+    "generate": "base lora preset dtype prompt units image video keep fit seconds num_frames seed "
+    "out model codec height width device offload num_inference_steps shift guidance_scale "
+    "negative_prompt window sink lag threads report force",
     "train": "recipe list export",
-    "info": "checkpoint seconds window",
+    "convert": "base lora preset dtype source target format force",
+    "info": "base lora preset dtype checkpoint seconds window",
     "units": "schemes frames height width window sink steps out force",
+    "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
+    "held_out max_seconds timeout workers device engine",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
-    "num_inference_steps shift guidance_scale out",
+    "num_inference_steps shift guidance_scale out data",
     "demo": "out model seconds",
 }
 
@@ -100,7 +104,8 @@ def test_help_comes_without_torch() -> None:
 def test_every_option_is_explained() -> None:
     """Help without a word on an option makes the user read the source."""
     for kind, _ in COMMANDS.values():
-        lines = inspect.getsource(kind).splitlines()
+        bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+        lines = [line for base in bases for line in inspect.getsource(base).splitlines()]
         for name in (field.name for field in dataclasses.fields(kind)):
             (at,) = (k for k, line in enumerate(lines) if line.startswith(f"    {name}:"))
             assert lines[at + 1].startswith('    """'), f"{kind.__name__}.{name}"

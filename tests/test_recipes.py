@@ -11,6 +11,7 @@ from tiny import CODEC, MODEL, TEXT
 
 from videoar import recipes
 from videoar.checkpoint import load_meta
+from videoar.finetune import FinetuneTask
 from videoar.pipeline import VideoPipeline
 from videoar.recipes import RECIPES, find
 from videoar.runs import read_log
@@ -32,8 +33,12 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             model=replace(MODEL, prediction=task.model.prediction),
             text=replace(TEXT, max_tokens=96),  # few captions make a poor tokenizer
             num_videos=4,
-            num_latents=5,
+            num_latents=max(5, task.flow.clip_frames),
+            init=None if task.init is None else folder / task.init,
         )
+    elif isinstance(task, FinetuneTask):
+        toy = _tiny(find("toy"), folder)
+        small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
     else:
         pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
     return replace(

@@ -259,35 +259,8 @@ class VideoPipeline:
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
         """
-        if isinstance(units, str):
-            sampling["units"] = units
-        if {"num_inference_steps", "shift"} & sampling.keys():
-            sampling.setdefault("sigmas", None)
-        options = replace(self.sampling, **sampling)
-        for prompt in (*prompts, options.negative_prompt):
-            _check_prompt(prompt)
-        if not any(prompt.strip() for prompt in prompts):
-            raise ValueError("The prompt is empty: describe the video in a few words.")
-        check_whole("num_frames", num_frames)
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"num_frames is {num_frames}: use 1 or more.")
-        for seed in seeds:
-            check_whole("seed", seed)
-            if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
-        if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
-            raise ValueError(f"guidance_scale is {options.guidance_scale}: use 0 or more.")
-        if len(prompts) != len(seeds):
-            raise ValueError(
-                f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
-            )
-        scheme = (
-            units
-            if isinstance(units, Scheme)
-            else parse(options.units)
-            if isinstance(options.units, str)
-            else options.units
-        )
+        options, scheme = self._options(units, sampling)
+        _check(prompts, seeds, num_frames, options)
         lattice = self.lattice(scheme, num_frames)
         given = self._beginning(image, video, batch=len(prompts), fit=fit)
         kept = 0 if given is None else given.shape[1]
@@ -316,6 +289,18 @@ class VideoPipeline:
             device=device,
         )
         return Generation(sampler, self.codec, num_frames=num_frames, kept_frames=kept)
+
+    def _options(
+        self, units: str | Scheme | None, overridden: dict[str, Any]
+    ) -> tuple[Sampling, Scheme]:
+        """Return the checkpoint's way of sampling with some fields overridden, and its scheme."""
+        if isinstance(units, str):
+            overridden["units"] = units
+        if {"num_inference_steps", "shift"} & overridden.keys():
+            overridden.setdefault("sigmas", None)
+        options = replace(self.sampling, **overridden)
+        chosen = units if isinstance(units, Scheme) else options.units
+        return options, parse(chosen) if isinstance(chosen, str) else chosen
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""
@@ -361,6 +346,29 @@ class VideoPipeline:
         """Encode prompts to what every pass reads."""
         rows = self.prompt_encoder.encode(prompts)
         return self.transformer.encode_text(rows.to(self.transformer.patch_embedding.bias))
+
+
+def _check(
+    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: Sampling
+) -> None:
+    """Raise unless a video can be made of these arguments."""
+    for prompt in (*prompts, options.negative_prompt):
+        _check_prompt(prompt)
+    if not any(prompt.strip() for prompt in prompts):
+        raise ValueError("The prompt is empty: describe the video in a few words.")
+    check_whole("num_frames", num_frames)
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}: use 1 or more.")
+    for seed in seeds:
+        check_whole("seed", seed)
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
+    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
+        raise ValueError(f"guidance_scale is {options.guidance_scale}: use 0 or more.")
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
+        )
 
 
 def _check_prompt(prompt: str) -> None:

@@ -76,6 +76,7 @@ def toy_images() -> TrainConfig:
             num_latents=4,
             units=("frame",),
             flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
+            sampling=replace(final.task.sampling, units="frame", window_frames=1, sink_frames=0),
             init=None,
         ),
         steps=1500,
@@ -88,6 +89,7 @@ def toy_short() -> TrainConfig:
     """The first second, in every kind of unit, after `toy-images`: `videoar train toy-short`."""
     images, final = toy_images(), toy()
     assert isinstance(images.task, GeneratorTask)
+    assert isinstance(final.task, GeneratorTask)
     return replace(
         images,
         name="toy-short",
@@ -96,6 +98,7 @@ def toy_short() -> TrainConfig:
             images.task,
             units=TOY_UNITS,
             flow=FlowMatchingConfig(clip_frames=4),
+            sampling=replace(final.task.sampling, window_frames=4),
             init=images.out / "checkpoint",
         ),
         batch_size=64,
