@@ -78,7 +78,10 @@ KNOW_SCHEMES = {"units", "recipes"}
 NO_ITEM = {"sampler", "cache", "model"}
 # These start fast: help and completion must not wait for torch.
 LIGHT = {"__init__", "__main__", "cli"}
-MAX_FILE, MAX_FUNCTION, MAX_TOTAL = 400, 80, 6000
+MAX_FILE, MAX_FUNCTION = 400, 80
+# What is new here, and all of it with the parts around: see docs/decisions/size.md.
+CORE = {"units", "tokens", "flow", "attention", "cache", "model", "sampler", "objectives"}
+MAX_CORE, MAX_TOTAL = 1200, 7600
 
 
 def _module(path: Path) -> str:
@@ -202,5 +205,7 @@ def _lines_of_code(text: str) -> int:
 
 
 def test_the_program_stays_small() -> None:
-    """All of it can be read in a day; what grows beyond that replaces something."""
-    assert sum(_lines_of_code(path.read_text()) for path in SOURCES) < MAX_TOTAL
+    """The idea can be read in a morning; what grows beyond the limits replaces something."""
+    lines = {_module(path): _lines_of_code(path.read_text()) for path in SOURCES}
+    assert sum(lines[module] for module in CORE) < MAX_CORE
+    assert sum(lines.values()) < MAX_TOTAL
