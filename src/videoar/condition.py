@@ -89,7 +89,9 @@ def read_clip(
     return fitted(np.stack(frames), height=height, width=width, fit=fit)
 
 
-def fitted(frames: Frames, *, height: int, width: int, fit: Fit) -> Frames:
+def fitted(
+    frames: Frames, *, height: int, width: int, fit: Fit
+) -> UInt8[np.ndarray, "frames rows columns 3"]:
     """Bring frames to a size; those that have it are not changed."""
     if frames.shape[1:3] == (height, width):
         return frames

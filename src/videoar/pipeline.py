@@ -73,13 +73,23 @@ class Generation:
     """
 
     def __init__(
-        self, sampler: Sampler, codec: Codec, *, num_frames: int | None, kept_frames: int = 0
+        self,
+        sampler: Sampler,
+        codec: Codec,
+        *,
+        num_frames: int | None,
+        given: UInt8[np.ndarray, "videos frames height width 3"] | None = None,
     ):
         self.sampler, self.num_frames, self.stats = sampler, num_frames, Stats()
-        self.kept_frames = kept_frames
-        """First frames that are given, not generated."""
+        self.given = given
+        """First frames; they come out as they are, not as the codec gives them back."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
         self._decoder = codec.stream_decoder()
+
+    @property
+    def kept_frames(self) -> int:
+        """Number of first frames that are given, not generated."""
+        return 0 if self.given is None else self.given.shape[1]
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
         stats, sampler = self.stats, self.sampler
@@ -104,6 +114,9 @@ class Generation:
                 continue
             if self.num_frames is not None:
                 frames = frames[:, : self.num_frames - stats.frames]
+            if self.given is not None:
+                kept = self.given[:, stats.frames : stats.frames + frames.shape[1]]
+                frames[:, : kept.shape[1]] = kept
             if stats.first_frame_seconds is None:
                 stats.first_frame_seconds = time.perf_counter() - started
             stats.frames += frames.shape[1]
@@ -263,10 +276,10 @@ class VideoPipeline:
         _check(prompts, seeds, num_frames, options)
         lattice = self.lattice(scheme, num_frames)
         given = self._beginning(image, video, batch=len(prompts), fit=fit)
-        kept = 0 if given is None else given.shape[1]
-        if num_frames is not None and kept >= num_frames:
+        if given is not None and num_frames is not None and given.shape[1] >= num_frames:
             raise ValueError(
-                f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
+                f"{given.shape[1]} frames are given of a video of {num_frames}: make it longer or"
+                " keep less."
             )
         config = SamplerConfig(
             sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
@@ -288,7 +301,7 @@ class VideoPipeline:
             noise=None if latents is None else self._noise(latents, lattice, len(prompts)),
             device=device,
         )
-        return Generation(sampler, self.codec, num_frames=num_frames, kept_frames=kept)
+        return Generation(sampler, self.codec, num_frames=num_frames, given=given)
 
     def _options(
         self, units: str | Scheme | None, overridden: dict[str, Any]
