@@ -16,7 +16,7 @@ demo: $(VENV)/.ok-core
 
 # One thread in each worker: a second one took half as much processor time again, and no less time.
 test: $(VENV)/.ok-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
 check: $(VENV)/.ok-dev
 	$(BIN)/ruff format --check $(SOURCES)

@@ -4,6 +4,7 @@ Everything is tiny and random. The folder is written by diffusers itself.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import tokenizers
 import torch
 from einops import rearrange
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from videoar import cli, formats, umt5
@@ -24,6 +25,7 @@ from videoar.formats import Origin
 from videoar.pipeline import VideoPipeline
 from videoar.tokens import to_latents, to_tokens
 from videoar.units import Units, parse
+from videoar.wan import WanCodec, WanCodecConfig
 
 # Importing diffusers takes longer than all tests here: one worker does it.
 pytestmark = pytest.mark.xdist_group("wan")
@@ -131,9 +133,7 @@ def test_the_transformer_is_that_of_diffusers(
     folder: Path, dtype: torch.dtype, per_token: bool, timestep: float
 ) -> None:
     """With the same weights the same velocity: bit for bit in bfloat16, else to 1e-6."""
-    reference = diffusers.WanTransformer3DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype
-    )
+    reference = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
     ours = Origin.find(folder).transformer().build(dtype=dtype)
     for name, parameter in reference.named_parameters():
         assert parameter.dtype == ours.get_parameter(name).dtype, name
@@ -243,7 +243,7 @@ def test_the_codec_of_wan_2_2_is_refused(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "vae", tmp_path / "wan" / "vae")
     file = tmp_path / "wan" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 2}))
-    with pytest.raises(ValueError, match="patch_size 2, as the codec of Wan 2.2"):
+    with pytest.raises(ValueError, match=r"patch_size 2, as the codec of Wan 2\.2"):
         formats.load_codec(tmp_path / "wan")
 
 
@@ -323,10 +323,10 @@ def _sampled(pipe: VideoPipeline, **options: Any) -> tuple[torch.Tensor, np.ndar
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_of_diffusers_gives_the_video_of_diffusers(
-    theirs: Any, folder: Path, dtype: torch.dtype
+    folder: Path, dtype: torch.dtype
 ) -> None:
     """From the same noise in the same steps: text, guidance, transformer, codec, all of it."""
-    reference = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=dtype)
+    reference = diffusers.WanPipeline.from_pretrained(folder, dtype=dtype)
     reference.vae.float()
     reference.text_encoder.float()
     reference.set_progress_bar_config(disable=True)
@@ -347,14 +347,15 @@ def test_a_folder_of_diffusers_gives_the_video_of_diffusers(
     sigmas = tuple(reference.scheduler.sigmas.tolist())
     decoded, frames = _sampled(pipe, latents=_latents(), sigmas=sigmas, **options)
     assert frames.shape == (1, 9, 32, 32, 3)
-    limit = 1e-3 if dtype == torch.float32 else 2e-2
+    limit = 1e-5 if dtype == torch.float32 else 5e-3
     assert (decoded / 2 + 0.5 - expected).abs().max() <= limit
     pixels = (255 * rearrange(expected, "b t c h w -> b t h w c")).round().numpy()
     assert np.abs(frames - pixels).max() <= 1 + 255 * limit
     moved, _ = _sampled(
         pipe, latents=_latents(), sigmas=sigmas, **options | {"guidance_scale": 1.0}
     )
-    assert (decoded - moved).abs().max() > 10 * limit
+    if dtype == torch.float32:  # rounding to bfloat16 is as large as what guidance changes here
+        assert (decoded - moved).abs().max() > 10 * limit
 
 
 def test_latents_take_the_place_of_seeded_noise(pipe: VideoPipeline) -> None:
@@ -364,9 +365,9 @@ def test_latents_take_the_place_of_seeded_noise(pipe: VideoPipeline) -> None:
         noise = [unit_noise((4,), u.index, (len(u.cells), 64)) for u in units]
         latents = to_latents(torch.cat(noise, dim=1), units)
         options = {"units": name, "num_inference_steps": 2, "guidance_scale": 1.0}
-        seeded = np.concatenate(list(pipe.generate(["a"], num_frames=9, seeds=[4], **options)))
+        seeded = list(pipe.generate(["a"], num_frames=9, seeds=[4], **options))
         given = pipe.generate(["a"], num_frames=9, seeds=[4], latents=latents, **options)
-        assert np.array_equal(np.concatenate(list(given)), seeded)
+        assert np.array_equal(np.concatenate(list(given), axis=1), np.concatenate(seeded, axis=1))
 
 
 @pytest.mark.parametrize(
@@ -388,39 +389,139 @@ def test_latents_that_do_not_fit_are_refused(
         )
 
 
-def _write_original(folder: Path, theirs: Any) -> Path:
-    """Write the files of the original repository, with its names."""
-    from videoar.interop import save_wan
+# ---------------------------------------------------------------- the original's files
 
-    folder.mkdir()
-    origin = Origin.find(theirs.source)
-    save_wan(folder, origin.transformer())
-    vae = {}
-    for key, tensor in theirs.vae.state_dict().items():
-        vae[_original_codec_name(key, theirs.vae.state_dict())] = tensor
-    torch.save(vae, folder / "Wan2.1_VAE.pth")
-    text = theirs.text_encoder.state_dict()
-    names = {
+
+def _original_codec_name(key: str) -> str:
+    """Return the name of the original for one of diffusers, for two residual blocks a level."""
+    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3"}
+    parts |= {"conv2": "residual.6", "conv_shortcut": "shortcut"}
+    key = re.sub(r"\b(norm1|norm2|conv1|conv2|conv_shortcut)\b", lambda found: parts[found[1]], key)
+    key = key.replace("conv_in", "conv1").replace("down_blocks", "downsamples")
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda f: f"middle.{2 * int(f[1])}", key)
+    key = key.replace("mid_block.attentions.0", "middle.1")
+    key = re.sub(
+        r"up_blocks\.(\d)\.resnets\.(\d)",
+        lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}",
+        key,
+    )
+    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda f: f"upsamples.{4 * int(f[1]) + 3}", key)
+    key = key.replace("norm_out", "head.0").replace("conv_out", "head.2")
+    key = re.sub(r"^post_quant_conv", "conv2", key)
+    return re.sub(r"^quant_conv", "conv1", key)
+
+
+def _original_text_name(key: str) -> str:
+    """Return the name of the original for one of transformers."""
+    whole = {
         "shared.weight": "token_embedding.weight",
         "encoder.final_layer_norm.weight": "norm.weight",
     }
-    for n in range(2):
-        block, old = f"encoder.block.{n}.layer", f"blocks.{n}"
-        names |= {
-            f"{block}.0.layer_norm.weight": f"{old}.norm1.weight",
-            f"{block}.1.layer_norm.weight": f"{old}.norm2.weight",
-            f"{block}.0.SelfAttention.relative_attention_bias.weight": (
-                f"{old}.pos_embedding.embedding.weight"
-            ),
-            f"{block}.1.DenseReluDense.wi_0.weight": f"{old}.ffn.gate.0.weight",
-            f"{block}.1.DenseReluDense.wi_1.weight": f"{old}.ffn.fc1.weight",
-            f"{block}.1.DenseReluDense.wo.weight": f"{old}.ffn.fc2.weight",
-        }
-        for part in "qkvo":
-            names[f"{block}.0.SelfAttention.{part}.weight"] = f"{old}.attn.{part}.weight"
+    if key in whole:
+        return whole[key]
+    _, _, block, _, layer, part = key.removesuffix(".weight").split(".", 5)
+    names = {
+        "layer_norm": f"norm{int(layer) + 1}",
+        "SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "DenseReluDense.wi_0": "ffn.gate.0",
+        "DenseReluDense.wi_1": "ffn.fc1",
+        "DenseReluDense.wo": "ffn.fc2",
+    }
+    names |= {f"SelfAttention.{row}": f"attn.{row}" for row in "qkvo"}
+    return f"blocks.{block}.{names[part]}.weight"
+
+
+def _original_transformer_name(key: str) -> str:
+    """Return the name of the original for one of diffusers: norm2 and norm3 change places."""
+    names = {
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "proj_out": "head.head",
+        "norm2": "norm3",
+        "ffn.net.0.proj": "ffn.0",
+        "ffn.net.2": "ffn.2",
+        "attn1": "self_attn",
+        "attn2": "cross_attn",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "o",
+    }
+    if key == "scale_shift_table":
+        return "head.modulation"
+    if key.endswith("scale_shift_table"):
+        return key.replace("scale_shift_table", "modulation")
+    for theirs_, original in names.items():
+        key = re.sub(rf"(?<![\w.]){theirs_}(?=\.)|(?<=\.){theirs_}(?=\.)", original, key)
+    return key
+
+
+@pytest.fixture(scope="module")
+def original(theirs: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in the files of the original, under its names; the codec has its depth."""
+    path = tmp_path_factory.mktemp("original") / "Wan2.1-T2V"
+    path.mkdir()
+    weights = theirs.transformer.state_dict()
+    renamed = {_original_transformer_name(key): tensor for key, tensor in weights.items()}
+    assert len(renamed) == len(weights)
+    save_file(renamed, path / "diffusion_pytorch_model.safetensors")
+    config = {"dim": 24, "num_heads": 2, "model_type": "t2v", "eps": 1e-6, "ffn_dim": 48}
+    config |= {"freq_dim": 16, "in_dim": 16, "out_dim": 16, "num_layers": 2, "text_len": 512}
+    (path / "config.json").write_text(json.dumps({"_class_name": "WanModel", **config}))
+    text = theirs.text_encoder.state_dict()
+    text = {_original_text_name(k): t for k, t in text.items() if "embed_tokens" not in k}
+    torch.save(text, path / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(folder / "tokenizer", path / "google" / "umt5-xxl")
+    codec = _codec_of_full_depth().state_dict()
     torch.save(
-        {names[key]: t for key, t in text.items() if key != "encoder.embed_tokens.weight"},
-        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+        {_original_codec_name(key): tensor for key, tensor in codec.items()},
+        path / "Wan2.1_VAE.pth",
     )
-    shutil.copytree(theirs.source / "tokenizer", folder / "google" / "umt5-xxl")
-    return folder
+    return path
+
+
+def _codec_of_full_depth() -> Any:
+    return _randomise(diffusers.AutoencoderKLWan(base_dim=8), scale=0.1, seed=2)
+
+
+@torch.inference_mode()
+def test_a_folder_of_the_original_is_the_same_model(
+    original: Path, pipe: VideoPipeline, theirs: Any
+) -> None:
+    """Names, shapes and files differ; tensors, embeddings and decoded pixels do not."""
+    found = VideoPipeline.from_pretrained(original)
+    expected = dict(pipe.transformer.named_parameters())
+    parameters = dict(found.transformer.named_parameters())
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert found.sampling.units == "full"
+    assert (found.height, found.width, found.sampling.shift) == (480, 832, 3.0)
+    rows = found.prompt_encoder.encode([PROMPT])
+    assert torch.equal(rows, pipe.prompt_encoder.encode([PROMPT]))
+    codec = WanCodec(WanCodecConfig(base_dim=8)).eval()
+    codec.vae.load_state_dict(_codec_of_full_depth().state_dict())
+    latents = found.codec.encode(_clip(5))
+    assert torch.equal(latents, codec.encode(_clip(5)))
+    assert torch.equal(found.codec.decode(latents), codec.decode(latents))
+
+
+def test_a_folder_of_the_original_generates_and_converts(original: Path, tmp_path: Path) -> None:
+    """Through the commands: a video, and there and back to the same tensors."""
+    words = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
+    file = str(tmp_path / "a.mkv")
+    assert cli.main(["generate", "ball", "--model", str(original), *words, "--out", file]) == 0
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert cli.main(["convert", str(original), str(ours)]) == 0
+    assert cli.main(["convert", str(ours), str(back), "--format", "wan"]) == 0
+    name = "diffusion_pytorch_model.safetensors"
+    first, last = load_file(original / name), load_file(back / name)
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[key], last[key]) for key in first)
+    assert cli.main(["convert", str(original), str(tmp_path / "d"), "--format", "diffusers"]) == 0
+    reference = diffusers.WanPipeline.from_pretrained(tmp_path / "d")
+    names = {_original_transformer_name(key): key for key in reference.transformer.state_dict()}
+    weights = reference.transformer.state_dict()
+    assert all(torch.equal(weights[names[key]], first[key]) for key in first)

@@ -142,5 +142,5 @@ def beginning(
     if fit not in ("crop", "letterbox"):
         raise ValueError(f"fit is {fit!r}: use crop or letterbox.")
     kept = 1 + (given.shape[1] - 1) // stride * stride
-    sizes = {"height": height, "width": width, "fit": fit}
-    return np.stack([fitted(frames[:kept], **sizes) for frames in given])
+    whole = (frames[:kept] for frames in given)
+    return np.stack([fitted(frames, height=height, width=width, fit=fit) for frames in whole])

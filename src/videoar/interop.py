@@ -325,23 +325,19 @@ def offload(model: VideoTransformer, device: torch.device | str) -> None:
 
     A pass then waits for its weights, but the device holds one of them at a time.
     """
-    host = {
-        part: dict(part._parameters)
-        for part in model.blocks.modules()
-        if isinstance(part, nn.Linear)
-    }
-    for part in set(model.modules()) - host.keys():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.data.to(device))
+    inside = [part for part in model.blocks.modules() if isinstance(part, nn.Linear)]
+    host = {id(part): dict(part.named_parameters()) for part in inside}
+    for part in set(model.modules()) - set(inside):
+        for name, parameter in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(parameter.data.to(device))
 
     def visit(layer: nn.Module, _: Any) -> None:
-        for name, parameter in host[layer].items():
-            layer._parameters[name] = parameter.to(device, non_blocking=True)
+        for name, parameter in host[id(layer)].items():
+            layer._parameters[name] = nn.Parameter(parameter.to(device, non_blocking=True))
 
     def leave(layer: nn.Module, *_: Any) -> None:
-        layer._parameters.update(host[layer])
+        layer._parameters.update(host[id(layer)])
 
-    for layer in host:
+    for layer in inside:
         layer.register_forward_pre_hook(visit)
         layer.register_forward_hook(leave)
