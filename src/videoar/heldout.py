@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from videoar.checkpoint import resolve
 from videoar.data import LatentShards
 from videoar.evaluate import save
 from videoar.metrics import Interval, bootstrap_interval, psnr, ssim
+from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.options import Evaluate
 from videoar.pipeline import VideoPipeline, to_frames
-from videoar.tasks import check_codec
+from videoar.tasks import check_codec, tokenize_cut
 from videoar.text import PromptEncoder
 from videoar.units import parse
 from videoar.video import read_video
@@ -59,6 +61,7 @@ def _cell(value: Interval) -> str:
     return f"{value.mean:.4g} [{value.low:.4g}, {value.high:.4g}]"
 
 
+@torch.no_grad()
 def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
     """Measure a checkpoint on what `data` holds out.
 
@@ -108,21 +111,40 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
     return result
 
 
-@torch.no_grad()
 def _scores(pipe: VideoPipeline, shards: LatentShards, config: Evaluate) -> Iterator[Json]:
-    rng = np.random.default_rng(config.seed)
+    rng, loss_of = np.random.default_rng(config.seed), _losses(pipe, config)
     for index, about in enumerate(shards.clips):
-        extra = about["extra"]
-        latents = shards.get([index], rng)["latents"]
+        extra, batch = about["extra"], shards.get([index], rng)
         source = read_video(shards.folder / extra["source"]).frames
-        decoded = to_frames(pipe.codec.decode(latents)[0])
+        decoded = to_frames(pipe.codec.decode(batch["latents"])[0])
         yield {
             "file": extra["file"],
             "start": extra["start"],
             "psnr": min(psnr(source, decoded), LOSSLESS),
             "ssim": ssim(source, decoded),
-            "losses": {},
+            "losses": loss_of(batch["latents"], batch["captions"], index),
         }
-        prompts = pipe.prompt_encoder
-        if not isinstance(prompts, PromptEncoder):
-            continue
+
+
+def _losses(
+    pipe: VideoPipeline, config: Evaluate
+) -> Callable[[Tensor, list[str], int], dict[str, float]]:
+    """Return what gives the loss of a clip by kind of unit: none if the text is not trained."""
+    prompts, schemes = pipe.prompt_encoder, {name: parse(name) for name in config.units}
+    if not isinstance(prompts, PromptEncoder):
+        return lambda latents, captions, index: {}
+    module = TextToVideo(pipe.transformer, prompts.encoder)
+    flow = FlowMatchingConfig(shift=pipe.sampling.shift)
+    objective = FlowMatching(module, schemes=tuple(schemes.values()), config=flow)
+
+    def loss_of(latents: Tensor, captions: list[str], index: int) -> dict[str, float]:
+        words, losses = tokenize_cut(prompts, captions), {}
+        for name, scheme in schemes.items():
+            seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
+            draws = latents.expand(DRAWS, -1, -1, -1, -1)
+            clips = objective.clip(draws, scheme, seeds)
+            found = objective.scheme_loss(clips, words.expand(DRAWS, -1), scheme, seeds)
+            losses[name] = float(found["loss"])
+        return losses
+
+    return loss_of
