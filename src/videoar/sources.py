@@ -138,7 +138,7 @@ def _suffix(name: str) -> str:
 def _name(root: Path, *parts: str) -> str:
     """Return a path below the root as it is printed: readable and in one line."""
     name = os.path.relpath(os.path.join(*parts), root).replace(os.sep, "/")
-    name = name.encode("utf-8", "backslashreplace").decode()
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)
 
 
