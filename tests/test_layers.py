@@ -64,7 +64,7 @@ NEIGHBOURS = {
     "tasks": {"runs", "train", "pipeline"},
     "finetune": {"runs", "tasks", "train"},
     "recipes": {"finetune", "tasks", "train", "pipeline"},
-    "parts": {"tasks"},
+    "parts": {"pipeline"},
     "prepare": {"parts"},
     "heldout": {"evaluate", "pipeline", "tasks"},
     "evaluate": {"pipeline", "tasks"},

@@ -23,8 +23,11 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
     """The same recipe with small parts, few videos and a few steps."""
     task = config.task
     if isinstance(task, CodecTask):
-        codec = CODEC if not isinstance(task.codec, Path) else folder / task.codec
-        small = replace(task, codec=codec, num_frames=5, num_clips=4)
+        codec, init = CODEC, None
+        if task.init is not None:
+            codec = replace(CODEC, decoder_channels=(6, 4, 4, 4))
+            init = folder / task.init
+        small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
     elif isinstance(task, GeneratorTask):
         small = replace(
             task,

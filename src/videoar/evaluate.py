@@ -24,8 +24,8 @@ from videoar import world
 from videoar.checkpoint import resolve
 from videoar.metrics import Interval, bootstrap_interval, drift_slopes, paired_interval
 from videoar.options import WINDOW_SECONDS, Evaluate
-from videoar.pipeline import VideoPipeline, to_frames
-from videoar.tasks import HELD_OUT, scene_of, to_video
+from videoar.pipeline import VideoPipeline, from_frames, to_frames
+from videoar.tasks import HELD_OUT, scene_of
 from videoar.units import parse
 
 Json = dict[str, Any]
@@ -199,7 +199,7 @@ def make(
     scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
     clips = np.stack([world.render(s, num_frames=frames, size=size, fps=fps) for s in scenes])
     if name == CODEC:
-        clips = to_frames(pipe.codec.decode(pipe.codec.encode(to_video(clips))))
+        clips = to_frames(pipe.codec.decode(pipe.codec.encode(from_frames(clips))))
     yield clips[:, :num_frames]
 
 

@@ -24,8 +24,8 @@ from videoar.codecs import Codec
 from videoar.formats import load_codec
 from videoar.frames import Unusable, cut, duration, read
 from videoar.options import Prepare
+from videoar.pipeline import from_frames
 from videoar.sources import Source
-from videoar.tasks import to_video
 from videoar.video import Frames, VideoWriter
 
 Json = dict[str, Any]
@@ -78,7 +78,7 @@ def make_parts(
             while (clip := waiting.result()) is not None:
                 waiting = ahead.submit(next, clips, None)
                 start, pixels = clip
-                video = to_video(pixels)[None].to(config.device)
+                video = from_frames(pixels)[None].to(config.device)
                 parts.add(codec.encode(video)[0].cpu(), start=start, pixels=pixels)
                 beat(min(1.0, start / length) if length else 0.0)
         except Unusable as reason:

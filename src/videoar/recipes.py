@@ -49,11 +49,12 @@ def codec_toy() -> TrainConfig:
 def codec_toy_decoder() -> TrainConfig:
     """A wider decoder for the latents of `codec-toy`: `videoar train codec-toy-decoder`."""
     first = codec_toy()
+    wider = replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16))
     return replace(
         first,
         name="codec-toy-decoder",
         out=Path("runs/codec-toy-decoder"),
-        task=CodecTask(codec=first.out / "checkpoint", decoder_channels=(128, 64, 32, 16)),
+        task=CodecTask(codec=wider, init=first.out / "checkpoint"),
         steps=3000,
     )
 

@@ -4,15 +4,14 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from videoar import units, world
@@ -22,20 +21,13 @@ from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter, read_i
 from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction, TextToVideo
-from videoar.pipeline import Sampling, VideoPipeline, to_frames
+from videoar.pipeline import Sampling, VideoPipeline, from_frames, to_frames
 from videoar.runs import Report
 from videoar.text import PAD, PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
 
 HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
-
-
-def to_video(
-    frames: UInt8[np.ndarray, "*batch height width 3"],
-) -> Float[Tensor, "*batch 3 height width"]:
-    """Turn pixels into floats in [-1, 1]."""
-    return rearrange(torch.from_numpy(frames), "... h w c -> ... c h w").float() / 127.5 - 1
 
 
 def scene_of(index: int, *, seed: int) -> tuple[world.Scene, np.random.Generator]:
@@ -77,11 +69,11 @@ def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "ba
 class CodecTask:
     """Train a codec on clips of the procedural world, rendered as they are needed."""
 
-    codec: TinyCodecConfig | Path
-    """Shape of a new codec; or the checkpoint of one whose decoder is trained on, so that latents
-    keep their meaning, and a generator trained on them stays valid."""
-    decoder_channels: tuple[int, int, int, int] | None = None
-    """Begin a new decoder of these widths for the codec of a checkpoint; None keeps its own."""
+    codec: TinyCodecConfig
+    """Shape of the codec."""
+    init: Path | None = None
+    """Checkpoint whose encoder is kept as it is, so that latents keep their meaning and a generator
+    trained on them stays valid; its decoder is trained on, or anew if the widths differ."""
     num_frames: int = 9
     """Pixel frames per clip, 1 + 4k."""
     num_clips: int = 200_000
@@ -91,6 +83,22 @@ class CodecTask:
 
     def build(self, config: TrainConfig, report: Report) -> "CodecTraining":
         return CodecTraining(self, config)
+
+
+def load_decoder(task: CodecTask) -> TinyCodec:
+    """Load the codec of `task.init`, its encoder fixed, with a decoder of the task's widths."""
+    assert task.init is not None
+    codec, wanted = load_codec(task.init), task.codec
+    stated = {name: getattr(wanted, name) for name in ("latents_mean", "latents_std")}
+    if replace(codec.config, decoder_channels=wanted.decoder_channels, **stated) != wanted:
+        raise ValueError(
+            f"{task.init} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
+            " only decoder_channels may differ; name another checkpoint, or change the shape"
+        )
+    if codec.config.decoder_channels != wanted.decoder_channels:
+        codec = codec.with_decoder(wanted.decoder_channels)
+    codec.encoder.requires_grad_(False)
+    return codec
 
 
 class WorldClips:
@@ -108,7 +116,7 @@ class WorldClips:
             scene, own = scene_of(index, seed=self.seed)
             start = int(own.integers(1000))
             clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
-        return {"video": to_video(np.stack(clips))}
+        return {"video": from_frames(np.stack(clips))}
 
 
 class CodecTraining:
@@ -116,13 +124,7 @@ class CodecTraining:
 
     def __init__(self, task: CodecTask, config: TrainConfig):
         self.task = task
-        if isinstance(task.codec, TinyCodecConfig):
-            codec = TinyCodec(task.codec)
-        else:
-            codec = load_codec(task.codec)
-            if task.decoder_channels is not None:
-                codec = codec.with_decoder(task.decoder_channels)
-            codec.encoder.requires_grad_(False)
+        codec = TinyCodec(task.codec) if task.init is None else load_decoder(task)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
         self.clips = WorldClips(task, seed=config.seed)
         self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
@@ -169,7 +171,7 @@ class CodecTraining:
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TinyCodec)
         codec = module
-        if isinstance(self.task.codec, TinyCodecConfig):
+        if self.task.init is None:
             latents = module.encode(self.held_out(256))
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
         save_checkpoint(
@@ -233,7 +235,7 @@ def encode_scenes(
         ]
         # Half the time in bfloat16, and what is lost is below the precision in which shards store.
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-            latents = codec.encode(to_video(np.stack(clips))).float()
+            latents = codec.encode(from_frames(np.stack(clips))).float()
         for (scene, rng), latent in zip(scenes, latents, strict=True):
             yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
 
