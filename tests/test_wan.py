@@ -389,6 +389,67 @@ def test_latents_that_do_not_fit_are_refused(
         )
 
 
+# ---------------------------------------------------------------- the families' settings
+
+# Frames of a block, what a list of timesteps says, the shift of its grid (None: as it is), frames
+# that are read and those of them that are the first of all: as the families publish them.
+FAMILIES = {
+    "self-forcing": (3, (1000, 750, 500, 250), 5.0, 21, 0),
+    "causvid": (3, (1000, 757, 522), None, 21, 0),
+    "longlive": (3, (1000, 750, 500, 250), 5.0, 12, 3),
+    "causal-forcing": (3, (1000, 750, 500, 250), 5.0, 21, 0),
+    "causal-forcing-frame": (1, (1000, 750, 500, 250), 5.0, 21, 0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_preset_samples_as_its_family_does(folder: Path, family: str) -> None:
+    """Block after block by a plain loop without a cache: timesteps, step rule, clean past, window.
+
+    A noisy block reads clean ones with timestep 0; of these each has read what it could see then.
+    """
+    size, listed, shift, window, sinks = FAMILIES[family]
+    grid = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
+    warped = grid if shift is None else shift * grid / (1 + (shift - 1) * grid)
+    sigmas = [float(warped[1000 - step]) for step in listed]
+    pipe = replace(VideoPipeline.from_pretrained(folder, preset=family), **SIZE)
+    frames, per_frame = 24, 4
+    generation = pipe.generate(["a ball"], num_frames=4 * frames - 3, seeds=[5])
+    parts = list(generation.sampler)
+    assert [part.tokens.shape[1] for part in parts] == [size * per_frame] * (frames // size)
+
+    model, text = pipe.transformer, pipe.encode(["a ball"])
+    frame = torch.arange(frames).repeat_interleave(per_frame)
+    block = frame // size
+    last = (block + 1) * size - 1  # the newest frame that a token may know of
+    reads = (frame[None] <= last[:, None]) & (
+        (frame[None] > last[:, None] - (window - sinks)) | (frame[None] < sinks)
+    )
+    cells = torch.cartesian_prod(torch.arange(frames), torch.arange(2), torch.arange(2))
+    coords = torch.cat([cells, torch.zeros(len(cells), 1)], dim=1).float()
+    past = torch.zeros(1, 0, 64)
+    for number in range(frames // size):
+        shape, until = (size * per_frame, 64), (number + 1) * size * per_frame
+        x = unit_noise((5,), number, shape)
+        for step, sigma in enumerate(sigmas, start=1):
+            levels = torch.cat([torch.zeros(past.shape[1]), torch.full((shape[0],), sigma)])
+            velocity = model(
+                torch.cat([past, x], dim=1),
+                coords=coords[:until],
+                sigma=levels[None],
+                unit=torch.arange(until),
+                text=text,
+                mask=reads[:until, :until],
+            ).velocity[:, -shape[0] :]
+            x = x - sigma * velocity
+            if step < len(sigmas):
+                fresh = unit_noise((5,), number, shape, draw=step)
+                x = (1 - sigmas[step]) * x + sigmas[step] * fresh
+        torch.testing.assert_close(parts[number].tokens, x, atol=2e-5, rtol=1e-4)
+        past = torch.cat([past, x], dim=1)
+
+
 # ---------------------------------------------------------------- the original's files
 
 
