@@ -46,6 +46,7 @@ FROZEN = {
     "held_out max_seconds timeout workers device engine",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
+    "bench prepare": "videos codec fps num_frames sizes repeats",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
     "num_inference_steps shift guidance_scale out data",
     "demo": "out model seconds",

@@ -39,7 +39,7 @@ FLOORS = (
     }
     | {"drawing"},
     {"runs", "optim", "train", "tasks", "finetune", "recipes", "parts", "prepare"}
-    | {"pipeline", "evaluate", "heldout", "benchmark", "measure"},
+    | {"pipeline", "evaluate", "heldout", "benchmark", "measure", "bench_prepare"},
     {"app", "cli", "output", "describe"},
     {"__main__"},
 )
@@ -68,6 +68,7 @@ NEIGHBOURS = {
     "prepare": {"parts"},
     "heldout": {"evaluate", "pipeline", "tasks"},
     "evaluate": {"pipeline", "tasks"},
+    "bench_prepare": {"prepare"},
     "measure": {"benchmark", "pipeline", "runs"},
     "cli": {"app", "output", "describe"},
 }

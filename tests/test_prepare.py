@@ -547,6 +547,25 @@ def test_ray_gives_the_same_bytes(
 # ---------------------------------------------------------------- and then
 
 
+def test_the_benchmark_reads_what_preparation_reads(
+    clips: Path, exact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All videos, and as many clips; the shares are of the decoder alone."""
+    words = ["--codec", exact, "--num-frames", "9", "--repeats", "1"]
+    assert main(["bench", "prepare", str(clips), *words]) == 0
+    out = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in clips.glob("*.mp4")) / 1e6
+    assert f"8 videos, {size:.1f} MB" in out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    seconds, rates = [float(row[1]) for row in rows[2:]], [row[3] for row in rows[2:]]
+    assert min(seconds) > 0
+    assert rates[0] == ""
+    clips_read = round(float(rates[1]) * seconds[1])
+    expected = sum(round(16 * (1.2 + 0.1 * number)) // 9 for number in range(8))
+    assert clips_read == pytest.approx(expected, abs=2)
+    assert main(["bench", "prepare", "nowhere"]) == 2
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_toy_goes_on_with_own_videos_and_generates(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Run

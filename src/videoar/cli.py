@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kinds = {
                 name: (kind.__doc__ or "").splitlines() for name, (kind, _) in COMMANDS.items()
             }
-            lines = [f"  {name:<13} {line}" for name, (line, *_) in kinds.items()]
+            lines = [f"  {name:<14} {line}" for name, (line, *_) in kinds.items()]
             _say(USAGE.format(commands="\n".join(lines)))
             return 0
         if words == ["--version"]:
@@ -69,6 +69,8 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
         SystemExit: help was asked for and has been printed.
     """
     name, *words = argv
+    if words and f"{name} {words[0]}" in COMMANDS:
+        name, words = f"{name} {words[0]}", words[1:]
     if name not in COMMANDS:
         close = options.hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
@@ -295,6 +297,14 @@ def bench(args: options.Bench) -> int:
     return 0
 
 
+def bench_prepare(args: options.BenchPrepare) -> int:
+    """Measure the speed of preparation."""
+    from videoar import bench_prepare as benchmark
+
+    _say(benchmark.run(args, _say))
+    return 0
+
+
 def evaluate(args: options.Evaluate) -> int:
     """Measure faithfulness and drift."""
     if args.data is not None:
@@ -374,6 +384,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "units": (options.DrawUnits, draw_units),
     "prepare": (options.Prepare, prepare),
     "bench": (options.Bench, bench),
+    "bench prepare": (options.BenchPrepare, bench_prepare),
     "evaluate": (options.Evaluate, evaluate),
     "demo": (options.Demo, demo),
 }

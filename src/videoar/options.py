@@ -256,6 +256,27 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchPrepare:
+    """Measure what preparation costs beside decoding the same videos, and the loader."""
+
+    videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
+    """Folder with video files."""
+    codec: str = "toy"
+    """Checkpoint whose codec encodes."""
+    fps: float = 16.0
+    """Frames per second of the clips."""
+    num_frames: tuple[int, ...] = (61, 29)
+    """Lengths of clips."""
+    sizes: tuple[str, ...] = ("64x64",)
+    """Widths and heights of clips."""
+    repeats: int = 3
+    """How often the videos are read."""
+
+    def __post_init__(self) -> None:
+        _check(self, ("repeats", self.repeats >= 1, "1 or more"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Judge on the procedural world whether videos show what their prompts say, and go on to."""
 
