@@ -96,7 +96,7 @@ def load_component(
             f"{config_file} names class {name!r}; only {', '.join(sorted(classes))} fits here"
         )
     module_class, config_class = classes[name]
-    config = _build_config(config_class, values, file=config_file)
+    config = build_config(config_class, values, file=config_file)
     weights = read_safetensors(weights_file, device=device)
     module = build_empty(module_class, config)
     assign_weights(module, weights, file=weights_file)
@@ -283,7 +283,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
+def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
     """Build a config, nested ones included, from what JSON made of it."""
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     if unknown := sorted(values.keys() - fields.keys()):
@@ -312,7 +312,7 @@ def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
     if isinstance(value, dict):
         for choice in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(choice) and isinstance(choice, type):
-                return _build_config(choice, value, file=file)
+                return build_config(choice, value, file=file)
     if isinstance(value, list):
         return tuple(_from_json(item, None, name=name, file=file) for item in value)
     if hint is float and type(value) is int:

@@ -221,7 +221,7 @@ def _write_diffusers(
     if isinstance(text, umt5.UMT5PromptEncoder):
         text.save_as(folder / "text_encoder", folder / "tokenizer")
         index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
-        stated = read_json(folder / "tokenizer" / "tokenizer_config.json")
+        stated = read_json(text.tokenizer / "tokenizer_config.json")
         index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
     if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
         shutil.copytree(home / "scheduler", folder / "scheduler", dirs_exist_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from videoar.checkpoint import (
     META,
     assign_weights,
+    build_config,
     build_empty,
     load_component,
     read_json,
@@ -143,6 +144,11 @@ def _read_foreign(source: Path, head_dim: int | None) -> Found:
             f"{source} has no {META}, no model_index.json and no weights, so it is no checkpoint; "
             "pass one that has them"
         )
+    if (source / "transformer_2").is_dir():
+        raise ValueError(
+            f"{source} has a second transformer, as Wan 2.2 has for high noise, and only one can "
+            "be run; use a model of Wan 2.1"
+        )
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     config_file = folder / "config.json"
     stated = read_json(config_file) if folder.is_dir() and config_file.is_file() else {}
@@ -237,7 +243,13 @@ def _config_of(
                     "run; use a text-to-video model of Wan 2.1"
                 )
         fields = {ours: stated[name] for name, ours in FIELDS.items() if name in stated}
-        return ModelConfig(**fields, patch=stated.get("patch_size", (1, 2, 2))[1])
+        patch = stated.get("patch_size", [1, 2, 2])
+        if not isinstance(patch, list) or patch != [1, *2 * patch[1:2]]:
+            raise ValueError(
+                f"{file}/config.json gives patch_size {patch!r}, but only one frame and a square "
+                "of it, such as [1, 2, 2], can be run; use a text-to-video model of Wan 2.1"
+            )
+        return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / "config.json")
     head_dim = head_dim or 128
     if (bias := weights.get("patch_embedding.bias")) is not None and len(bias) % head_dim:
         raise ValueError(

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class UMT5PromptEncoder:
         # T5 overflows in float16.
         self.dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         self.cache = cache or Path.home() / ".cache" / "videoar" / "text"
-        self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+        with _said(tokenizer / "tokenizer.json"):
+            self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self._words.no_padding()
         self._words.no_truncation()
 
@@ -131,10 +132,11 @@ class UMT5PromptEncoder:
         """Build the encoder; its tensors stay mapped unless another `dtype` was asked for."""
         transformers, weights = library("transformers"), self.weights()
         if self.encoder.is_dir():
-            config = transformers.UMT5Config(**read_json(self.encoder / "config.json"))
+            stated = read_json(self.encoder / "config.json")
         else:
-            config = transformers.UMT5Config(**_t5_config(weights, self.encoder))
-        model = build_empty(transformers.UMT5EncoderModel, config)
+            stated = _t5_config(weights, self.encoder)
+        with _said(self.encoder):
+            model = build_empty(transformers.UMT5EncoderModel, transformers.UMT5Config(**stated))
         if self.dtype is not None:
             weights = {key: tensor.to(self.dtype) for key, tensor in weights.items()}
         assign_weights(model, weights, file=self.encoder)
@@ -146,15 +148,26 @@ class UMT5PromptEncoder:
 
     def save_as(self, encoder: Path, tokenizer: Path) -> None:
         """Copy encoder and tokenizer; the original's file becomes a folder of transformers."""
+        # Loaded in any case: that shows whether it is whole.
+        model = UMT5PromptEncoder(self.encoder, self.tokenizer).load()
         shutil.copytree(self.tokenizer, tokenizer)
         if self.encoder.is_dir():
             shutil.copytree(self.encoder, encoder)
         else:
-            UMT5PromptEncoder(self.encoder, self.tokenizer).load().save_pretrained(encoder)
+            model.save_pretrained(encoder)
 
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters, mapped: for counting."""
         return [tensor for name, tensor in self.weights().items() if name != TIED[0]]
+
+
+@contextlib.contextmanager
+def _said(file: Path) -> Iterator[None]:
+    """Say in one sentence what a library finds wrong with a file."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ValueError(f"{file} cannot be used ({error}); copy or download it again") from error
 
 
 def clean(prompt: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from videoar.checkpoint import assign_weights, build_empty, library, read_json
+from videoar.checkpoint import assign_weights, build_config, build_empty, library, read_json
 from videoar.codec_layers import Memory
 from videoar.codecs import Codec, Latents, Padded, TinyCodec, TinyCodecConfig, Video
 from videoar.weights import read_weights
@@ -58,7 +58,8 @@ def stated_sampling(folder: Path) -> dict[str, Any]:
     """Return how plain Wan is sampled, with the shift that the scheduler of a folder has."""
     file = folder / "scheduler" / "scheduler_config.json"
     stated = read_json(file) if file.is_file() else {}
-    shift = stated.get("flow_shift", stated.get("shift", PRESETS["wan"]["shift"]))
+    shifts = (stated.get("flow_shift"), stated.get("shift"), PRESETS["wan"]["shift"])
+    shift = next(value for value in shifts if isinstance(value, float | int) and value > 0)
     return PRESETS["wan"] | {"shift": float(shift)}
 
 
@@ -166,7 +167,7 @@ def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
     config = WanCodecConfig()
     if source.is_dir():
         config = _codec_config(source / "config.json")
-    elif "encoder.conv1.weight" in weights:
+    elif {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
         dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
         config = replace(config, base_dim=dim, z_dim=channels)
         names = library("diffusers.loaders.single_file_utils")
@@ -187,6 +188,4 @@ def _codec_config(file: Path) -> WanCodecConfig:
                 "not supported; use the one of Wan 2.1"
             )
     given = {name: stated[name] for name in names if name in stated}
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    given.update(lists)
-    return WanCodecConfig(**given)
+    return build_config(WanCodecConfig, given, file=file)

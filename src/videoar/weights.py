@@ -72,7 +72,9 @@ def _read_shards(folder: Path) -> Weights:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if indices:
-        placed = read_json(indices[0])["weight_map"]
+        placed = read_json(indices[0]).get("weight_map")
+        if not isinstance(placed, dict):
+            raise ValueError(f"{indices[0]} names no files; copy or download it again")
         files = [folder / name for name in sorted(set(placed.values()))]
     if not files or (len(files) > 1 and not indices):
         raise ValueError(
