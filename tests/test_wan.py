@@ -4,7 +4,6 @@ Everything is tiny and random. The folder is written by diffusers itself.
 """
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
+import tiny_wan
 import torch
 from einops import rearrange
-from safetensors.torch import load, load_file, save, save_file
-from tokenizers import models, pre_tokenizers, processors, trainers
+from safetensors.torch import load, load_file, save
 
 from videoar import cli, formats, umt5
 from videoar.codecs import TinyCodec, TinyCodecConfig
@@ -42,77 +40,16 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
 
 
-def _randomise(module: torch.nn.Module, *, scale: float, seed: int = 0) -> Any:
-    """Give every weight a value that matters; norms stay near one."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = scale * torch.randn(parameter.shape, generator=rng)
-            parameter.copy_(noise + ("norm" in name and name.endswith("weight")))
-    return module.eval()
-
-
-def _diffusers_transformer() -> Any:
-    return _randomise(
-        diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=16,
-            out_channels=16,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=48,
-            num_layers=2,
-        ),
-        scale=0.1,
-    )
-
-
-def _tokenizer() -> Any:
-    """Byte-level BPE that ends every text, as umT5's does."""
-    words = tokenizers.Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(["a red ball moves left"], trainer)
-    words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>"
-    )
-
-
-T5 = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-
-
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     """The pipeline of diffusers at tiny size."""
-    torch.manual_seed(0)
-    config = transformers.UMT5Config(**T5, feed_forward_proj="gated-gelu")
-    return diffusers.WanPipeline(
-        tokenizer=_tokenizer(),
-        text_encoder=_randomise(transformers.UMT5EncoderModel(config), scale=0.3),
-        vae=_randomise(diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1), scale=0.1),
-        transformer=_diffusers_transformer(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
+    return tiny_wan.pipeline()
 
 
 @pytest.fixture(scope="module")
 def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What diffusers saves of it, with the text encoder in shards."""
-    path = tmp_path_factory.mktemp("wan") / "tiny-wan"
-    theirs.set_progress_bar_config(disable=True)
-    theirs.save_pretrained(path)
-    (path / "text_encoder" / "model.safetensors").unlink()
-    theirs.text_encoder.save_pretrained(path / "text_encoder", max_shard_size="20KB")
+    path = tiny_wan.save(theirs, tmp_path_factory.mktemp("wan") / "tiny-wan")
     assert len(list((path / "text_encoder").glob("*.safetensors"))) > 1
     return path
 
@@ -167,7 +104,7 @@ def test_our_names_of_the_original_are_those_of_diffusers() -> None:
 
     from videoar.interop import wan_names
 
-    weights = _diffusers_transformer().state_dict()
+    weights = tiny_wan.transformer().state_dict()
     back = convert_wan_transformer_to_diffusers(dict(wan_names(weights)))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], weights[key]) for key in weights)
@@ -453,99 +390,10 @@ def test_a_preset_samples_as_its_family_does(folder: Path, family: str) -> None:
 # ---------------------------------------------------------------- the original's files
 
 
-def _original_codec_name(key: str) -> str:
-    """Return the name of the original for one of diffusers, for two residual blocks a level."""
-    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3"}
-    parts |= {"conv2": "residual.6", "conv_shortcut": "shortcut"}
-    key = re.sub(r"\b(norm1|norm2|conv1|conv2|conv_shortcut)\b", lambda found: parts[found[1]], key)
-    key = key.replace("conv_in", "conv1").replace("down_blocks", "downsamples")
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda f: f"middle.{2 * int(f[1])}", key)
-    key = key.replace("mid_block.attentions.0", "middle.1")
-    key = re.sub(
-        r"up_blocks\.(\d)\.resnets\.(\d)",
-        lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}",
-        key,
-    )
-    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda f: f"upsamples.{4 * int(f[1]) + 3}", key)
-    key = key.replace("norm_out", "head.0").replace("conv_out", "head.2")
-    key = re.sub(r"^post_quant_conv", "conv2", key)
-    return re.sub(r"^quant_conv", "conv1", key)
-
-
-def _original_text_name(key: str) -> str:
-    """Return the name of the original for one of transformers."""
-    whole = {
-        "shared.weight": "token_embedding.weight",
-        "encoder.final_layer_norm.weight": "norm.weight",
-    }
-    if key in whole:
-        return whole[key]
-    _, _, block, _, layer, part = key.removesuffix(".weight").split(".", 5)
-    names = {
-        "layer_norm": f"norm{int(layer) + 1}",
-        "SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-        "DenseReluDense.wi_0": "ffn.gate.0",
-        "DenseReluDense.wi_1": "ffn.fc1",
-        "DenseReluDense.wo": "ffn.fc2",
-    }
-    names |= {f"SelfAttention.{row}": f"attn.{row}" for row in "qkvo"}
-    return f"blocks.{block}.{names[part]}.weight"
-
-
-def _original_transformer_name(key: str) -> str:
-    """Return the name of the original for one of diffusers: norm2 and norm3 change places."""
-    names = {
-        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-        "condition_embedder.time_proj": "time_projection.1",
-        "proj_out": "head.head",
-        "norm2": "norm3",
-        "ffn.net.0.proj": "ffn.0",
-        "ffn.net.2": "ffn.2",
-        "attn1": "self_attn",
-        "attn2": "cross_attn",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "o",
-    }
-    if key == "scale_shift_table":
-        return "head.modulation"
-    if key.endswith("scale_shift_table"):
-        return key.replace("scale_shift_table", "modulation")
-    for theirs_, original in names.items():
-        key = re.sub(rf"(?<![\w.]){theirs_}(?=\.)|(?<=\.){theirs_}(?=\.)", original, key)
-    return key
-
-
 @pytest.fixture(scope="module")
 def original(theirs: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in the files of the original, under its names; the codec has its depth."""
-    path = tmp_path_factory.mktemp("original") / "Wan2.1-T2V"
-    path.mkdir()
-    weights = theirs.transformer.state_dict()
-    renamed = {_original_transformer_name(key): tensor for key, tensor in weights.items()}
-    assert len(renamed) == len(weights)
-    save_file(renamed, path / "diffusion_pytorch_model.safetensors")
-    config = {"dim": 24, "num_heads": 2, "model_type": "t2v", "eps": 1e-6, "ffn_dim": 48}
-    config |= {"freq_dim": 16, "in_dim": 16, "out_dim": 16, "num_layers": 2, "text_len": 512}
-    (path / "config.json").write_text(json.dumps({"_class_name": "WanModel", **config}))
-    text = theirs.text_encoder.state_dict()
-    text = {_original_text_name(k): t for k, t in text.items() if "embed_tokens" not in k}
-    torch.save(text, path / "models_t5_umt5-xxl-enc-bf16.pth")
-    shutil.copytree(folder / "tokenizer", path / "google" / "umt5-xxl")
-    codec = _codec_of_full_depth().state_dict()
-    torch.save(
-        {_original_codec_name(key): tensor for key, tensor in codec.items()},
-        path / "Wan2.1_VAE.pth",
-    )
-    return path
-
-
-def _codec_of_full_depth() -> Any:
-    return _randomise(diffusers.AutoencoderKLWan(base_dim=8), scale=0.1, seed=2)
+    return tiny_wan.save_original(theirs, tmp_path_factory.mktemp("original") / "Wan2.1-T2V")
 
 
 @torch.inference_mode()
@@ -563,7 +411,7 @@ def test_a_folder_of_the_original_is_the_same_model(
     rows = found.prompt_encoder.encode([PROMPT])
     assert torch.equal(rows, pipe.prompt_encoder.encode([PROMPT]))
     codec = WanCodec(WanCodecConfig(base_dim=8)).eval()
-    codec.vae.load_state_dict(_codec_of_full_depth().state_dict())
+    codec.vae.load_state_dict(tiny_wan.codec_of_full_depth().state_dict())
     latents = found.codec.encode(_clip(5))
     assert torch.equal(latents, codec.encode(_clip(5)))
     assert torch.equal(found.codec.decode(latents), codec.decode(latents))
@@ -583,6 +431,6 @@ def test_a_folder_of_the_original_generates_and_converts(original: Path, tmp_pat
     assert all(torch.equal(first[key], last[key]) for key in first)
     assert cli.main(["convert", str(original), str(tmp_path / "d"), "--format", "diffusers"]) == 0
     reference = diffusers.WanPipeline.from_pretrained(tmp_path / "d")
-    names = {_original_transformer_name(key): key for key in reference.transformer.state_dict()}
+    names = {tiny_wan.transformer_name(key): key for key in reference.transformer.state_dict()}
     weights = reference.transformer.state_dict()
     assert all(torch.equal(weights[names[key]], first[key]) for key in first)
