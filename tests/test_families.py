@@ -3,6 +3,7 @@
 Each file holds the tiny random transformer of a Wan folder, so each must give its very video.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -109,9 +110,9 @@ FILES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
         _pt(lambda: {"generator": _weights(seed=7), "generator_ema": _weights(FSDP)}),
     ),
     "LongLive": ("longlive", _longlive),
-    "rCM": ("wan", _pt(lambda: _linear(_weights("net.")))),
+    "rCM": ("rcm", _pt(lambda: _linear(_weights("net.")))),
     "rCM, averaged": (
-        "wan",
+        "rcm",
         _pt(lambda: _linear(_weights("net.", seed=7)) | _linear(_weights("net_ema."))),
     ),
     "Krea": ("self-forcing", _krea),
@@ -413,6 +414,24 @@ def test_presets_are_the_published_loops(wan: Path, name: str) -> None:
     other = published | {"local": published["local"] - 3}
     assert (found - _published(pipe, **other)).abs().max() > 1e-3
     assert Origin.find(wan).sampling(name)["height"] == 480
+
+
+@torch.inference_mode()
+def test_the_preset_of_rcm_is_its_loop(wan: Path) -> None:
+    """All frames at once, with angles turned into noise levels; from pure noise on."""
+    pipe = replace(VideoPipeline.from_pretrained(wan, preset="rcm"), height=32, width=32)
+    generation = pipe.generate(["ball"], num_frames=9, seeds=[5])
+    found = torch.cat([finished.tokens for finished in generation.sampler], dim=1)
+    angles = torch.tensor([torch.pi / 2, 1.5, 1.4, 1.0, 0.0], dtype=torch.float64)
+    times = (angles.sin() / (angles.sin() + angles.cos())).tolist()
+    coords = torch.cartesian_prod(*map(torch.arange, (3, 2, 2, 1))).float()
+    x, unit = unit_noise((5,), 0, (12, 64)), torch.zeros(12, dtype=torch.long)
+    for number, (now, after) in enumerate(itertools.pairwise(times)):
+        inputs = {"coords": coords, "unit": unit, "text": pipe.encode(["ball"])}
+        velocity = pipe.transformer(x, sigma=torch.tensor([[now]]).float(), **inputs).velocity
+        fresh = unit_noise((5,), 0, (12, 64), draw=number + 1)
+        x = (1 - after) * (x - now * velocity) + after * fresh
+    torch.testing.assert_close(found, x, atol=1e-4, rtol=0)
 
 
 def test_timesteps_are_those_that_the_models_were_distilled_at() -> None:

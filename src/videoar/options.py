@@ -29,7 +29,7 @@ class Weights:
     lora: Path | None = None
     """File of low-rank updates to merge."""
     preset: str | None = None
-    """Family whose settings are the defaults: wan, self-forcing, causvid, longlive, ..."""
+    """Family whose settings are the defaults: wan, rcm, self-forcing, causvid, longlive, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision; as it is stored by default."""
 
@@ -69,7 +69,7 @@ class Generate(Weights):
     device: str = "cpu"
     """Where to compute, such as cuda."""
     offload: bool = False
-    """Keep the transformer in the memory of the host, but for the layer that computes."""
+    """Keep transformer and text encoder on the host, but for the layer that computes."""
     num_inference_steps: int | None = None
     """Denoising steps per unit."""
     shift: float | None = None

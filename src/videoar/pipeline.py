@@ -184,7 +184,8 @@ class VideoPipeline:
             preset: how to sample, by the name of a family in `wan.PRESETS`.
             dtype: of transformer and text encoder; None: as they are stored.
             device: where to compute.
-            offload: keep the transformer on the host, but for the layer that computes.
+            offload: keep the transformer on the host, but for the layer that computes, and run the
+                text encoder there.
 
         Raises:
             ValueError: nothing of that name, or something is wrong with the files.
@@ -194,10 +195,11 @@ class VideoPipeline:
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
         wanted = as_dtype(dtype)
-        prompts = load_prompts(origin.home, dtype=wanted, device=device)
+        host = "cpu" if offload else device
+        prompts = load_prompts(origin.home, dtype=wanted, device=host)
         found = origin.transformer()
         kept = as_dtype(wanted or found.dtype)
-        transformer = found.build(dtype=kept, device="cpu" if offload else device)
+        transformer = found.build(dtype=kept, device=host)
         if offload:
             interop.offload(transformer, device)
         known = {f.name for f in fields(Sampling)}

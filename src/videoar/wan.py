@@ -44,6 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "longlive": _FEW | {"window_frames": 12, "sink_frames": 3, "moving_sinks": False},
     "causal-forcing": _FEW,
     "causal-forcing-frame": _FEW | {"units": "frame"},
+    # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1; it begins at sigma_max 80, so at 0.988.
+    "rcm": _FEW
+    | {"units": "full", "sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0), "window_frames": None},
 }
 
 
