@@ -80,30 +80,52 @@ def toy_images() -> TrainConfig:
             sampling=replace(final.task.sampling, units="frame", window_frames=1, sink_frames=0),
             init=None,
         ),
-        steps=1500,
+        steps=2500,
         batch_size=256,
         optimizer=replace(final.optimizer, decay_fraction=0.0),
     )
 
 
-def toy_short() -> TrainConfig:
-    """The first second, in every kind of unit, after `toy-images`: `videoar train toy-short`."""
-    images, final = toy_images(), toy()
+def toy_pairs() -> TrainConfig:
+    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
+
+    In longer clips the context shows it, and what the words for it mean is not learned.
+    """
+    images = toy_images()
     assert isinstance(images.task, GeneratorTask)
-    assert isinstance(final.task, GeneratorTask)
     return replace(
         images,
+        name="toy-pairs",
+        out=Path("runs/toy-pairs"),
+        task=replace(
+            images.task,
+            flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
+            sampling=replace(images.task.sampling, window_frames=2, sink_frames=2),
+            init=images.out / "checkpoint",
+        ),
+        steps=1000,
+        batch_size=128,
+    )
+
+
+def toy_short() -> TrainConfig:
+    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
+    pairs, final = toy_pairs(), toy()
+    assert isinstance(pairs.task, GeneratorTask)
+    assert isinstance(final.task, GeneratorTask)
+    return replace(
+        pairs,
         name="toy-short",
         out=Path("runs/toy-short"),
         task=replace(
-            images.task,
+            pairs.task,
             units=TOY_UNITS,
             flow=FlowMatchingConfig(clip_frames=4),
             sampling=replace(final.task.sampling, window_frames=4),
-            init=images.out / "checkpoint",
+            init=pairs.out / "checkpoint",
         ),
+        steps=900,
         batch_size=64,
-        optimizer=replace(final.optimizer, decay_fraction=0.0),
     )
 
 
@@ -127,11 +149,11 @@ def toy() -> TrainConfig:
                 prediction="clean",
             ),
             text=TextEncoderConfig(),
-            flow=FlowMatchingConfig(),
+            flow=FlowMatchingConfig(far_probability=0.3),
             sampling=Sampling(guidance_scale=3.0),
             init=Path("runs/toy-short/checkpoint"),
         ),
-        steps=1750,
+        steps=1500,
         batch_size=32,
         optimizer=OptimizerConfig(
             learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=100, decay_fraction=0.4
@@ -166,6 +188,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "codec-toy": codec_toy,
     "codec-toy-decoder": codec_toy_decoder,
     "toy-images": toy_images,
+    "toy-pairs": toy_pairs,
     "toy-short": toy_short,
     "toy": toy,
     "finetune": finetune,
