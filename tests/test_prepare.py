@@ -500,20 +500,23 @@ def test_two_processes_give_the_same_bytes(
 def test_killed_and_begun_again_it_gives_the_same_bytes(
     clips: Path, uninterrupted: dict[str, str], exact: str, tmp_path: Path
 ) -> None:
-    """Killed twice without warning, once early and once late."""
+    """Killed twice without warning, all of its processes, once early and once late."""
     target = tmp_path / "killed"
     words = [str(clips), str(target), "--codec", exact, "--num-frames", "9", "--workers", "1"]
-    command = [sys.executable, "-m", "videoar", "prepare", *words]
-    for count in (2, 5):
-        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if len(list((target / ".work").glob("[0-9a-f]*.json"))) >= count:
-                break
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (target / "latents.json").exists(), "it was done before it could be killed"
+    code = (
+        "import os, signal, sys\n"
+        "from videoar import options, prepare\n"
+        "def show(progress):\n"
+        "    if progress.clips >= int(sys.argv[1]):\n"
+        "        os.killpg(0, signal.SIGKILL)\n"
+        "prepare.run(options.read(options.Prepare, sys.argv[2:], prog=''), show)\n"
+    )
+    for count in ("4", "11"):
+        command = [sys.executable, "-c", code, count, *words]
+        done = subprocess.run(command, env=ENVIRONMENT, start_new_session=True)
+        assert done.returncode == -signal.SIGKILL
+        assert list((target / ".work").iterdir())
+        assert not (target / "latents.json").exists()
     assert main(["prepare", *words]) == 0
     assert digests(target) == uninterrupted
 
