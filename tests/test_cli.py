@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,6 +125,14 @@ def test_the_module_returns_the_exit_code() -> None:
     assert done.stderr.startswith("videoar: error: unknown command 'generatex'")
     assert "did you mean generate?" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_who_stops_reading_gets_no_error() -> None:
+    """`videoar train --list | head -1` ends quietly, as other commands do."""
+    command = f"{shlex.quote(sys.executable)} -m videoar units {'frame ' * 400} | head -c 1"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert len(done.stdout) == 1
+    assert done.stderr == ""
 
 
 def test_version(run: Run) -> None:

@@ -569,7 +569,6 @@ def test_the_benchmark_reads_what_preparation_reads(
     assert main(["bench", "prepare", "nowhere"]) == 2
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_toy_goes_on_with_own_videos_and_generates(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Run
 ) -> None:

@@ -66,8 +66,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-# Under autocast the query's norm meets float32 weights, and torch takes a slower kernel.
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(trained, name: str) -> None:
     """A recipe that nobody runs rots; all its parts must fit and its losses be finite."""
@@ -78,7 +76,6 @@ def test_every_recipe_trains(trained, name: str) -> None:
     assert load_meta(checkpoint)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
     """Training and generation meet in the checkpoint: names, sizes, words, defaults."""
     pipe = VideoPipeline.from_pretrained(trained("toy"))

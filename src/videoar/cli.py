@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("videoar: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, FloatingPointError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.filename:
@@ -285,7 +288,7 @@ def prepare(args: options.Prepare) -> int:
     for reason, count in statistics["rejected"].items():
         _say(f"  {count} x {reason}")
     _say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
-    _say(f"videoar train finetune --task.latents {args.latents} --task.init {args.codec}")
+    _say(f"videoar train finetune --data.path {args.latents} --task.init {args.codec}")
     return 0
 
 

@@ -258,16 +258,21 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(size, eps=config.eps)
 
     def query(self, x: Tensor) -> Float[Tensor, "batch heads tokens head_dim"]:
-        return self._heads(self.norm_q(self.to_q(x)))
+        return self._heads(_normed(self.norm_q, self.to_q(x)))
 
     def key_value(self, x: Tensor) -> KeyValue:
-        return self._heads(self.norm_k(self.to_k(x))), self._heads(self.to_v(x))
+        return self._heads(_normed(self.norm_k, self.to_k(x))), self._heads(self.to_v(x))
 
     def output(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
         return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Normalise in one kernel: under autocast torch has none for wide weights of narrow inputs."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 class FeedForward(nn.Module):
