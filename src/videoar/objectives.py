@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from videoar.codecs import TinyCodec
 from videoar.flow import add_noise, random_sigmas, velocity_of
-from videoar.model import VideoTransformer
-from videoar.text import TextEncoder
+from videoar.model import TextContext, VideoTransformer
+from videoar.text import PAD, TextEncoder
 from videoar.tokens import to_tokens
 from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 
@@ -87,6 +87,16 @@ class TextToVideo(nn.Module):
         super().__init__()
         self.transformer, self.text = transformer, text
 
+    def context(self, words: Int[Tensor, "batch words"]) -> TextContext:
+        """What the transformer reads of prompts."""
+        return self.transformer.encode_text(self.text(words))
+
+    def without(
+        self, words: Int[Tensor, "batch words"], dropped: Bool[Tensor, " batch"]
+    ) -> Int[Tensor, "batch words"]:
+        """Return the prompts, empty where `dropped`."""
+        return words.masked_fill(dropped[:, None], PAD)
+
 
 class FlowMatching:
     """Train one transformer, and its text encoder, on several schemes in turn.
@@ -111,9 +121,8 @@ class FlowMatching:
 
     def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), **_on(rng)))]
-        words = batch["text"]
-        dropped = torch.rand(len(words), **_on(rng)) < self.config.text_dropout
-        words = words.masked_fill(dropped[:, None], 0)
+        dropped = torch.rand(len(batch["text"]), **_on(rng)) < self.config.text_dropout
+        words = self.module.without(batch["text"], dropped)
         return self.scheme_loss(self.clip(batch["latents"], scheme, rng), words, scheme, rng)
 
     def clip(
@@ -164,7 +173,7 @@ class FlowMatching:
             coords=plan.coords.to(device),
             sigma=sigmas,
             unit=plan.unit.to(device),
-            text=model.encode_text(self.module.text(words)),
+            text=self.module.context(words),
             mask=plan.mask.to(device),
         )
         velocity = output.velocity[:, -clean.shape[1] :]
