@@ -249,7 +249,9 @@ class Oracle(nn.Module):
         """Take no notice of the text."""
         return []
 
-    def forward(self, tokens, *, coords, sigma, unit, text, mask=None, cache=None) -> Output:
+    def forward(
+        self, tokens, *, coords, sigma, unit, text, mask=None, cache=None, offset=None
+    ) -> Output:
         """Return `(x - clean) / sigma`, and keys and values that say nothing."""
         rows = [self.where[tuple(place)] for place in coords.tolist()]
         level = sigma[:, unit, None]

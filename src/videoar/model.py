@@ -120,7 +120,7 @@ class VideoTransformer(nn.Module):
     def encode_text(self, embeddings: Float[Tensor, "batch words channels"]) -> TextContext:
         """Project text embeddings to the keys and values that every pass of a generation reuses."""
         hidden = self.condition_embedder.text_embedder(embeddings)
-        return [block.attn2.key_value(hidden) for block in self.blocks]
+        return [block.text(hidden) for block in self.blocks]
 
     def forward(
         self,
@@ -132,6 +132,7 @@ class VideoTransformer(nn.Module):
         text: TextContext,
         mask: Bool[Tensor, "tokens keys"] | BlockMask | None = None,
         cache: KVCache | None = None,
+        offset: Float[Tensor, " channels"] | None = None,
     ) -> Output:
         """Predict the velocity of every token.
 
@@ -143,6 +144,7 @@ class VideoTransformer(nn.Module):
             text: from `encode_text`.
             mask: True where a token may read a key; keys are the cached tokens, then these tokens.
             cache: read, never written.
+            offset: added to the embedding of sigma: what else a pass should know.
         """
         config = self.config
         if cache is not None:
@@ -151,7 +153,7 @@ class VideoTransformer(nn.Module):
         # Latents stay in float32 through all steps, as in diffusers; only the network is narrower.
         x = F.linear(tokens.to(weight.dtype), weight, self.patch_embedding.bias)
         x = x + self.scale_embedding(coords[:, 3].long())
-        embedded, modulation = self.condition_embedder(sigma, x.dtype)
+        embedded, modulation = self.condition_embedder(sigma, x.dtype, offset)
         if sigma.shape[1] > 1:  # gathered once for all layers: the backward of a gather is slow
             embedded, modulation = embedded[:, unit], modulation[:, unit]
         table = rope_table(coords, head_dim=config.head_dim, theta=config.rope_theta)
@@ -204,7 +206,10 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayers(config.text_dim, size, nn.GELU(approximate="tanh"))
 
     def forward(
-        self, sigma: Float[Tensor, "batch units"], dtype: torch.dtype
+        self,
+        sigma: Float[Tensor, "batch units"],
+        dtype: torch.dtype,
+        offset: Float[Tensor, " channels"] | None = None,
     ) -> tuple[Float[Tensor, "batch units channels"], Float[Tensor, "batch units 6 channels"]]:
         """Embed sigma; Wan was trained on `timestep = 1000 * sigma`."""
         half = self.freq_dim // 2
@@ -214,6 +219,7 @@ class ConditionEmbedder(nn.Module):
         angles = (1000 * sigma.float())[..., None] * torch.exp(-math.log(10000) * steps / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         embedded = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
+        embedded = embedded if offset is None else embedded + offset.to(dtype)
         return embedded, self.time_proj(F.silu(embedded)).unflatten(-1, (6, -1))
 
 
@@ -316,6 +322,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(size, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, size))
         nn.init.normal_(self.scale_shift_table, std=size**-0.5)
+
+    def text(self, hidden: Float[Tensor, "batch words channels"]) -> KeyValue:
+        """Return the keys and values of the text."""
+        return self.attn2.key_value(hidden)
 
     def forward(
         self,

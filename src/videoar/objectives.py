@@ -22,22 +22,49 @@ class Objective(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """What the optimizer updates."""
+        """What the optimizers update."""
         ...
 
-    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
-        """Return scalar tensors; `loss` is minimised, the others are logged."""
+    @property
+    def result(self) -> nn.Module:
+        """The part of it that is wanted in the end: its weights are averaged and exported."""
         ...
+
+    def turn(self, step: int) -> str:
+        """Return whose optimizer moves in a step: a child of the module, or "" for all of it."""
+        ...
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int
+    ) -> dict[str, Tensor]:
+        """Return scalar tensors; `loss` is minimised, the others are logged.
+
+        The number and the shapes of passes depend on `step` alone: ranks keep in step.
+        """
+        ...
+
+
+class Alone:
+    """An objective that moves everything in every step."""
+
+    module: nn.Module
+
+    @property
+    def result(self) -> nn.Module:
+        return self.module
+
+    def turn(self, step: int) -> str:
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
     """Flow matching over a mix of unit schemes (Lipman et al. 2022, arXiv:2210.02747)."""
 
-    context: Literal["clean", "noisy"] = "clean"
+    context: Literal["clean", "noisy", "full"] = "clean"
     """`clean`: teacher forcing, every unit reads clean copies of those before it. `noisy`:
     diffusion forcing (Chen et al. 2024, arXiv:2407.01392), every unit at its own sigma; needed for
-    `lag < steps`."""
+    `lag < steps`. `full`: one sigma, everything reads everything: a teacher for distillation."""
     clip_frames: int = 8
     """Latent frames per training clip, cut from longer ones: the window of the generation."""
     sink_frames: int = 2
@@ -67,12 +94,17 @@ class Layout:
     mask: Bool[Tensor, "tokens tokens"]
 
 
+Reads = Literal["past", "future", "all"]
+"""What a unit reads besides itself: what is visible to it, the transpose of that, or everything."""
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)  # kept: a plan made while measuring must serve training too
-def layout(units: Units, visible: Visible, *, copies: bool) -> Layout:
+def layout(units: Units, visible: Visible, *, copies: bool, reads: Reads = "past") -> Layout:
     """The lattice once, or twice with the clean copies in front (teacher forcing)."""
     index = torch.arange(len(units.sizes))
-    seen = visible.matrix(index, units.waves)
+    past = visible.matrix(index, units.waves)
+    seen = {"past": past, "future": past.T, "all": torch.ones_like(past)}[reads]
     coords, unit = units.coords, units.unit
     if copies:
         seen = clean_copies(seen)
@@ -98,7 +130,33 @@ class TextToVideo(nn.Module):
         return words.masked_fill(dropped[:, None], PAD)
 
 
-class FlowMatching:
+def velocities(
+    model: nn.Module,
+    tokens: Float[Tensor, "batch tokens features"],
+    sigma: Float[Tensor, "batch units"],
+    plan: Layout,
+    text: TextContext,
+    *,
+    copies: tuple[Tensor, Tensor] | None = None,
+    offset: Tensor | None = None,
+) -> Float[Tensor, "batch tokens features"]:
+    """Predict the velocities of a clip in one pass, beside its clean copies and their sigmas."""
+    device, both = tokens.device, tokens
+    if copies is not None:
+        both, sigma = torch.cat([copies[0], tokens], dim=1), torch.cat([copies[1], sigma], dim=1)
+    output = model(
+        both,
+        coords=plan.coords.to(device),
+        sigma=sigma,
+        unit=plan.unit.to(device),
+        text=text,
+        mask=plan.mask.to(device),
+        offset=offset,
+    )
+    return output.velocity[:, -tokens.shape[1] :]
+
+
+class FlowMatching(Alone):
     """Train one transformer, and its text encoder, on several schemes in turn.
 
     Every unit of every sample has its own sigma, and all units count alike: the loss is the mean
@@ -119,7 +177,9 @@ class FlowMatching:
     ):
         self.module, self.schemes, self.config = module, schemes, config
 
-    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), **_on(rng)))]
         dropped = torch.rand(len(batch["text"]), **_on(rng)) < self.config.text_dropout
         words = self.module.without(batch["text"], dropped)
@@ -155,28 +215,22 @@ class FlowMatching:
         patch = model.config.patch
         height, width = latents.shape[3] // patch, latents.shape[4] // patch
         units = Units(scheme, latents.shape[1], height, width)
-        plan = layout(units, Visible(), copies=config.context == "clean")
+        reads: Reads = "all" if config.context == "full" else "past"
+        plan = layout(units, Visible(), copies=config.context == "clean", reads=reads)
         clean = to_tokens(latents, units, patch=patch)
 
-        batch, unit = len(clean), units.unit.to(device)
-        sigma = random_sigmas((batch, len(units.sizes)), rng, shift=config.shift).to(device)
+        batch, unit, count = len(clean), units.unit.to(device), len(units.sizes)
+        levels = 1 if config.context == "full" else count
+        sigma = random_sigmas((batch, levels), rng, shift=config.shift).to(device)
+        sigma = sigma.expand(batch, count)
         noise = torch.randn(clean.shape, **_on(rng)).to(clean)
-        tokens = add_noise(clean, noise, sigma[:, unit, None])
-        sigmas = sigma
+        tokens, copies = add_noise(clean, noise, sigma[:, unit, None]), None
         if config.context == "clean":
             low = config.context_noise * torch.rand(sigma.shape, **_on(rng)).to(device)
             other = torch.randn(clean.shape, **_on(rng)).to(clean)
-            copies = add_noise(clean, other, low[:, unit, None])
-            tokens, sigmas = torch.cat([copies, tokens], dim=1), torch.cat([low, sigma], dim=1)
-        output = model(
-            tokens,
-            coords=plan.coords.to(device),
-            sigma=sigmas,
-            unit=plan.unit.to(device),
-            text=self.module.context(words),
-            mask=plan.mask.to(device),
-        )
-        velocity = output.velocity[:, -clean.shape[1] :]
+            copies = add_noise(clean, other, low[:, unit, None]), low
+        text = self.module.context(words)
+        velocity = velocities(model, tokens, sigma, plan, text, copies=copies)
         weight = (sigma / sigma.clamp(min=config.sigma_floor)).square()[:, unit, None]
         error = (velocity.float() - velocity_of(clean, noise)).square()
         error = (weight * error).mean(dim=(0, 2))
@@ -184,7 +238,7 @@ class FlowMatching:
         return {"loss": (per_unit / torch.tensor(units.sizes, device=device)).mean()}
 
 
-class Reconstruction:
+class Reconstruction(Alone):
     """Train a codec to give back its input.
 
     The latents are slightly noisy on the way, so that the decoder forgives what a generator gets
@@ -194,7 +248,9 @@ class Reconstruction:
     def __init__(self, codec: TinyCodec, *, latent_noise: float):
         self.module, self.latent_noise = codec, latent_noise
 
-    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
         video = batch["video"]
         decoded, _ = self.module.reconstruct(video, noise_std=self.latent_noise, generator=rng)
         error = decoded.float() - video

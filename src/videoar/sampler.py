@@ -86,6 +86,8 @@ class Finished:
 
     unit: Unit
     tokens: Float[Tensor, "batch tokens features"]
+    before: Float[Tensor, "batch tokens features"] | None
+    """They before the last step, at the last sigma above 0; None if that was not here."""
 
 
 class Sampler:
@@ -141,6 +143,7 @@ class Sampler:
         """Units that have been handed out."""
         self.active: dict[int, Tensor] = {}
         """Tokens of the units in flight, the finished but uncommitted ones included."""
+        self._before: dict[int, Tensor] = {}
         self._mask_of: tuple[tuple[int, ...], Tensor | None] | None = None
         self.passes = 0
         """Forward passes so far."""
@@ -161,7 +164,7 @@ class Sampler:
             if self._shown(index) < self.config.num_steps:
                 return
             self.delivered += 1
-            yield Finished(self.units.at(index), self.active[index])
+            yield Finished(self.units.at(index), self.active[index], self._before.get(index))
 
     def _level(self, index: int, row: int) -> int:
         wave = self.units.wave_of(index)
@@ -201,6 +204,7 @@ class Sampler:
             for unit, at, velocity in zip(group, levels, velocities, strict=True):
                 if at == steps:
                     del self.active[unit.index]
+                    self._before.pop(unit.index, None)
                 elif unit.index not in self.whole:
                     self.active[unit.index] = self._step(unit.index, at, velocity)
             self._commit(group, levels, output)
@@ -209,6 +213,8 @@ class Sampler:
     def _step(self, index: int, at: int, velocity: Tensor) -> Tensor:
         """Return the tokens of a unit at the level after `at`."""
         x, config = self.active[index], self.config
+        if at == config.num_steps - 1:
+            self._before[index] = x
         sigma, after = config.sigmas[at], config.sigmas[at + 1]
         fresh = x
         if 0 < after and config.step is not euler_step:
