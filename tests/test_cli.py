@@ -27,7 +27,8 @@ from videoar.data import Batches
 from videoar.recipes import RECIPES
 from videoar.runs import Report
 from videoar.text import PromptEncoder, TextEncoder
-from videoar.train import OptimizerConfig, TrainConfig
+from videoar.optim import OptimizerConfig
+from videoar.train import TrainConfig
 from videoar.units import Scheme, Units, Visible
 from videoar.units import parse as parse_units
 from videoar.video import read_video

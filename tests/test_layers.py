@@ -38,7 +38,7 @@ FLOORS = (
         "metrics",
     }
     | {"drawing"},
-    {"runs", "optim", "train", "tasks", "finetune", "recipes", "parts", "prepare"}
+    {"runs", "optim", "train", "tasks", "finetune", "students", "recipes", "parts", "prepare"}
     | {"pipeline", "evaluate", "heldout", "benchmark", "measure", "bench_prepare"},
     {"app", "cli", "output", "describe"},
     {"__main__"},
@@ -63,7 +63,8 @@ NEIGHBOURS = {
     "train": {"runs", "optim"},
     "tasks": {"runs", "train", "pipeline"},
     "finetune": {"runs", "tasks", "train"},
-    "recipes": {"finetune", "tasks", "train", "pipeline"},
+    "students": {"evaluate", "pipeline", "runs", "tasks", "train"},
+    "recipes": {"finetune", "optim", "students", "tasks", "train", "pipeline"},
     "parts": {"pipeline"},
     "prepare": {"parts"},
     "heldout": {"evaluate", "pipeline", "tasks"},

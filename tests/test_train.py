@@ -23,7 +23,9 @@ from torch import nn
 import videoar
 from videoar.data import Batches
 from videoar.runs import checkpoints, git_commit, read_log
-from videoar.train import OptimizerConfig, TrainConfig, ema_decay_at, export, learning_rate, train
+from videoar.objectives import Alone
+from videoar.optim import OptimizerConfig, ema_decay_at, learning_rate
+from videoar.train import TrainConfig, export, train
 
 
 class _Points:
@@ -43,14 +45,14 @@ class _Points:
         return {name: value[indices] for name, value in kept.items()}
 
 
-class _Regression:
+class _Regression(Alone):
     """Least squares with noisy inputs; a marked sample makes the loss or its gradient NaN."""
 
     def __init__(self, module, task):
         self.module = module
         self.task = task
 
-    def loss(self, batch, rng):
+    def loss(self, batch, rng, *, step):
         noise = torch.randn(batch["inputs"].shape, generator=rng) * self.task.noise
         output = self.module(batch["inputs"] + noise)
         marked = output[batch["marks"]].sum()

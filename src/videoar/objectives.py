@@ -30,8 +30,18 @@ class Objective(Protocol):
         """The part of it that is wanted in the end: its weights are averaged and exported."""
         ...
 
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """Networks that are asked and not trained."""
+        ...
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Children of the module with optimizers of their own, or "" for all of it."""
+        ...
+
     def turn(self, step: int) -> str:
-        """Return whose optimizer moves in a step: a child of the module, or "" for all of it."""
+        """Return the player that moves in a step."""
         ...
 
     def loss(
@@ -48,6 +58,8 @@ class Alone:
     """An objective that moves everything in every step."""
 
     module: nn.Module
+    frozen: tuple[nn.Module, ...] = ()
+    players = ("",)
 
     @property
     def result(self) -> nn.Module:

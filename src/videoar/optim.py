@@ -1,6 +1,8 @@
-"""Muon beside AdamW: what turns gradients into steps."""
+"""Muon beside AdamW, and their schedule: what turns gradients into steps."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,99 @@ from torch import Tensor, nn
 
 # A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, or Muon and AdamW, with a warm-up, a plateau and a linear decay to zero."""
+
+    learning_rate: float
+    """Step size of AdamW on the plateau."""
+    muon_learning_rate: float | None = None
+    """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
+    muon_excludes: tuple[str, ...] = ("embed", "proj_out", "scale_shift_table", "position")
+    """Parameters with one of these in their name stay with AdamW: what comes first and last."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.01
+    """Decay of parameters of two and more axes; gains and biases are left alone."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
+    decay_fraction: float = 0.2
+    """Last part of the run over which the learning rate falls linearly to zero."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        check(self, "learning_rate", self.learning_rate > 0, "above 0")
+        check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
+        check(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        check(self, "clip_norm", self.clip_norm > 0, "above 0")
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
+    """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero."""
+    rise = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
+    decay_steps = config.decay_fraction * steps
+    fall = (steps - step) / decay_steps if decay_steps else 1.0
+    return config.learning_rate * max(0.0, min(1.0, rise, fall))
+
+
+def ema_decay_at(decay: float, *, step: int) -> float:
+    """Return the decay of `step`, from 0: small at first, so that the start is forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Player:
+    """Parameters that move together, with the state of their optimizers.
+
+    Args:
+        config: the optimizer and its schedule.
+        parameters: by name.
+        precision: of the run; with bfloat16 Muon's products are that, too.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], precision: str
+    ) -> None:
+        self.config, self.parameters = config, dict(parameters)
+        self.steps = 0
+        """How often they moved."""
+        self.optimizers = _optimizers(config, self.parameters, precision=precision)
+        owners = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        self.moments = {name: owners[p].state[p] for name, p in self.parameters.items()}
+        """The state of the optimizers, by name of the parameter."""
+
+    def move(self, rate: float) -> None:
+        """Take a step of AdamW's learning rate `rate`; Muon's is scaled alike."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate / self.config.learning_rate
+            optimizer.step()
+
+
+def _optimizers(
+    options: OptimizerConfig, named: dict[str, nn.Parameter], *, precision: str
+) -> list[torch.optim.Optimizer]:
+    muon = options.muon_learning_rate
+    vectors, outer, hidden = [], [], []
+    for name, parameter in named.items():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif muon is None or any(part in name for part in options.muon_excludes):
+            outer.append(parameter)
+        else:
+            hidden.append(parameter)
+    decay = options.weight_decay
+    groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if muon is not None and hidden:
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["peak"] = group["lr"]
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,3 +162,8 @@ def orthogonalise(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows 
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def check(config: Any, name: str, valid: bool, limit: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")

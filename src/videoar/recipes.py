@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from videoar.codecs import TinyCodecConfig
+from videoar.distillation import DistillationConfig
 from videoar.finetune import FinetuneTask
 from videoar.model import ModelConfig
 from videoar.objectives import FlowMatchingConfig
 from videoar.pipeline import Sampling
+from videoar.students import DistillTask
 from videoar.tasks import CodecTask, GeneratorTask
 from videoar.text import TextEncoderConfig
-from videoar.train import OptimizerConfig, TrainConfig
+from videoar.optim import OptimizerConfig
+from videoar.train import TrainConfig
 
 TOY_UNITS = (
     "frame",
@@ -166,6 +169,76 @@ def toy() -> TrainConfig:
     )
 
 
+def toy_teacher() -> TrainConfig:
+    """A teacher that reads everything, after `toy-pairs`: `videoar train toy-teacher`."""
+    pairs, final = toy_pairs(), toy()
+    assert isinstance(final.task, GeneratorTask)
+    return replace(
+        final,
+        name="toy-teacher",
+        out=Path("runs/toy-teacher"),
+        task=replace(
+            final.task,
+            latents=Path("runs/world-64-eight"),
+            num_videos=12_000,
+            num_latents=8,
+            units=("full",),
+            flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+            sampling=replace(final.task.sampling, units="full", num_inference_steps=24),
+            init=pairs.out / "checkpoint",
+        ),
+        steps=2400,
+        batch_size=64,
+    )
+
+
+def toy_start() -> TrainConfig:
+    """The first stage of distillation: `videoar distill toy-start`, after `toy-teacher`."""
+    rates = OptimizerConfig(learning_rate=1e-3, muon_learning_rate=5e-3, warmup_steps=20)
+    return TrainConfig(
+        name="toy-start",
+        out=Path("runs/toy-start"),
+        task=DistillTask(
+            teacher="runs/toy-teacher/checkpoint",
+            student="toy",
+            latents=Path("runs/world-64-eight"),
+            units=("cube:1x2x2",),
+            distillation=DistillationConfig(stage="consistency"),
+        ),
+        steps=400,
+        batch_size=32,
+        optimizer=replace(rates, decay_fraction=0.5),
+        ema_decay=0.98,
+        precision="bfloat16",
+        log_every=20,
+        save_every=100,
+        sample_every=100,
+    )
+
+
+def toy_dmd() -> TrainConfig:
+    """The second, by matching distributions: `videoar distill toy-dmd`, after `toy-start`."""
+    start = toy_start()
+    assert isinstance(start.task, DistillTask)
+    rates = OptimizerConfig(
+        learning_rate=1e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
+    )
+    return replace(
+        start,
+        name="toy-dmd",
+        out=Path("runs/toy-dmd"),
+        task=replace(
+            start.task,
+            student="runs/toy-start/checkpoint",
+            distillation=DistillationConfig(critic_steps=3, critic_warmup=100),
+        ),
+        steps=1300,
+        optimizer=rates,
+        critic_optimizer=replace(rates, learning_rate=2e-4),
+        ema_decay=0.95,
+    )
+
+
 def finetune() -> TrainConfig:
     """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
     return TrainConfig(
@@ -191,6 +264,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "toy-pairs": toy_pairs,
     "toy-short": toy_short,
     "toy": toy,
+    "toy-teacher": toy_teacher,
+    "toy-start": toy_start,
+    "toy-dmd": toy_dmd,
     "finetune": finetune,
 }
 

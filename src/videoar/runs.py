@@ -152,13 +152,20 @@ class Window:
     """Sums over the steps since the last line of the log; part of a checkpoint."""
 
     totals: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     learning_rate: float = 0.0
     count: int = 0
     seconds: float = 0.0
 
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over the steps that have each."""
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
+
     def add(self, terms: dict[str, float], rate: float, seconds: float) -> None:
         for name, value in terms.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.learning_rate = rate
         self.count += 1
         self.seconds += seconds

@@ -158,7 +158,7 @@ class CodecTraining:
         ]
 
     @torch.no_grad()
-    def validate(self, module: nn.Module) -> dict[str, float]:
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         assert isinstance(module, TinyCodec)
         video = self.held_out(32)
         decoded, latents = module.reconstruct(video)
@@ -364,7 +364,7 @@ class GeneratorTraining:
         self.flops_per_batch = 3.0 * flops * config.batch_size
 
     @torch.no_grad()
-    def validate(self, module: nn.Module) -> dict[str, float]:
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """The loss of every scheme on the same clips and noise."""
         assert isinstance(module, TextToVideo)
         schemes = self.objective.schemes

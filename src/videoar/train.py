@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -16,36 +15,8 @@ from torch import Tensor, nn
 from videoar import runs
 from videoar.data import Batches
 from videoar.objectives import Objective
-from videoar.optim import Muon
+from videoar.optim import OptimizerConfig, Player, check, ema_decay_at, learning_rate
 from videoar.runs import Report, Row
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, or Muon and AdamW, with a warm-up, a plateau and a linear decay to zero."""
-
-    learning_rate: float
-    """Step size of AdamW on the plateau."""
-    muon_learning_rate: float | None = None
-    """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
-    muon_excludes: tuple[str, ...] = ("embed", "proj_out", "scale_shift_table", "position")
-    """Parameters with one of these in their name stay with AdamW: what comes first and last."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    weight_decay: float = 0.01
-    """Decay of parameters of two and more axes; gains and biases are left alone."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly."""
-    decay_fraction: float = 0.2
-    """Last part of the run over which the learning rate falls linearly to zero."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-
-    def __post_init__(self) -> None:
-        _check(self, "learning_rate", self.learning_rate > 0, "above 0")
-        _check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
-        _check(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
-        _check(self, "clip_norm", self.clip_norm > 0, "above 0")
 
 
 @runtime_checkable
@@ -64,7 +35,7 @@ class Task(Protocol):
     def batches(self) -> Batches:
         """What it is trained on."""
 
-    def validate(self, module: nn.Module) -> dict[str, float]:
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """Measure the averaged weights, with generators of its own; may return nothing."""
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
@@ -99,6 +70,8 @@ class TrainConfig:
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
+    critic_optimizer: OptimizerConfig | None = None
+    """Those of a critic, in objectives that have one; None: the same."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -116,26 +89,18 @@ class TrainConfig:
     keep: int = 1
     """How many of the newest checkpoints stay."""
 
+    def optimizer_of(self, player: str) -> OptimizerConfig:
+        """Return the optimizer of one who takes turns: see `Objective.players`."""
+        own = self.critic_optimizer if player == "critic" else None
+        return own or self.optimizer
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            _check(self, name, getattr(self, name) >= 1, "1 or more")
-        _check(self, "seed", self.seed >= 0, "0 or more")
-        _check(self, "sample_every", self.sample_every >= 0, "0 or more")
-        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
-        _check(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "1 or more")
-
-
-def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
-    """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero."""
-    rise = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-    decay_steps = config.decay_fraction * steps
-    fall = (steps - step) / decay_steps if decay_steps else 1.0
-    return config.learning_rate * max(0.0, min(1.0, rise, fall))
-
-
-def ema_decay_at(decay: float, *, step: int) -> float:
-    """Return the decay of `step`, from 0: small at first, so that the start is forgotten."""
-    return min(decay, (1 + step) / (10 + step))
+            check(self, name, getattr(self, name) >= 1, "1 or more")
+        check(self, "seed", self.seed >= 0, "0 or more")
+        check(self, "sample_every", self.sample_every >= 0, "0 or more")
+        check(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
+        check(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "1 or more")
 
 
 def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
@@ -182,7 +147,7 @@ def _loop(run: "_Run", report: Report) -> None:
             if run.step % config.log_every == 0 or last:
                 log.write(run.row(peak), total=config.steps)
             if config.sample_every and (run.step % config.sample_every == 0 or last):
-                log.write_validation(run.step, run.task.validate(run.average()))
+                log.write_validation(run.step, run.task.validate(run.average(), step=run.step))
             if run.step % config.save_every == 0 or last or interrupted.is_set():
                 run.save()
             if interrupted.is_set() and not last:
@@ -202,12 +167,17 @@ class _Run:
             torch.manual_seed(config.seed)
             self.task = config.task.build(config, report)
         self.module = self.task.objective.module.to(self.device).train()
-        self.ema = copy.deepcopy(self.module).float().requires_grad_(False).eval()
-        self.averages = dict(self.ema.named_parameters())
+        for network in self.task.objective.frozen:
+            network.to(self.device)
+        self.result = self.task.objective.result
+        self.ema = copy.deepcopy(self.result).float().requires_grad_(False).eval()
+        averages = dict(self.ema.named_parameters())
+        self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.optimizers = _optimizers(config, self.parameters)
-        owners = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        self.moments = {name: owners[p].state[p] for name, p in self.parameters.items()}
+        self.players = {
+            name: Player(config.optimizer_of(name), self._parameters_of(name), config.precision)
+            for name in self.task.objective.players
+        }
         self.step = 0
         self.window = runs.Window()
         self.began = time.perf_counter()
@@ -219,6 +189,10 @@ class _Run:
         """Seconds spent on this run so far, over all its resumptions."""
         return time.perf_counter() - self.began
 
+    def _parameters_of(self, player: str) -> dict[str, nn.Parameter]:
+        prefix = f"{player}." if player else ""
+        return {name: p for name, p in self.parameters.items() if name.startswith(prefix)}
+
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""
         config, started = self.config, time.perf_counter()
@@ -226,7 +200,8 @@ class _Run:
         for micro in range(config.accumulate):
             for name, value in self._backward(micro).items():
                 terms[name] = terms.get(name, 0.0) + value / config.accumulate
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.optimizer.clip_norm)
+        player = self.players[self.task.objective.turn(self.step)]
+        norm = nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
         terms["grad_norm"] = norm.item()
         for name, value in terms.items():
             if not math.isfinite(value):
@@ -234,16 +209,15 @@ class _Run:
                     f"step {self.step + 1} of {config.out} was not taken, as its {name} is {value}:"
                     " look at its data, or begin in another folder with a lower learning rate"
                 )
-        rate = learning_rate(config.optimizer, step=self.step, steps=config.steps)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate / config.optimizer.learning_rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(player.config, step=self.step, steps=config.steps)
+        player.move(rate)
+        self.module.zero_grad(set_to_none=True)  # that of who waits, too
         with torch.no_grad():
-            weight = 1 - ema_decay_at(config.ema_decay, step=self.step)
-            for name, parameter in self.parameters.items():
-                self.averages[name].lerp_(parameter.float(), weight)
+            weight = 1 - ema_decay_at(config.ema_decay, step=player.steps)
+            for parameter in player.parameters.values():
+                if parameter in self.averages:
+                    self.averages[parameter].lerp_(parameter.float(), weight)
+        player.steps += 1
         self.step += 1
         self.window.add(terms, rate, time.perf_counter() - started)
 
@@ -258,7 +232,7 @@ class _Run:
         seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0])
         rng = torch.Generator(device).manual_seed(seed >> 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            terms = self.task.objective.loss(batch, rng)
+            terms = self.task.objective.loss(batch, rng, step=self.step)
         (terms["loss"] / config.accumulate).backward()
         return {name: value.item() for name, value in terms.items()}
 
@@ -268,7 +242,7 @@ class _Run:
         batches = window.count * self.config.accumulate / window.seconds
         return {
             "step": self.step,
-            **{name: total / window.count for name, total in window.totals.items()},
+            **window.means,
             "learning_rate": window.learning_rate,
             "seconds_per_step": window.seconds / window.count,
             "tokens_per_second": batches * self.task.tokens_per_batch,
@@ -278,7 +252,7 @@ class _Run:
 
     def average(self) -> nn.Module:
         """Return the averaged weights beside the buffers of now."""
-        for target, source in zip(self.ema.buffers(), self.module.buffers(), strict=True):
+        for target, source in zip(self.ema.buffers(), self.result.buffers(), strict=True):
             target.copy_(source)
         return self.ema
 
@@ -289,11 +263,13 @@ class _Run:
             "ema": runs.named_tensors(self.ema),
             "optimizer": {
                 f"{name}/{key}": value
-                for name, moments in self.moments.items()
+                for player in self.players.values()
+                for name, moments in player.moments.items()
                 for key, value in moments.items()
             },
         }
         state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
+        state["steps_of"] = {name: player.steps for name, player in self.players.items()}
         out, keep = self.config.out, self.config.keep
         runs.write_checkpoint(out, step=self.step, keep=keep, tensors=tensors, state=state)
 
@@ -301,12 +277,15 @@ class _Run:
         tensors, state = runs.read_checkpoint(origin)
         runs.copy_tensors(tensors["module"], runs.named_tensors(self.module), origin=origin)
         runs.copy_tensors(tensors["ema"], runs.named_tensors(self.ema), origin=origin)
+        moments = {n: m for player in self.players.values() for n, m in player.moments.items()}
         for full_name, value in tensors["optimizer"].items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
             # Moments take the memory layout of their parameter: fused AdamW walks both alike.
             place = torch.empty_like(parameter if value.shape == parameter.shape else value)
-            self.moments[name][key] = place.to(self.device).copy_(value)
+            moments[name][key] = place.to(self.device).copy_(value)
+        for name, count in state["steps_of"].items():
+            self.players[name].steps = count
         self.step = state["step"]
         self.began -= state["seconds"]
         self.window = runs.Window(**state["window"])
@@ -317,30 +296,3 @@ class _Run:
         meta = runs.provenance(out, config, step=self.step, seconds=self.seconds)
         self.task.export(out / "checkpoint", self.average(), meta)
         return out / "checkpoint"
-
-
-def _optimizers(config: TrainConfig, named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    options, muon = config.optimizer, config.optimizer.muon_learning_rate
-    vectors, outer, hidden = [], [], []
-    for name, parameter in named.items():
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        elif muon is None or any(part in name for part in options.muon_excludes):
-            outer.append(parameter)
-        else:
-            hidden.append(parameter)
-    decay = options.weight_decay
-    groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if muon is not None and hidden:
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
-def _check(config: Any, name: str, valid: bool, limit: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")

@@ -1,0 +1,560 @@
+"""Distillation: what a slow teacher knows, learned by a causal student of few steps.
+
+Two stages, the same for every partition. First the student learns to jump along the teacher's path,
+by regression of its end (`trajectories`) or by agreement of neighbours on it (`consistency`). Then
+its own videos are moved to where the teacher finds them more likely than a *critic* does, which is
+trained on them all the while: distribution matching (`dmd`, Yin et al. 2024, arXiv:2311.18828).
+
+The critic says what the student's videos look like, and `critic` says what it may read:
+
+    full        everything: asymmetric DMD, as in CausVid and Self-Forcing
+    causal      what is visible to the student
+    symmetric   the mean of a pass that reads the past and one that reads the future, trained as one
+                predictor; `separate` trains each alone, and its fixed point is wrong
+
+`docs/distillation.md` derives why. The student's video is made by the sampler without gradients.
+Then the last step of its units is taken again, side by side, each reading the finished units from a
+cache: gradients never enter the cache, and activations that are recomputed find it as it was.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from videoar.cache import KVCache
+from videoar.flow import add_noise, clean_of, euler_step, random_sigmas, renoise_step, sigma_steps
+from videoar.model import TextContext
+from videoar.objectives import Alone, Reads, TextToVideo, layout, velocities
+from videoar.sampler import Sampler, SamplerConfig
+from videoar.tokens import to_tokens
+from videoar.units import Scheme, Units, Visible
+
+Critics = Literal["full", "causal", "symmetric", "separate"]
+PASSES: dict[str, tuple[Reads, ...]] = {
+    "full": ("all",),
+    "causal": ("past",),
+    "symmetric": ("past", "future"),
+    "separate": ("past", "future"),
+}
+"""What is read in the passes whose mean is a critic's score."""
+Context = Literal["full", "clean", "noisy"]
+"""What a scorer of clips reads: see `FlowMatchingConfig.context`."""
+Predict = Callable[[Tensor, Tensor, Reads], Tensor]
+"""(noisy tokens, sigma of every unit, what is read) -> velocity."""
+FIELDS = "batch tokens features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a student is distilled; one configuration serves all stages."""
+
+    stage: Literal["trajectories", "consistency", "dmd"] = "dmd"
+    """What is learned: see `videoar.distillation`."""
+    num_inference_steps: int = 4
+    """Denoising steps of the student."""
+    shift: float = 5.0
+    """Shift of its sigmas towards noise."""
+    clip_frames: int = 8
+    """Latent frames of the videos that are scored."""
+    guidance_scale: float = 3.0
+    """Guidance of the teacher; the student needs none."""
+    path_steps: int = 24
+    """Steps of the teacher's path in the first stage, a multiple of the student's."""
+    critic: Critics = "symmetric"
+    """What the critic reads, and how it is trained."""
+    separate_weight: float = 0.0
+    """Weight of the loss of each pass of a symmetric critic alone, beside that of their mean."""
+    critic_steps: int = 5
+    """Steps of the critic for each of the student."""
+    critic_warmup: int = 200
+    """Steps of the critic before the first of the student."""
+    gradient_units: int | None = None
+    """Units of a video that carry gradients, drawn anew each time; None for all of them."""
+    loss: Literal["dmd", "sid"] = "dmd"
+    """`sid` is score identity distillation (Zhou et al. 2024, arXiv:2404.04057)."""
+    score_shift: float = 5.0
+    """Shift of the sigmas at which videos are scored."""
+    min_sigma: float = 0.02
+    """Lowest of them."""
+    max_sigma: float = 0.98
+    """Highest of them."""
+    unit_sigmas: bool = False
+    """Whether every unit is scored at a sigma of its own, which a causal teacher can do."""
+
+    def __post_init__(self) -> None:
+        whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps")
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
+        if self.gradient_units is not None and self.gradient_units < 1:
+            raise ValueError(f"gradient_units is {self.gradient_units}: use 1 or more, or None.")
+        if self.path_steps % self.num_inference_steps:
+            raise ValueError(
+                f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
+                f"path of {self.path_steps} steps: make path_steps a multiple of them."
+            )
+        if self.critic_warmup < 0:
+            raise ValueError(f"critic_warmup is {self.critic_warmup}: use 0 or more.")
+        if not 0 < self.min_sigma < self.max_sigma < 1:
+            raise ValueError(
+                f"min_sigma {self.min_sigma} and max_sigma {self.max_sigma} must rise between 0"
+                " and 1."
+            )
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise levels of the student."""
+        return sigma_steps(self.num_inference_steps, shift=self.shift)
+
+
+# ---------------------------------------------------------------- scores and losses
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A `Predict`: a transformer with its prompts, and the clip that it reads."""
+
+    model: nn.Module
+    text: TextContext
+    """Of the prompts; with guidance followed by those of empty ones."""
+    units: Units
+    guidance: float = 1.0
+    copies: tuple[Tensor, Tensor] | None = None
+    """Clean copies and their sigmas, for a scorer that was trained by teacher forcing."""
+    direction: Float[Tensor, "directions channels"] | None = None
+    """What tells passes over the past and over the future apart."""
+
+    def __call__(
+        self, x: Float[Tensor, FIELDS], sigma: Float[Tensor, "batch units"], reads: Reads
+    ) -> Float[Tensor, FIELDS]:
+        plan = layout(self.units, Visible(), copies=self.copies is not None, reads=reads)
+        offset = None
+        if self.direction is not None and reads != "all":
+            offset = self.direction[("past", "future").index(reads)]
+        if self.guidance == 1:
+            copies = self.copies
+            return velocities(self.model, x, sigma, plan, self.text, copies=copies, offset=offset)
+        copies = (
+            None if self.copies is None else tuple(torch.cat([part] * 2) for part in self.copies)
+        )
+        both = velocities(
+            self.model, torch.cat([x] * 2), torch.cat([sigma] * 2), plan, self.text, copies=copies
+        )
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+
+def score(predict: Predict, x: Tensor, sigma: Tensor, *, critic: Critics) -> Tensor:
+    """Return the velocity that a critic sees: the mean of its passes."""
+    return torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).mean(0)
+
+
+def critic_loss(
+    predict: Predict,
+    x: Float[Tensor, FIELDS],
+    velocity: Float[Tensor, FIELDS],
+    sigma: Float[Tensor, "batch units"],
+    *,
+    critic: Critics,
+    separate_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Regress the velocity on noisy videos of the student.
+
+    What a symmetric critic must get right is the *mean* of its two passes: each alone would be the
+    expectation given half of the video, and the mean of two such is not that given all of it.
+    """
+    passes = torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).float()
+    apart = (passes - velocity).square().mean()
+    if critic == "separate":
+        return apart
+    return (passes.mean(0) - velocity).square().mean() + separate_weight * apart
+
+
+def unit_mean(
+    values: Float[Tensor, FIELDS], unit: Int[Tensor, " tokens"]
+) -> Float[Tensor, "batch units"]:
+    """Average over the tokens of every unit."""
+    count = torch.bincount(unit)
+    zeros = values.new_zeros(len(values), len(count))
+    return zeros.index_add(1, unit, values.mean(2)) / count
+
+
+def matching_loss(
+    clean: Float[Tensor, FIELDS],
+    fake: Float[Tensor, FIELDS],
+    real: Float[Tensor, FIELDS],
+    unit: Int[Tensor, " tokens"],
+    *,
+    normalise: bool = True,
+) -> Float[Tensor, ""]:
+    """Return the loss whose gradient is `(fake - real) / n` per element, divided by their number.
+
+    DMD, eq. 7 and 8: `n` is the mean distance of the sample from the teacher's estimate, here of
+    each unit, whose noise levels and difficulty may differ.
+
+    Args:
+        clean: the student's sample; gradients flow into it alone.
+        fake: the critic's estimate of the clean sample.
+        real: the teacher's.
+        unit: of every token.
+        normalise: whether to divide by `n`.
+    """
+    gradient = fake.detach() - real.detach()
+    if normalise:
+        gradient = gradient / _distance(clean, real, unit)
+    gradient = torch.nan_to_num(gradient)
+    return 0.5 * (clean - (clean - gradient).detach()).square().mean()
+
+
+def identity_loss(clean: Tensor, fake: Tensor, real: Tensor, unit: Tensor) -> Float[Tensor, ""]:
+    """Score identity distillation with alpha 1: gradients flow through both networks, too."""
+    apart = real - fake
+    return (apart * (real - clean - apart) / _distance(clean, real, unit)).mean()
+
+
+def _distance(clean: Tensor, real: Tensor, unit: Tensor) -> Tensor:
+    return unit_mean((clean - real).detach().abs(), unit).clamp(min=1e-6)[:, unit, None]
+
+
+# ---------------------------------------------------------------- the student's own videos
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A clip that the student made."""
+
+    clean: Float[Tensor, FIELDS]
+    before: Float[Tensor, FIELDS]
+    """The units before their last step."""
+    sigma: float
+    """The noise level there."""
+
+
+@torch.no_grad()
+def rollout(
+    student: nn.Module,
+    units: Units,
+    text: TextContext,
+    *,
+    sigmas: tuple[float, ...],
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Rollout:
+    """Make clips with the sampler, one per prompt, at the falling `sigmas` down to 0."""
+    device, batch = text[0][0].device, len(text[0][0])
+    seeds = torch.randint(2**62, (batch,), generator=rng, device=rng.device).tolist()
+    config = SamplerConfig(sigmas=sigmas, step=renoise_step)
+    sampler = Sampler(student, units, text, config, seeds=seeds, device=device, dtype=dtype)  # type: ignore
+    finished = list(sampler)
+    clean = torch.cat([unit.tokens for unit in finished], dim=1)
+    before = torch.cat([unit.before for unit in finished if unit.before is not None], dim=1)
+    return Rollout(clean, before, sigmas[-2])
+
+
+def last_step(
+    student: nn.Module,
+    units: Units,
+    text: TextContext,
+    made: Rollout,
+    *,
+    chosen: Bool[Tensor, " units"],
+) -> Float[Tensor, FIELDS]:
+    """Take the last step of a rollout again, of the chosen units side by side, with gradients.
+
+    The result equals `made.clean` up to rounding, and it is that for the other units.
+    """
+    device, batch = made.clean.device, len(made.clean)
+    plan, coords = layout(units, Visible(), copies=True), units.coords.to(device)
+    own, tokens = units.unit, len(units.unit)
+    cache = KVCache()
+    with torch.no_grad():
+        finished = student(
+            made.clean,
+            coords=coords,
+            sigma=made.clean.new_zeros(batch, len(units.sizes)),
+            unit=own.to(device),
+            text=[(key.detach(), value.detach()) for key, value in text],
+            mask=plan.mask[:tokens, :tokens].to(device),
+        )
+    cache.commit(finished.key_values, own)
+    rows = chosen[own].nonzero()[:, 0]
+    columns = torch.cat([torch.arange(tokens), tokens + rows])
+    output = student(
+        made.before[:, rows],
+        coords=coords[rows],
+        sigma=made.clean.new_full((batch, 1), made.sigma),
+        unit=torch.zeros_like(rows).to(device),
+        text=text,
+        mask=plan.mask[tokens + rows][:, columns].to(device),
+        cache=cache,
+    )
+    clean = clean_of(made.before[:, rows], output.velocity.float(), made.sigma)
+    return made.clean.index_copy(1, rows.to(device), clean.to(made.clean))
+
+
+# ---------------------------------------------------------------- objectives
+
+
+class Critic(nn.Module):
+    """The network that follows the student's distribution."""
+
+    def __init__(self, model: TextToVideo) -> None:
+        super().__init__()
+        self.model = model
+        size = model.transformer.config.hidden_size
+        self.direction = nn.Parameter(torch.zeros(2, size))
+
+
+class Players(nn.Module):
+    """Who is trained in distribution matching."""
+
+    def __init__(self, student: TextToVideo, critic: Critic) -> None:
+        super().__init__()
+        self.student, self.critic = student, critic
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a step works on."""
+
+    units: Units
+    tokens: Float[Tensor, FIELDS]
+    words: Tensor
+    unit: Int[Tensor, " tokens"]
+    """On the device of the tokens."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], scheme: Scheme, *, frames: int, patch: int) -> "Clip":
+        """Cut the first frames of a batch into units."""
+        latents = batch["latents"][:, :frames]
+        height, width = latents.shape[3] // patch, latents.shape[4] // patch
+        units = Units(scheme, latents.shape[1], height, width)
+        tokens = to_tokens(latents, units, patch=patch)
+        return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
+
+
+class _Taught:
+    """What all stages share: a teacher, and what it says."""
+
+    def __init__(
+        self,
+        *,
+        teacher: TextToVideo,
+        context: Context,
+        schemes: tuple[Scheme, ...],
+        config: DistillationConfig,
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.frozen = (self.teacher,)
+        self.context, self.schemes, self.config = context, schemes, config
+        self.reads: Reads = "all" if context == "full" else "past"
+
+    def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
+        """Cut a batch by a scheme that is drawn for the whole step."""
+        scheme = self.schemes[int(torch.randint(len(self.schemes), (), generator=drawn))]
+        patch = self.teacher.transformer.config.patch
+        return Clip.of(batch, scheme, frames=self.config.clip_frames, patch=patch)
+
+    def copies(self, clean: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Return clean copies as context, with their sigmas."""
+        return clean.detach(), clean.new_zeros(len(clean), len(clip.units.sizes))
+
+    def teach(self, clip: Clip, clean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what gives the teacher's guided velocity of noisy tokens."""
+        words, scale = clip.words, self.config.guidance_scale
+        if scale != 1:
+            every = torch.ones(len(words), dtype=torch.bool, device=words.device)
+            words = torch.cat([words, self.teacher.without(words, every)])
+        with torch.no_grad():
+            text = self.teacher.context(words)
+        copies = self.copies(clean, clip) if self.context == "clean" else None
+        scorer = Scorer(self.teacher.transformer, text, clip.units, scale, copies)
+        return partial(scorer, reads=self.reads)
+
+
+def _drawn(step: int) -> torch.Generator:
+    """Random numbers that all batches of a step share, on every rank."""
+    return torch.Generator().manual_seed(step)
+
+
+class Initialisation(_Taught, Alone):
+    """Teach a causal student to jump along the path of a teacher.
+
+    The teacher may read everything or be causal itself. Then it reads clean copies of the data, and
+    so does the student: noise and context decide the end of the path (Causal Forcing,
+    arXiv:2602.02214).
+
+    Args:
+        student: what is trained.
+        teacher, context, schemes, config: the teacher, what it reads, the student's units.
+    """
+
+    def __init__(self, student: TextToVideo, **taught: Any) -> None:
+        super().__init__(**taught)
+        self.module = self.student = student
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        clip = self.clip(batch, _drawn(step))
+        if self.config.stage == "trajectories":
+            return self._trajectory_loss(clip, rng)
+        return self._consistency_loss(clip, rng)
+
+    def student_clean(self, clip: Clip, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """Return what the student takes noisy tokens for, reading clean copies of `context`."""
+        text = self.student.context(clip.words)
+        copies = self.copies(context, clip)
+        scorer = Scorer(self.student.transformer, text, clip.units, copies=copies)
+        return clean_of(x, scorer(x, sigma, "past").float(), sigma[:, clip.unit, None])
+
+    def _trajectory_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
+        config, batch, count = self.config, len(clip.tokens), len(clip.units.sizes)
+        path = sigma_steps(config.path_steps, shift=config.shift)
+        every = config.path_steps // config.num_inference_steps
+        x = torch.randn(clip.tokens.shape, generator=rng, device=rng.device).to(clip.tokens)
+        teach, kept = self.teach(clip, clip.tokens), []
+        with torch.no_grad():
+            for number, (sigma, after) in enumerate(zip(path, path[1:], strict=False)):
+                if number % every == 0:
+                    kept.append(x)
+                velocity = teach(x, x.new_full((batch, count), sigma)).float()
+                x = euler_step(x, velocity, sigma, after, x)
+        index = torch.randint(len(kept), (batch, count), generator=rng, device=rng.device)
+        index = index.to(x.device)
+        sigma = torch.tensor(config.sigmas[:-1], device=x.device)[index]
+        place = index[:, clip.unit, None].expand_as(x)[None]
+        noisy = torch.stack(kept).gather(0, place)[0]
+        context = x if self.context == "full" else clip.tokens
+        found = self.student_clean(clip, noisy, sigma, context)
+        return {"loss": (found - x).square().mean()}
+
+    def _consistency_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
+        config, (batch, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
+        path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift))
+        levels = 1 if self.context == "full" else count
+        draw = {"generator": rng, "device": rng.device}
+        index = torch.randint(config.path_steps, (batch, levels), **draw).cpu()
+        index = index.expand(batch, count)
+        sigma, after = (path[index + k].to(clip.tokens) for k in (0, 1))
+        noise = torch.randn(clip.tokens.shape, **draw).to(clip.tokens)
+        x = add_noise(clip.tokens, noise, sigma[:, clip.unit, None])
+        with torch.no_grad():
+            velocity = self.teach(clip, clip.tokens)(x, sigma).float()
+            closer = x + (after - sigma)[:, clip.unit, None] * velocity
+            # The student itself is the target, without an average of its weights (Song and
+            # Dhariwal 2023, arXiv:2310.14189): at sigma 0 what it is given.
+            target = self.student_clean(clip, closer, after, clip.tokens)
+        found = self.student_clean(clip, x, sigma, clip.tokens)
+        return {"loss": (found - target).square().mean()}
+
+
+class DistributionMatching(_Taught):
+    """Train a student on its own videos, and a critic that follows them.
+
+    Steps take turns: `critic_steps` of the critic, then one of the student. They are optimizer
+    steps, whatever the accumulation.
+
+    Args:
+        student: a causal generator; `Initialisation` makes one.
+        critic: a copy of the teacher, or of the student where the teacher is causal.
+        teacher, context, schemes, config: the teacher, what it reads, the student's units.
+    """
+
+    def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
+        super().__init__(**taught)
+        self.module = Players(student, Critic(critic))
+        if self.context == "clean" and self.config.critic != "causal":
+            raise ValueError(
+                f"critic is {self.config.critic}, but the teacher reads clean copies of the past: "
+                "use a causal critic, or a teacher that reads everything."
+            )
+        if self.context == "full" and self.config.unit_sigmas:
+            raise ValueError(
+                "unit_sigmas is set, but a teacher that reads everything was trained with one "
+                "sigma per clip: leave it out, or use a causal teacher."
+            )
+
+    players = ("student", "critic")
+
+    @property
+    def result(self) -> nn.Module:
+        return self.module.student
+
+    def turn(self, step: int) -> str:
+        late = step - self.config.critic_warmup
+        period = self.config.critic_steps + 1
+        return "student" if late >= 0 and late % period == period - 1 else "critic"
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        drawn = _drawn(step)
+        clip = self.clip(batch, drawn)
+        last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
+        sigmas = (*self.config.sigmas[: last + 1], 0.0)
+        if self.turn(step) == "critic":
+            loss = self._critic_loss(clip, sigmas, rng)
+            return {"loss": loss, "critic_loss": loss}
+        return self._student_loss(clip, sigmas, rng, drawn)
+
+    def made(self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator) -> Rollout:
+        """Let the student make a video of its own."""
+        student = self.module.student
+        with torch.no_grad():
+            text = student.context(clip.words)
+        return rollout(student.transformer, clip.units, text, sigmas=sigmas, rng=rng)
+
+    def noised(
+        self, clean: Tensor, clip: Clip, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy tokens, their sigmas by unit, and the noise."""
+        config, count = self.config, len(clip.units.sizes)
+        levels = count if config.unit_sigmas else 1
+        sigma = random_sigmas((len(clean), levels), rng, shift=config.score_shift)
+        sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
+        noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
+        return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
+
+    def follow(self, clip: Clip, clean: Tensor) -> Scorer:
+        """Return the critic's predictions."""
+        critic = self.module.critic
+        text = critic.model.context(clip.words)
+        copies = self.copies(clean, clip) if self.context == "clean" else None
+        direction = critic.direction if len(PASSES[self.config.critic]) > 1 else None
+        return Scorer(
+            critic.model.transformer, text, clip.units, copies=copies, direction=direction
+        )
+
+    def _critic_loss(self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator) -> Tensor:
+        config, made = self.config, self.made(clip, sigmas, rng)
+        x, sigma, noise = self.noised(made.clean, clip, rng)
+        predict, velocity = self.follow(clip, made.clean), noise - made.clean
+        weight = config.separate_weight
+        return critic_loss(
+            predict, x, velocity, sigma, critic=config.critic, separate_weight=weight
+        )
+
+    def _student_loss(
+        self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator, drawn: torch.Generator
+    ) -> dict[str, Tensor]:
+        config, student, count = self.config, self.module.student, len(clip.units.sizes)
+        made = self.made(clip, sigmas, rng)
+        chosen = torch.randperm(count, generator=drawn) < (config.gradient_units or count)
+        text = student.context(clip.words)
+        clean = last_step(student.transformer, clip.units, text, made, chosen=chosen)
+        through = config.loss == "sid"
+        x, sigma, _ = self.noised(clean if through else clean.detach(), clip, rng)
+        level = sigma[:, clip.unit, None]
+        with torch.set_grad_enabled(through):
+            follow, teach = self.follow(clip, clean), self.teach(clip, clean)
+            fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), level)
+            real = clean_of(x, teach(x, sigma).float(), level)
+        loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
+        apart = (fake - real).detach().square().mean()
+        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": apart}

@@ -1,0 +1,291 @@
+"""What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tyro.conf import arg
+
+from videoar import units
+from videoar.checkpoint import resolve
+from videoar.data import Batches, LatentShards
+from videoar.distillation import (
+    PASSES,
+    Context,
+    DistillationConfig,
+    DistributionMatching,
+    Initialisation,
+)
+from videoar.evaluate import held_out_prompts, judge_whole, make
+from videoar.model import VideoTransformer
+from videoar.objectives import TextToVideo
+from videoar.pipeline import VideoPipeline
+from videoar.runs import Report
+from videoar.tasks import check_codec, load_trainable, tokenize_cut
+from videoar.text import PromptEncoder
+from videoar.train import TrainConfig
+from videoar.video import contact_sheet
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTask:
+    """Distil a teacher into a causal student of few steps."""
+
+    teacher: str
+    """Checkpoint that says what videos should be."""
+    student: str
+    """Checkpoint that the student begins with."""
+    critic: str | None = None
+    """Checkpoint that the critic begins with; None: the teacher."""
+    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    """Folder of latents with the prompts and the sizes of the videos."""
+    units: tuple[str, ...]
+    """Unit schemes of the student, drawn from at every step."""
+    teacher_mask: Literal["full", "same"] = "full"
+    """What the teacher reads: everything, or what the student reads."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """The objective."""
+    lora_rank: int | None = None
+    """Train low-rank updates of this rank, merged at the end; None: all weights."""
+    recompute: bool = False
+    """Compute activations again for the gradients, instead of keeping them."""
+    num_validation: int = 32
+    """Held-out prompts of the procedural world that a validation shows to the judge."""
+
+    def build(self, config: TrainConfig, report: Report) -> "StudentTraining":
+        if not self.latents.is_dir():
+            raise ValueError(
+                f"there is no folder {self.latents}: prepare one, train the teacher's recipe, which"
+                " makes it, or name it with --task.latents"
+            )
+        return StudentTraining(self, config, report)
+
+
+def load_part(name: str, role: str) -> tuple[VideoPipeline, PromptEncoder]:
+    """Load who takes a part, or say which checkpoint is missing."""
+    try:
+        return load_trainable(resolve(name))
+    except ValueError as error:
+        raise ValueError(f"the {role}: {error}") from error
+
+
+def context_of(pipe: VideoPipeline) -> Context:
+    """Return what a checkpoint was trained to read, as it says itself."""
+    task = pipe.meta.get("config", {}).get("task", {})
+    trained = pipe.meta.get("units") or task.get("units") or [pipe.sampling.units]
+    if list(trained) == ["full"]:
+        return "full"
+    return task.get("flow", {}).get("context", "clean")
+
+
+def check_parts(
+    task: DistillTask, teacher: VideoPipeline, parts: dict[str, VideoPipeline]
+) -> Context:
+    """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
+    context = context_of(teacher)
+    causal = f"reads the past alone (context {context})"
+    if (task.teacher_mask == "full") != (context == "full"):
+        says = "reads everything" if context == "full" else causal
+        other = "same" if task.teacher_mask == "full" else "full"
+        raise ValueError(
+            f"teacher_mask is {task.teacher_mask}, but {task.teacher} {says}: name another"
+            f" teacher, or use teacher_mask {other}"
+        )
+    known = teacher.meta.get("units", ())
+    if task.teacher_mask == "same" and known and (new := set(task.units) - set(known)):
+        raise ValueError(
+            f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
+            f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
+        )
+    for role, pipe in parts.items():
+        for what, find in _FITTING.items():
+            ours, theirs = find(pipe), find(teacher)
+            if ours != theirs:
+                raise ValueError(
+                    f"the {role} has the {what} {ours}, but the teacher {task.teacher} has"
+                    f" {theirs}: name checkpoints that share it"
+                )
+    return context
+
+
+_FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
+    "codec": lambda pipe: pipe.codec.fingerprint(),
+    "latent channels and patch": lambda pipe: (
+        pipe.transformer.config.latent_channels,
+        pipe.transformer.config.patch,
+    ),
+    "frame size": lambda pipe: (pipe.width, pipe.height),
+    "words": lambda pipe: _words(pipe),
+}
+
+
+def _words(pipe: VideoPipeline) -> str:
+    """Return what shows whether two text encoders take the same token ids."""
+    prompts = pipe.prompt_encoder
+    assert isinstance(prompts, PromptEncoder)
+    text = prompts.tokenizer.to_json()
+    length = prompts.encoder.config.max_tokens
+    return f"{length} tokens of a vocabulary with checksum {zlib.crc32(text.encode()):08x}"
+
+
+def add_low_rank(model: VideoTransformer, rank: int) -> None:
+    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+        ) from error
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+    peft.inject_adapter_in_model(config, model)
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Put low-rank updates into the weights beside which they were trained."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_base_layer"):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def recompute_activations(model: VideoTransformer) -> None:
+    """Keep only the inputs of blocks for the backward pass."""
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class StudentTraining:
+    """A `Task`: what the loop needs to distil a student."""
+
+    def __init__(self, task: DistillTask, config: TrainConfig, report: Report) -> None:
+        self.task, self.config = task, config
+        teacher, teacher_text = load_part(task.teacher, "teacher")
+        student, text = load_part(task.student, "student")
+        parts = {"student": student}
+        distillation, matching = task.distillation, task.distillation.stage == "dmd"
+        if matching:
+            follower, follower_text = load_part(task.critic or task.teacher, "critic")
+            parts["critic"] = follower
+        context = check_parts(task, teacher, parts)
+        check_codec(task.latents, student.codec, checkpoint=task.student)
+        shards = LatentShards(task.latents, tokenize=functools.partial(tokenize_cut, text))
+        self._check_lengths(shards)
+        self.student, self.prompts = student, text
+        schemes = tuple(map(units.parse, task.units))
+        module = self._trainable(student, text)
+        taught: dict[str, Any] = {
+            "teacher": TextToVideo(teacher.transformer, teacher_text.encoder),
+            "context": context,
+            "schemes": schemes,
+            "config": distillation,
+        }
+        self.objective: Initialisation | DistributionMatching
+        if matching:
+            critic = self._trainable(follower, follower_text)
+            self.objective = DistributionMatching(module, critic, **taught)
+        else:
+            self.objective = Initialisation(module, **taught)
+        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": shards.kinds}
+        self.batches = Batches(shards, **batches)
+        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
+        side = student.transformer.config.patch * student.codec.stride[1]
+        tokens = distillation.clip_frames * student.height * student.width // side**2
+        self.tokens_per_batch = tokens * config.batch_size
+        self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
+        for name, pipe in (parts | {"teacher": teacher}).items():
+            report(f"{name}: {pipe.transformer.num_parameters / 1e6:.1f} M parameters")
+
+    def _check_lengths(self, shards: LatentShards) -> None:
+        needed = self.task.distillation.clip_frames
+        shortest = min(clip["frames"] for clip in shards.clips)
+        if shortest < needed:
+            raise ValueError(
+                f"{self.task.latents} has clips of {shortest} latent frames, but clip_frames is"
+                f" {needed}: prepare longer clips, or lower clip_frames"
+            )
+
+    def _trainable(self, pipe: VideoPipeline, prompts: PromptEncoder) -> TextToVideo:
+        module = TextToVideo(pipe.transformer.requires_grad_(True), prompts.encoder)
+        module.text.requires_grad_(self.task.lora_rank is None)
+        if self.task.lora_rank is not None:
+            add_low_rank(pipe.transformer, self.task.lora_rank)
+        if self.task.recompute:
+            recompute_activations(pipe.transformer)
+        return module
+
+    def _flops(self, tokens: int, teacher: VideoTransformer) -> float:
+        """Count the operations of a mean step for one video."""
+        config, student = self.task.distillation, self.student.transformer
+        one = student.flops(tokens, keys=tokens // 2)
+        asked = teacher.flops(tokens, keys=tokens) * (1 if config.guidance_scale == 1 else 2)
+        if config.stage == "trajectories":
+            return asked * config.path_steps + 6.0 * one
+        if config.stage == "consistency":
+            return asked + 8.0 * one
+        rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
+        passes = len(PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
+        share = 1 / (config.critic_steps + 1)
+        return rollout + (1 - share) * 3 * passes + share * (4 * one + passes + asked)
+
+    def pipeline(self, module: nn.Module) -> VideoPipeline:
+        """Return what the student makes videos with."""
+        assert isinstance(module, TextToVideo)
+        config, old = self.task.distillation, self.student.sampling
+        sampling = replace(
+            old,
+            units=self.task.units[0],
+            num_inference_steps=config.num_inference_steps,
+            shift=config.shift,
+            sigmas=None,
+            step="renoise",
+            guidance_scale=1.0,
+            context_noise=0.0,
+        )
+        return VideoPipeline(
+            transformer=module.transformer,
+            prompt_encoder=PromptEncoder(self.prompts.tokenizer, module.text),
+            codec=self.student.codec,
+            sampling=sampling,
+            height=self.student.height,
+            width=self.student.width,
+        )
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+        """Show the student's videos to the judge of the world, and keep a sheet of them."""
+        pipe, values, shown = self.pipeline(module), {}, []
+        if not self.of_the_world:
+            return {}
+        prompts = held_out_prompts(self.task.num_validation, seed=0)
+        frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
+        for name in self.task.units:
+            blocks = np.concatenate(list(make(pipe, name, prompts, num_frames=frames)), axis=1)
+            shown.append(blocks[:8, :: max(1, frames // 6)].reshape(-1, *blocks.shape[2:]))
+            found = judge_whole(iter([blocks]), prompts, fps=pipe.sampling.fps)
+            for key in ("color", "shape", "motion"):
+                scores = [video["scores"][key] for video in found]
+                values[f"{key}/{name}"] = float(np.mean(scores))
+        folder = self.config.out / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet = np.concatenate(shown)
+        columns = len(blocks[0, :: max(1, frames // 6)])
+        Image.fromarray(contact_sheet(sheet, columns=columns)).save(folder / f"step-{step}.png")
+        return values
+
+    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        assert isinstance(module, TextToVideo)
+        merge_low_rank(module.transformer)
+        pipe = self.pipeline(module)
+        pipe.meta = {"units": list(self.task.units), **meta}
+        pipe.save_pretrained(folder, overwrite=True)
