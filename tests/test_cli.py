@@ -41,6 +41,7 @@ FROZEN = {
     "out model codec height width device offload num_inference_steps shift guidance_scale "
     "negative_prompt window sink lag threads report force",
     "train": "recipe list export",
+    "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
     "info": "base lora preset dtype checkpoint seconds window",
     "units": "schemes frames height width window sink steps out force",

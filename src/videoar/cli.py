@@ -78,16 +78,16 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
         close = options.hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
     kind, command = COMMANDS[name]
-    if name != "train" or not words or words[0].startswith("-"):
+    if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
         return command, options.read(kind, words, prog=f"videoar {name}")
     from videoar import recipes
 
     recipe, *rest = words
     default, export = recipes.find(recipe), "--export" in rest
     rest = [word for word in rest if word != "--export"]
-    prog = f"videoar train {recipe}"
+    prog = f"videoar {name} {recipe}"
     config = options.read(type(default), rest, prog=prog, default=default)
-    return functools.partial(train, config=config), options.Train(recipe=recipe, export=export)
+    return functools.partial(train, config=config), kind(recipe=recipe, export=export)
 
 
 def _say(line: str) -> None:
@@ -182,14 +182,19 @@ def train(args: options.Train, *, config: Any = None) -> int:
     """Train a recipe, export a run, or list the recipes."""
     from videoar import recipes
 
+    distils = isinstance(args, options.Distill)
     if args.list or args.recipe is None:
-        for name, recipe in recipes.RECIPES.items():
+        chosen = recipes.DISTILLATIONS if distils else recipes.RECIPES
+        for name, recipe in chosen.items():
             _say(f"{name:<18} {(recipe.__doc__ or '').splitlines()[0]}")
         return 0
     from videoar import formats
     from videoar import train as training
 
     config = config or recipes.find(args.recipe)
+    if distils and not recipes.distils(config):
+        known = ", ".join(recipes.DISTILLATIONS)
+        raise ValueError(f"{args.recipe} distils nothing: train it, or use one of {known}")
     formats.check_device(config.device)
     folder = training.export(config) if args.export else training.train(config, report=_say)
     _say(f"the checkpoint is in {folder}")
@@ -382,6 +387,7 @@ def _generate_apart(
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "generate": (options.Generate, generate),
     "train": (options.Train, train),
+    "distill": (options.Distill, train),
     "convert": (options.Convert, convert),
     "info": (options.Info, info),
     "units": (options.DrawUnits, draw_units),

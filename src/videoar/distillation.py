@@ -18,7 +18,7 @@ cache: gradients never enter the cache, and activations that are recomputed find
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -71,6 +71,9 @@ class DistillationConfig:
     """Weight of the loss of each pass of a symmetric critic alone, beside that of their mean."""
     critic_steps: int = 5
     """Steps of the critic for each of the student."""
+    critic_draws: int = 4
+    """Noisy copies of each of the student's videos that the critic learns from: they cost less than
+    a new video."""
     critic_warmup: int = 200
     """Steps of the critic before the first of the student."""
     gradient_units: int | None = None
@@ -87,7 +90,7 @@ class DistillationConfig:
     """Whether every unit is scored at a sigma of its own, which a causal teacher can do."""
 
     def __post_init__(self) -> None:
-        whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps")
+        whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
         for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
@@ -532,12 +535,18 @@ class DistributionMatching(_Taught):
         )
 
     def _critic_loss(self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator) -> Tensor:
-        config, made = self.config, self.made(clip, sigmas, rng)
-        x, sigma, noise = self.noised(made.clean, clip, rng)
-        predict, velocity = self.follow(clip, made.clean), noise - made.clean
-        weight = config.separate_weight
+        config, draws = self.config, self.config.critic_draws
+        clean = self.made(clip, sigmas, rng).clean.repeat(draws, 1, 1)
+        x, sigma, noise = self.noised(clean, clip, rng)
+        follow = self.follow(clip, clean)
+        text = [(key.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for key, v in follow.text]
         return critic_loss(
-            predict, x, velocity, sigma, critic=config.critic, separate_weight=weight
+            replace(follow, text=text),
+            x,
+            noise - clean,
+            sigma,
+            critic=config.critic,
+            separate_weight=config.separate_weight,
         )
 
     def _student_loss(

@@ -105,6 +105,11 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distill(Train):
+    """Distil a teacher into few steps: as `train`, for the recipes that do this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert(Weights):
     """Write a checkpoint in another format, with every tensor accounted for."""
 

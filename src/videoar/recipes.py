@@ -265,10 +265,18 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "toy-short": toy_short,
     "toy": toy,
     "toy-teacher": toy_teacher,
-    "toy-start": toy_start,
-    "toy-dmd": toy_dmd,
     "finetune": finetune,
 }
+DISTILLATIONS: dict[str, Callable[[], TrainConfig]] = {
+    "toy-start": toy_start,
+    "toy-dmd": toy_dmd,
+}
+RECIPES |= DISTILLATIONS
+
+
+def distils(config: TrainConfig) -> bool:
+    """Say whether a recipe distils a teacher."""
+    return isinstance(config.task, DistillTask)
 
 
 def find(name: str) -> TrainConfig:
