@@ -234,7 +234,7 @@ def toy_dmd() -> TrainConfig:
         ),
         steps=1300,
         optimizer=rates,
-        critic_optimizer=replace(rates, learning_rate=2e-4),
+        critic_learning_rate=2e-4,
         ema_decay=0.95,
     )
 

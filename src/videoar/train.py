@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -70,8 +70,8 @@ class TrainConfig:
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    critic_optimizer: OptimizerConfig | None = None
-    """Those of a critic, in objectives that have one; None: the same."""
+    critic_learning_rate: float | None = None
+    """Step size of the critic, in objectives that have one; None: the same. Muon's scales alike."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -91,8 +91,11 @@ class TrainConfig:
 
     def optimizer_of(self, player: str) -> OptimizerConfig:
         """Return the optimizer of one who takes turns: see `Objective.players`."""
-        own = self.critic_optimizer if player == "critic" else None
-        return own or self.optimizer
+        rate, muon = self.critic_learning_rate, self.optimizer.muon_learning_rate
+        if player != "critic" or rate is None:
+            return self.optimizer
+        muon = muon and muon * rate / self.optimizer.learning_rate
+        return replace(self.optimizer, learning_rate=rate, muon_learning_rate=muon)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
