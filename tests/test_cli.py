@@ -24,10 +24,10 @@ from torch import nn
 from videoar import describe, drawing, options, output
 from videoar.cli import COMMANDS, main, parse
 from videoar.data import Batches
+from videoar.optim import OptimizerConfig
 from videoar.recipes import RECIPES
 from videoar.runs import Report
 from videoar.text import PromptEncoder, TextEncoder
-from videoar.optim import OptimizerConfig
 from videoar.train import TrainConfig
 from videoar.units import Scheme, Units, Visible
 from videoar.units import parse as parse_units

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from videoar.distillation import Reads, critic_loss, matching_loss, score
 from videoar.flow import add_noise, clean_of
+from videoar.objectives import Reads
+from videoar.scores import critic_loss, matching_loss, score
 
 UNITS, CORRELATION = 6, 0.9
 SIGMAS = torch.tensor([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=torch.float64)
@@ -82,10 +83,11 @@ def distil(
     teacher_reads: Reads = "all",
     steps: int = 100,
     rate: float = 2.0,
-    start: Tensor = torch.eye(UNITS, dtype=torch.float64),
+    start: Tensor | None = None,
 ) -> float:
     """Train a causal student, which begins with white noise; return its divergence at the end."""
-    student = start.clone().requires_grad_()
+    student = torch.eye(UNITS, dtype=torch.float64) if start is None else start.clone()
+    student.requires_grad_()
     network = LinearCritic()
     sample, noise = (part.repeat(len(SIGMAS), 1) for part in POINTS.split(UNITS, dim=1))
     sigma = SIGMAS.repeat_interleave(len(POINTS))[:, None].expand(-1, UNITS)

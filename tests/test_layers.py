@@ -17,7 +17,7 @@ FLOORS = (
     {"__init__"},
     {"units", "tokens", "flow", "options"},
     {"attention", "cache", "model"},
-    {"sampler", "sampling", "objectives", "distillation"}
+    {"sampler", "sampling", "objectives", "scores", "rollout", "distillation"}
     | {
         "codec_layers",
         "codecs",
@@ -38,7 +38,18 @@ FLOORS = (
         "metrics",
     }
     | {"drawing"},
-    {"runs", "optim", "train", "tasks", "finetune", "students", "recipes", "parts", "prepare"}
+    {
+        "runs",
+        "optim",
+        "ranks",
+        "train",
+        "tasks",
+        "finetune",
+        "students",
+        "recipes",
+        "parts",
+        "prepare",
+    }
     | {"pipeline", "evaluate", "heldout", "benchmark", "measure", "bench_prepare"},
     {"app", "cli", "output", "describe"},
     {"__main__"},
@@ -50,7 +61,9 @@ NEIGHBOURS = {
     "model": {"attention", "cache"},
     "codecs": {"codec_layers"},
     "objectives": {"codecs", "text"},
-    "distillation": {"objectives", "sampler"},
+    "scores": {"objectives"},
+    "rollout": {"objectives", "sampler", "scores"},
+    "distillation": {"objectives", "rollout", "scores"},
     "data": {"video"},
     "condition": {"video", "frames", "sources"},
     "frames": {"sources", "video"},
@@ -60,7 +73,8 @@ NEIGHBOURS = {
     "wan": {"checkpoint", "codecs", "codec_layers", "weights"},
     "umt5": {"checkpoint", "text", "weights"},
     "formats": {"checkpoint", "codecs", "interop", "text", "umt5", "wan"},
-    "train": {"runs", "optim"},
+    "runs": {"ranks"},
+    "train": {"optim", "ranks", "runs"},
     "tasks": {"runs", "train", "pipeline"},
     "finetune": {"runs", "tasks", "train"},
     "students": {"evaluate", "pipeline", "runs", "tasks", "train"},

@@ -22,9 +22,9 @@ from torch import nn
 
 import videoar
 from videoar.data import Batches
-from videoar.runs import checkpoints, git_commit, read_log
 from videoar.objectives import Alone
 from videoar.optim import OptimizerConfig, ema_decay_at, learning_rate
+from videoar.runs import checkpoints, git_commit, read_log
 from videoar.train import TrainConfig, export, train
 
 
@@ -83,7 +83,7 @@ class _RegressionTask:
         self.objective = _Regression(module, task)
         self.batches = Batches(self.points, batch_size=config.batch_size, seed=config.seed)
 
-    def validate(self, module):
+    def validate(self, module, *, step):
         return {"spread": module(self.points.inputs).std().item()}
 
     def export(self, folder, module, meta):
@@ -204,8 +204,8 @@ def test_half_written_files_of_a_killed_run_are_passed_over(finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, report=_interrupt_at(9))
     half = config.out / "checkpoints" / ".step-14.partial"
-    half.mkdir()
-    (half / "module.safetensors").write_bytes(b"half")
+    (half / "module").mkdir(parents=True)
+    (half / "module" / "whole.safetensors").write_bytes(b"half")
     with (config.out / "log.jsonl").open("a") as log:
         log.write('{"step": 12, "lo')
     train(config)
@@ -257,7 +257,7 @@ def test_unfinished_run_exports_its_newest_checkpoint(tmp_path):
     assert not config.out.exists()
     with pytest.raises(KeyboardInterrupt):
         train(config, report=_interrupt_at(9))
-    average = load_file(config.out / "checkpoints" / "step-9" / "ema.safetensors")
+    average = load_file(config.out / "checkpoints" / "step-9" / "ema" / "whole.safetensors")
     export(config)
     exported = _weights(config)
     _assert_same(
@@ -299,7 +299,7 @@ def test_exported_weights_are_the_average_by_its_formula(tmp_path):
         tmp_path / "run", task=Recorded(), steps=16, sample_every=0, ema_decay=0.5
     )
     train(config)
-    last = load_file(config.out / "checkpoints" / "step-16" / "module.safetensors")
+    last = load_file(config.out / "checkpoints" / "step-16" / "module" / "whole.safetensors")
     average = trail[0]
     for step, weight in enumerate([*trail[1:], last["0.weight"].double()]):
         decay = min(0.5, (1 + step) / (10 + step))
@@ -332,9 +332,9 @@ def test_only_matrices_decay(tmp_path):
         tmp_path / "run", task=_RegressionConfig(gain=0.0), steps=2, save_every=1, optimizer=options
     )
     train(replace(config, steps=1))
-    first = load_file(config.out / "checkpoints" / "step-1" / "module.safetensors")
+    first = load_file(config.out / "checkpoints" / "step-1" / "module" / "whole.safetensors")
     train(config)
-    second = load_file(config.out / "checkpoints" / "step-2" / "module.safetensors")
+    second = load_file(config.out / "checkpoints" / "step-2" / "module" / "whole.safetensors")
     for name in ("0.weight", "2.weight", "5.weight"):
         torch.testing.assert_close(second[name], first[name] * (1 - 0.1 * 0.5))
     for name in ("0.bias", "4.weight", "5.bias"):
@@ -354,7 +354,7 @@ def test_non_finite_step_is_not_taken(tmp_path, poison):
     with pytest.raises(KeyboardInterrupt):
         train(healthy, report=_interrupt_at(2))
     for stem in ("module", "ema", "optimizer"):
-        name = f"checkpoints/step-2/{stem}.safetensors"
+        name = f"checkpoints/step-2/{stem}/whole.safetensors"
         _assert_same(load_file(poisoned.out / name), load_file(healthy.out / name))
 
 
@@ -398,7 +398,7 @@ def test_truncated_checkpoint_gives_one_clear_sentence(tmp_path, stem):
     """A damaged file is named with the way out; a trace of the parser would help nobody."""
     config = _make_config(tmp_path / "run", steps=2)
     train(config)
-    path = config.out / "checkpoints" / "step-2" / f"{stem}.safetensors"
+    path = config.out / "checkpoints" / "step-2" / f"{stem}/whole.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"step-2 cannot be read .*: remove that folder"):
         train(replace(config, steps=4))
@@ -408,7 +408,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     """Weights of other shapes are not loaded in part; the error names the tensor."""
     config = _make_config(tmp_path / "run", steps=2)
     train(config)
-    path = config.out / "checkpoints" / "step-2" / "module.safetensors"
+    path = config.out / "checkpoints" / "step-2" / "module" / "whole.safetensors"
     save_file(load_file(path) | {"0.weight": torch.zeros(5, 3)}, path)
     with pytest.raises(ValueError, match=r"0\.weight of shape \(5, 3\), but the model has \(32, 3"):
         train(replace(config, steps=4))

@@ -17,36 +17,32 @@ Then the last step of its units is taken again, side by side, each reading the f
 cache: gradients never enter the cache, and activations that are recomputed find it as it was.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from videoar.cache import KVCache
-from videoar.flow import add_noise, clean_of, euler_step, random_sigmas, renoise_step, sigma_steps
-from videoar.model import TextContext
-from videoar.objectives import Alone, Reads, TextToVideo, layout, velocities
-from videoar.sampler import Sampler, SamplerConfig
+from videoar.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
+from videoar.objectives import Alone, Reads, TextToVideo
+from videoar.rollout import Rollout, last_step, rollout
+from videoar.scores import (
+    FIELDS,
+    PASSES,
+    Context,
+    Critics,
+    Scorer,
+    critic_loss,
+    identity_loss,
+    matching_loss,
+    score,
+)
 from videoar.tokens import to_tokens
-from videoar.units import Scheme, Units, Visible
-
-Critics = Literal["full", "causal", "symmetric", "separate"]
-PASSES: dict[str, tuple[Reads, ...]] = {
-    "full": ("all",),
-    "causal": ("past",),
-    "symmetric": ("past", "future"),
-    "separate": ("past", "future"),
-}
-"""What is read in the passes whose mean is a critic's score."""
-Context = Literal["full", "clean", "noisy"]
-"""What a scorer of clips reads: see `FlowMatchingConfig.context`."""
-Predict = Callable[[Tensor, Tensor, Reads], Tensor]
-"""(noisy tokens, sigma of every unit, what is read) -> velocity."""
-FIELDS = "batch tokens features"
+from videoar.units import Scheme, Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,194 +111,6 @@ class DistillationConfig:
         return sigma_steps(self.num_inference_steps, shift=self.shift)
 
 
-# ---------------------------------------------------------------- scores and losses
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A `Predict`: a transformer with its prompts, and the clip that it reads."""
-
-    model: nn.Module
-    text: TextContext
-    """Of the prompts; with guidance followed by those of empty ones."""
-    units: Units
-    guidance: float = 1.0
-    copies: tuple[Tensor, Tensor] | None = None
-    """Clean copies and their sigmas, for a scorer that was trained by teacher forcing."""
-    direction: Float[Tensor, "directions channels"] | None = None
-    """What tells passes over the past and over the future apart."""
-
-    def __call__(
-        self, x: Float[Tensor, FIELDS], sigma: Float[Tensor, "batch units"], reads: Reads
-    ) -> Float[Tensor, FIELDS]:
-        plan = layout(self.units, Visible(), copies=self.copies is not None, reads=reads)
-        offset = None
-        if self.direction is not None and reads != "all":
-            offset = self.direction[("past", "future").index(reads)]
-        if self.guidance == 1:
-            copies = self.copies
-            return velocities(self.model, x, sigma, plan, self.text, copies=copies, offset=offset)
-        copies = (
-            None if self.copies is None else tuple(torch.cat([part] * 2) for part in self.copies)
-        )
-        both = velocities(
-            self.model, torch.cat([x] * 2), torch.cat([sigma] * 2), plan, self.text, copies=copies
-        )
-        conditional, unconditional = both.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
-
-
-def score(predict: Predict, x: Tensor, sigma: Tensor, *, critic: Critics) -> Tensor:
-    """Return the velocity that a critic sees: the mean of its passes."""
-    return torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).mean(0)
-
-
-def critic_loss(
-    predict: Predict,
-    x: Float[Tensor, FIELDS],
-    velocity: Float[Tensor, FIELDS],
-    sigma: Float[Tensor, "batch units"],
-    *,
-    critic: Critics,
-    separate_weight: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Regress the velocity on noisy videos of the student.
-
-    What a symmetric critic must get right is the *mean* of its two passes: each alone would be the
-    expectation given half of the video, and the mean of two such is not that given all of it.
-    """
-    passes = torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).float()
-    apart = (passes - velocity).square().mean()
-    if critic == "separate":
-        return apart
-    return (passes.mean(0) - velocity).square().mean() + separate_weight * apart
-
-
-def unit_mean(
-    values: Float[Tensor, FIELDS], unit: Int[Tensor, " tokens"]
-) -> Float[Tensor, "batch units"]:
-    """Average over the tokens of every unit."""
-    count = torch.bincount(unit)
-    zeros = values.new_zeros(len(values), len(count))
-    return zeros.index_add(1, unit, values.mean(2)) / count
-
-
-def matching_loss(
-    clean: Float[Tensor, FIELDS],
-    fake: Float[Tensor, FIELDS],
-    real: Float[Tensor, FIELDS],
-    unit: Int[Tensor, " tokens"],
-    *,
-    normalise: bool = True,
-) -> Float[Tensor, ""]:
-    """Return the loss whose gradient is `(fake - real) / n` per element, divided by their number.
-
-    DMD, eq. 7 and 8: `n` is the mean distance of the sample from the teacher's estimate, here of
-    each unit, whose noise levels and difficulty may differ.
-
-    Args:
-        clean: the student's sample; gradients flow into it alone.
-        fake: the critic's estimate of the clean sample.
-        real: the teacher's.
-        unit: of every token.
-        normalise: whether to divide by `n`.
-    """
-    gradient = fake.detach() - real.detach()
-    if normalise:
-        gradient = gradient / _distance(clean, real, unit)
-    gradient = torch.nan_to_num(gradient)
-    return 0.5 * (clean - (clean - gradient).detach()).square().mean()
-
-
-def identity_loss(clean: Tensor, fake: Tensor, real: Tensor, unit: Tensor) -> Float[Tensor, ""]:
-    """Score identity distillation with alpha 1: gradients flow through both networks, too."""
-    apart = real - fake
-    return (apart * (real - clean - apart) / _distance(clean, real, unit)).mean()
-
-
-def _distance(clean: Tensor, real: Tensor, unit: Tensor) -> Tensor:
-    return unit_mean((clean - real).detach().abs(), unit).clamp(min=1e-6)[:, unit, None]
-
-
-# ---------------------------------------------------------------- the student's own videos
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A clip that the student made."""
-
-    clean: Float[Tensor, FIELDS]
-    before: Float[Tensor, FIELDS]
-    """The units before their last step."""
-    sigma: float
-    """The noise level there."""
-
-
-@torch.no_grad()
-def rollout(
-    student: nn.Module,
-    units: Units,
-    text: TextContext,
-    *,
-    sigmas: tuple[float, ...],
-    rng: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-) -> Rollout:
-    """Make clips with the sampler, one per prompt, at the falling `sigmas` down to 0."""
-    device, batch = text[0][0].device, len(text[0][0])
-    seeds = torch.randint(2**62, (batch,), generator=rng, device=rng.device).tolist()
-    config = SamplerConfig(sigmas=sigmas, step=renoise_step)
-    sampler = Sampler(student, units, text, config, seeds=seeds, device=device, dtype=dtype)  # type: ignore
-    finished = list(sampler)
-    clean = torch.cat([unit.tokens for unit in finished], dim=1)
-    before = torch.cat([unit.before for unit in finished if unit.before is not None], dim=1)
-    return Rollout(clean, before, sigmas[-2])
-
-
-def last_step(
-    student: nn.Module,
-    units: Units,
-    text: TextContext,
-    made: Rollout,
-    *,
-    chosen: Bool[Tensor, " units"],
-) -> Float[Tensor, FIELDS]:
-    """Take the last step of a rollout again, of the chosen units side by side, with gradients.
-
-    The result equals `made.clean` up to rounding, and it is that for the other units.
-    """
-    device, batch = made.clean.device, len(made.clean)
-    plan, coords = layout(units, Visible(), copies=True), units.coords.to(device)
-    own, tokens = units.unit, len(units.unit)
-    cache = KVCache()
-    with torch.no_grad():
-        finished = student(
-            made.clean,
-            coords=coords,
-            sigma=made.clean.new_zeros(batch, len(units.sizes)),
-            unit=own.to(device),
-            text=[(key.detach(), value.detach()) for key, value in text],
-            mask=plan.mask[:tokens, :tokens].to(device),
-        )
-    cache.commit(finished.key_values, own)
-    rows = chosen[own].nonzero()[:, 0]
-    columns = torch.cat([torch.arange(tokens), tokens + rows])
-    output = student(
-        made.before[:, rows],
-        coords=coords[rows],
-        sigma=made.clean.new_full((batch, 1), made.sigma),
-        unit=torch.zeros_like(rows).to(device),
-        text=text,
-        mask=plan.mask[tokens + rows][:, columns].to(device),
-        cache=cache,
-    )
-    clean = clean_of(made.before[:, rows], output.velocity.float(), made.sigma)
-    return made.clean.index_copy(1, rows.to(device), clean.to(made.clean))
-
-
-# ---------------------------------------------------------------- objectives
-
-
 class Critic(nn.Module):
     """The network that follows the student's distribution."""
 
@@ -310,7 +118,9 @@ class Critic(nn.Module):
         super().__init__()
         self.model = model
         size = model.transformer.config.hidden_size
-        self.direction = nn.Parameter(torch.zeros(2, size))
+        self.direction = nn.Embedding(2, size)
+        """Tells passes over the past and over the future apart."""
+        nn.init.zeros_(self.direction.weight)
 
 
 class Players(nn.Module):
@@ -423,7 +233,7 @@ class Initialisation(_Taught, Alone):
         x = torch.randn(clip.tokens.shape, generator=rng, device=rng.device).to(clip.tokens)
         teach, kept = self.teach(clip, clip.tokens), []
         with torch.no_grad():
-            for number, (sigma, after) in enumerate(zip(path, path[1:], strict=False)):
+            for number, (sigma, after) in enumerate(itertools.pairwise(path)):
                 if number % every == 0:
                     kept.append(x)
                 velocity = teach(x, x.new_full((batch, count), sigma)).float()
@@ -529,7 +339,8 @@ class DistributionMatching(_Taught):
         critic = self.module.critic
         text = critic.model.context(clip.words)
         copies = self.copies(clean, clip) if self.context == "clean" else None
-        direction = critic.direction if len(PASSES[self.config.critic]) > 1 else None
+        both = torch.arange(2, device=clean.device)
+        direction = critic.direction(both) if len(PASSES[self.config.critic]) > 1 else None
         return Scorer(
             critic.model.transformer, text, clip.units, copies=copies, direction=direction
         )

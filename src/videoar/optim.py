@@ -165,5 +165,6 @@ def orthogonalise(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows 
 
 
 def check(config: Any, name: str, valid: bool, limit: str) -> None:
+    """Raise unless the field of a configuration is valid."""
     if not valid:
         raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")

@@ -14,11 +14,11 @@ from videoar.distillation import DistillationConfig
 from videoar.finetune import FinetuneTask
 from videoar.model import ModelConfig
 from videoar.objectives import FlowMatchingConfig
+from videoar.optim import OptimizerConfig
 from videoar.pipeline import Sampling
 from videoar.students import DistillTask
 from videoar.tasks import CodecTask, GeneratorTask
 from videoar.text import TextEncoderConfig
-from videoar.optim import OptimizerConfig
 from videoar.train import TrainConfig
 
 TOY_UNITS = (

@@ -31,9 +31,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
+from videoar.ranks import Ranks, load, save, sizes
+
+ALONE = Ranks()
 Report = Callable[[str], None]
 Json = dict[str, Any]
 Row = dict[str, int | float]
@@ -91,38 +94,56 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    out: Path, *, step: int, keep: int, tensors: dict[str, dict[str, Tensor]], state: Json
+    out: Path,
+    *,
+    step: int,
+    keep: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: Json,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a checkpoint that appears only when complete; keep the newest `keep`.
 
-    Every entry of `tensors` becomes a file; `state` is everything that is not a tensor.
+    Every entry of `tensors` becomes a folder; `state` is everything that is not a tensor.
     """
     target = out / "checkpoints" / f"step-{step}"
     if target.exists():
         return
-    for left_over in target.parent.glob(".step-*"):
-        shutil.rmtree(left_over)
     partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True)
+    ranks.wait()
+    if ranks.first:
+        for left_over in target.parent.glob(".step-*"):
+            shutil.rmtree(left_over)
+        partial.mkdir(parents=True)
+        _write_json(partial / "state.json", state)
+    ranks.wait()
     for stem, named in tensors.items():
-        dense = {name: value.detach().contiguous() for name, value in named.items()}
-        save_file(dense, partial / f"{stem}.safetensors")
-    _write_json(partial / "state.json", state)
-    os.replace(partial, target)
-    for old in checkpoints(out)[:-keep]:
-        removed = old.with_name(f".{old.name}.removed")
-        os.replace(old, removed)
-        shutil.rmtree(removed)
+        save(partial / stem, named, ranks)
+    ranks.wait()
+    if ranks.first:
+        os.replace(partial, target)
+        for old in checkpoints(out)[:-keep]:
+            removed = old.with_name(f".{old.name}.removed")
+            os.replace(old, removed)
+            shutil.rmtree(removed)
+    ranks.wait()
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Json]:
-    """Return the tensors of each file and the state of a checkpoint."""
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Say in one sentence that a checkpoint is damaged."""
     try:
-        tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-        return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        message = f"{folder} cannot be read ({error}): remove that folder to go on without it"
-        raise ValueError(message) from error
+        yield
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException) as e:
+        message = f"{folder} cannot be read ({e}): remove that folder to go on without it"
+        raise ValueError(message) from e
+
+
+def read_state(folder: Path) -> tuple[Json, dict[str, tuple[int, ...]]]:
+    """Return what a checkpoint says besides tensors, and the shapes of the optimizer's."""
+    with reading(folder):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return state, sizes(folder / "optimizer")
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -132,19 +153,19 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], *, origin: Path) -> None:
-    """Copy `source` into the tensors of `target`, which must have the same names and shapes."""
+def read_tensors(folder: Path, stem: str, target: dict[str, Tensor], *, ranks: Ranks) -> None:
+    """Read an entry of a checkpoint into tensors, which must have its names and shapes."""
+    with reading(folder):
+        found = sizes(folder / stem)
     expected = {name: tuple(value.shape) for name, value in target.items()}
-    found = {name: tuple(value.shape) for name, value in source.items()}
     for name in sorted(expected.keys() | found.keys()):
         if (wanted := expected.get(name)) != (shape := found.get(name)):
             raise ValueError(
-                f"{origin} has {name} of shape {shape}, but the model has {wanted}: go on with the"
+                f"{folder} has {name} of shape {shape}, but the model has {wanted}: go on with the"
                 " code that began the run, or name another folder"
             )
-    with torch.no_grad():
-        for name, value in source.items():
-            target[name].copy_(value)
+    with reading(folder), torch.no_grad():
+        load(folder / stem, target, ranks)
 
 
 @dataclasses.dataclass
@@ -279,7 +300,7 @@ def hardware(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def measure_matmul_rate(device: str, *, precision: str) -> float:
+def measure_matmul_rate(device: str | torch.device, *, precision: str) -> float:
     """Return the floating point operations per second of a large matrix product, best of 0.3 s."""
     place = torch.device(device)
     size = 8192 if place.type == "cuda" else 1024

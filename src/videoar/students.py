@@ -10,24 +10,19 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tyro.conf import arg
 
 from videoar import units
 from videoar.checkpoint import resolve
 from videoar.data import Batches, LatentShards
-from videoar.distillation import (
-    PASSES,
-    Context,
-    DistillationConfig,
-    DistributionMatching,
-    Initialisation,
-)
+from videoar.distillation import DistillationConfig, DistributionMatching, Initialisation
 from videoar.evaluate import held_out_prompts, judge_whole, make
 from videoar.model import VideoTransformer
 from videoar.objectives import TextToVideo
 from videoar.pipeline import VideoPipeline
 from videoar.runs import Report
+from videoar.scores import PASSES, Context
 from videoar.tasks import check_codec, load_trainable, tokenize_cut
 from videoar.text import PromptEncoder
 from videoar.train import TrainConfig

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from videoar import runs
 from videoar.data import Batches
 from videoar.objectives import Objective
 from videoar.optim import OptimizerConfig, Player, check, ema_decay_at, learning_rate
+from videoar.ranks import gather, join, split, whole
 from videoar.runs import Report, Row
 
 
@@ -126,9 +128,10 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
         )
     run = _Run(config, report)
     if run.step:
-        report(f"going on from step {run.step} of {config.out}")
+        run.report(f"going on from step {run.step} of {config.out}")
     if run.step < config.steps:
-        _loop(run, report)
+        with _others_named(run):
+            _loop(run)
     return run.export()
 
 
@@ -139,22 +142,45 @@ def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     return _Run(config, report).export()
 
 
-def _loop(run: "_Run", report: Report) -> None:
-    config = run.config
-    peak = runs.measure_matmul_rate(config.device, precision=config.precision)
-    log = runs.Log(config.out, after=run.step, report=report)
-    with contextlib.closing(log), runs.deferred_interrupt() as interrupted:
+@contextlib.contextmanager
+def _others_named(run: "_Run") -> Iterator[None]:
+    """Say what it means when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if run.ranks.count == 1 or not lost:
+            raise
+        kept = [folder.name for folder in runs.checkpoints(run.config.out)][-1:]
+        raise ConnectionError(
+            f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step {run.step},"
+            f" and stops: the same command goes on from {kept[0] if kept else 'the start'}"
+        ) from error
+
+
+def _loop(run: "_Run") -> None:
+    config, ranks = run.config, run.ranks
+    peak = runs.measure_matmul_rate(run.device, precision=config.precision)
+    log = runs.Log(config.out, after=run.step, report=run.report) if ranks.first else None
+    with contextlib.closing(log or contextlib.ExitStack()), runs.deferred_interrupt() as asked:
         while run.step < config.steps:
             run.advance()
             last = run.step == config.steps
             if run.step % config.log_every == 0 or last:
-                log.write(run.row(peak), total=config.steps)
+                row = run.row(peak)
+                if log is not None:
+                    log.write(row, total=config.steps)
             if config.sample_every and (run.step % config.sample_every == 0 or last):
-                log.write_validation(run.step, run.task.validate(run.average(), step=run.step))
-            if run.step % config.save_every == 0 or last or interrupted.is_set():
+                average = run.average()
+                if log is not None:
+                    log.write_validation(run.step, run.task.validate(average, step=run.step))
+            interrupted = ranks.total({"": float(asked.is_set())})[""] > 0
+            if run.step % config.save_every == 0 or last or interrupted:
                 run.save()
-            if interrupted.is_set() and not last:
-                report(f"stopped and saved at step {run.step}: the same command goes on from there")
+            if interrupted and not last:
+                run.report(
+                    f"stopped and saved at step {run.step}: the same command goes on from there"
+                )
                 raise KeyboardInterrupt
 
 
@@ -162,24 +188,30 @@ class _Run:
     """Everything that a step changes, as the newest checkpoint has it, and how it is kept."""
 
     def __init__(self, config: TrainConfig, report: Report) -> None:
-        runs.claim(config.out, runs.to_json(config))
         self.config = config
-        self.device = torch.device(config.device)
+        self.ranks, self.device = join(config.device)
+        self.report: Report = report if self.ranks.first else lambda line: None
+        self._share()
+        if self.ranks.first:
+            runs.claim(config.out, runs.to_json(config))
+        self.ranks.wait()
         # Initial weights come from the global generator: seeded here, and given back as it was.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            self.task = config.task.build(config, report)
-        self.module = self.task.objective.module.to(self.device).train()
-        for network in self.task.objective.frozen:
-            network.to(self.device)
-        self.result = self.task.objective.result
+            self.task = config.task.build(config, self.report)
+        objective = self.task.objective
+        self.module, self.result = objective.module.train(), objective.result
         self.ema = copy.deepcopy(self.result).float().requires_grad_(False).eval()
+        self.plain = copy.deepcopy(self.ema) if self.ranks.count > 1 else self.ema
+        for network in (self.module, self.ema, *objective.frozen):
+            split(network, self.ranks, self.device)
+            network.to(self.device)
         averages = dict(self.ema.named_parameters())
         self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.players = {
             name: Player(config.optimizer_of(name), self._parameters_of(name), config.precision)
-            for name in self.task.objective.players
+            for name in objective.players
         }
         self.step = 0
         self.window = runs.Window()
@@ -192,6 +224,20 @@ class _Run:
         """Seconds spent on this run so far, over all its resumptions."""
         return time.perf_counter() - self.began
 
+    def _share(self) -> None:
+        """Raise unless the batches of a step can be shared among the ranks."""
+        config, count = self.config, self.ranks.count
+        if config.accumulate % count:
+            raise ValueError(
+                f"accumulate is {config.accumulate}, but {count} processes share the batches of a"
+                f" step: make it a multiple of {count}"
+            )
+        if count > 1 and config.optimizer.muon_learning_rate is not None:
+            raise ValueError(
+                f"Muon moves whole matrices, which {count} processes split among them: set"
+                " --optimizer.muon-learning-rate None"
+            )
+
     def _parameters_of(self, player: str) -> dict[str, nn.Parameter]:
         prefix = f"{player}." if player else ""
         return {name: p for name, p in self.parameters.items() if name.startswith(prefix)}
@@ -200,12 +246,13 @@ class _Run:
         """Take one optimizer step, or raise before the weights change."""
         config, started = self.config, time.perf_counter()
         terms: dict[str, float] = {}
-        for micro in range(config.accumulate):
+        for micro in range(self.ranks.index, config.accumulate, self.ranks.count):
             for name, value in self._backward(micro).items():
                 terms[name] = terms.get(name, 0.0) + value / config.accumulate
+        terms = self.ranks.total(terms)
         player = self.players[self.task.objective.turn(self.step)]
         norm = nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
-        terms["grad_norm"] = norm.item()
+        terms["grad_norm"] = whole(norm).item()
         for name, value in terms.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -236,7 +283,8 @@ class _Run:
         rng = torch.Generator(device).manual_seed(seed >> 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             terms = self.task.objective.loss(batch, rng, step=self.step)
-        (terms["loss"] / config.accumulate).backward()
+        # The mean over ranks is FSDP's.
+        (terms["loss"] * (self.ranks.count / config.accumulate)).backward()
         return {name: value.item() for name, value in terms.items()}
 
     def row(self, peak: float) -> Row:
@@ -249,7 +297,7 @@ class _Run:
             "learning_rate": window.learning_rate,
             "seconds_per_step": window.seconds / window.count,
             "tokens_per_second": batches * self.task.tokens_per_batch,
-            "share_of_peak": batches * self.task.flops_per_batch / peak,
+            "share_of_peak": batches * self.task.flops_per_batch / (peak * self.ranks.count),
             "seconds": self.seconds,
         }
 
@@ -257,7 +305,7 @@ class _Run:
         """Return the averaged weights beside the buffers of now."""
         for target, source in zip(self.ema.buffers(), self.result.buffers(), strict=True):
             target.copy_(source)
-        return self.ema
+        return self.ema if self.plain is self.ema else gather(self.ema, self.plain)
 
     def save(self) -> None:
         """Write a checkpoint of this step and remove those that are too old."""
@@ -273,20 +321,23 @@ class _Run:
         }
         state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
         state["steps_of"] = {name: player.steps for name, player in self.players.items()}
-        out, keep = self.config.out, self.config.keep
-        runs.write_checkpoint(out, step=self.step, keep=keep, tensors=tensors, state=state)
+        how = {"keep": self.config.keep, "ranks": self.ranks}
+        runs.write_checkpoint(self.config.out, step=self.step, tensors=tensors, state=state, **how)
 
-    def _restore(self, origin: Path) -> None:
-        tensors, state = runs.read_checkpoint(origin)
-        runs.copy_tensors(tensors["module"], runs.named_tensors(self.module), origin=origin)
-        runs.copy_tensors(tensors["ema"], runs.named_tensors(self.ema), origin=origin)
+    def _restore(self, folder: Path) -> None:
+        state, shapes = runs.read_state(folder)
+        runs.read_tensors(folder, "module", runs.named_tensors(self.module), ranks=self.ranks)
+        runs.read_tensors(folder, "ema", runs.named_tensors(self.ema), ranks=self.ranks)
         moments = {n: m for player in self.players.values() for n, m in player.moments.items()}
-        for full_name, value in tensors["optimizer"].items():
+        places = {}
+        for full_name, shape in shapes.items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
             # Moments take the memory layout of their parameter: fused AdamW walks both alike.
-            place = torch.empty_like(parameter if value.shape == parameter.shape else value)
-            moments[name][key] = place.to(self.device).copy_(value)
+            alike = tuple(parameter.shape) == shape
+            place = torch.empty_like(parameter) if alike else torch.empty(shape)
+            places[full_name] = moments[name][key] = place.detach().to(self.device)
+        runs.read_tensors(folder, "optimizer", places, ranks=self.ranks)
         for name, count in state["steps_of"].items():
             self.players[name].steps = count
         self.step = state["step"]
@@ -296,6 +347,9 @@ class _Run:
     def export(self) -> Path:
         """Have the task write the averaged weights, and return their folder."""
         out, config = self.config.out, runs.to_json(self.config)
-        meta = runs.provenance(out, config, step=self.step, seconds=self.seconds)
-        self.task.export(out / "checkpoint", self.average(), meta)
+        average = self.average()
+        if self.ranks.first:
+            meta = runs.provenance(out, config, step=self.step, seconds=self.seconds)
+            self.task.export(out / "checkpoint", average, meta)
+        self.ranks.wait()
         return out / "checkpoint"
