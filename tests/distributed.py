@@ -1,0 +1,70 @@
+"""A tiny distillation that tests start under torchrun, as users do: `distributed.py OUT STEPS`."""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from videoar.distillation import DistillationConfig
+from videoar.optim import OptimizerConfig
+from videoar.students import DistillTask
+from videoar.train import TrainConfig, train
+
+
+def config(root: Path, out: Path, **changes) -> TrainConfig:
+    """Two players on tiny latents; a step has six batches, for one, two, or three ranks."""
+    task = DistillTask(
+        teacher=str(root / "teacher"),
+        student=str(root / "student"),
+        latents=root / "latents",
+        units=("frame", "cube:1x2x2"),
+        distillation=DistillationConfig(
+            num_inference_steps=2,
+            path_steps=4,
+            clip_frames=3,
+            critic_steps=2,
+            critic_draws=1,
+            critic_warmup=1,
+        ),
+    )
+    whole = TrainConfig(
+        name="tiny",
+        task=task,
+        out=out,
+        steps=6,
+        batch_size=2,
+        accumulate=6,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        log_every=1,
+        save_every=2,
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root, out, steps, victim = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+
+    def report(line: str) -> None:
+        """Print; the victim is killed after its third step, in the middle of a collective."""
+        print(line, flush=True)
+
+    if victim and os.environ["RANK"] == victim[0]:
+        from videoar.distillation import DistributionMatching
+
+        loss = DistributionMatching.loss
+
+        def dying(self, batch, rng, *, step=0):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(self, batch, rng, step=step)
+
+        DistributionMatching.loss = dying
+    try:
+        train(config(root, out, steps=steps), report=report)
+    except ConnectionError as error:
+        print(f"stopped: {error}", flush=True)
+        sys.exit(2)
