@@ -48,23 +48,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     root, out, steps, victim = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 
-    def report(line: str) -> None:
-        """Print; the victim is killed after its third step, in the middle of a collective."""
-        print(line, flush=True)
-
     if victim and os.environ["RANK"] == victim[0]:
         from videoar.distillation import DistributionMatching
 
         loss = DistributionMatching.loss
 
         def dying(self, batch, rng, *, step=0):
+            """Be killed in the middle of a step: the others wait in a collective."""
             if step == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss(self, batch, rng, step=step)
 
         DistributionMatching.loss = dying
     try:
-        train(config(root, out, steps=steps), report=report)
+        train(config(root, out, steps=steps))
     except ConnectionError as error:
-        print(f"stopped: {error}", flush=True)
+        sys.stdout.write(f"{error}\n")
         sys.exit(2)

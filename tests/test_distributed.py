@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import config
-from tiny import tiny_pipeline
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 from videoar.data import LatentsInfo, ShardWriter
 from videoar.runs import checkpoints, read_log
@@ -65,8 +65,7 @@ def test_ranks_compute_what_one_process_does(root: Path, alone: Path, ranks: int
     assert done.returncode == 0, done.stdout + done.stderr
     assert _losses(out) == pytest.approx(_losses(alone), rel=1e-4)
     ours, theirs = (
-        load_file(run / "checkpoint" / "transformer" / "model.safetensors")
-        for run in (out, alone)
+        load_file(run / "checkpoint" / "transformer" / "model.safetensors") for run in (out, alone)
     )
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

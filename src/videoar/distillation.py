@@ -163,7 +163,7 @@ class _Taught:
         config: DistillationConfig,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.frozen = (self.teacher,)
+        self.frozen: tuple[Any, ...] = (self.teacher,)
         self.context, self.schemes, self.config = context, schemes, config
         self.reads: Reads = "all" if context == "full" else "past"
 

@@ -57,8 +57,8 @@ class Objective(Protocol):
 class Alone:
     """An objective that moves everything in every step."""
 
-    module: nn.Module
-    frozen: tuple[nn.Module, ...] = ()
+    module: Any
+    frozen: tuple[Any, ...] = ()
     players = ("",)
 
     @property

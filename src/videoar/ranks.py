@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,7 +122,9 @@ def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of what a folder holds."""
     if not any(folder.glob("*.safetensors")):
         return {}
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found: dict[str, Any] = (
+        HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    )
     return {name: tuple(about.size) for name, about in found.items()}
 
 

@@ -55,12 +55,9 @@ class Scorer:
         if self.guidance == 1:
             copies = self.copies
             return velocities(self.model, x, sigma, plan, self.text, copies=copies, offset=offset)
-        copies = (
-            None if self.copies is None else tuple(torch.cat([part] * 2) for part in self.copies)
-        )
-        both = velocities(
-            self.model, torch.cat([x] * 2), torch.cat([sigma] * 2), plan, self.text, copies=copies
-        )
+        copies = self.copies and (torch.cat([self.copies[0]] * 2), torch.cat([self.copies[1]] * 2))
+        twice = torch.cat([x] * 2), torch.cat([sigma] * 2)
+        both = velocities(self.model, *twice, plan, self.text, copies=copies)
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 

@@ -146,7 +146,8 @@ def add_low_rank(model: VideoTransformer, rank: int) -> None:
 
 def merge_low_rank(model: nn.Module) -> None:
     """Put low-rank updates into the weights beside which they were trained."""
-    for name, module in list(model.named_modules()):
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in layers:
         if hasattr(module, "get_base_layer"):
             module.merge()
             parent, _, child = name.rpartition(".")
@@ -167,11 +168,11 @@ class StudentTraining:
         self.task, self.config = task, config
         teacher, teacher_text = load_part(task.teacher, "teacher")
         student, text = load_part(task.student, "student")
-        parts = {"student": student}
-        distillation, matching = task.distillation, task.distillation.stage == "dmd"
-        if matching:
-            follower, follower_text = load_part(task.critic or task.teacher, "critic")
-            parts["critic"] = follower
+        parts, distillation = {"student": student}, task.distillation
+        follower = None
+        if distillation.stage == "dmd":
+            follower = load_part(task.critic or task.teacher, "critic")
+            parts["critic"] = follower[0]
         context = check_parts(task, teacher, parts)
         check_codec(task.latents, student.codec, checkpoint=task.student)
         shards = LatentShards(task.latents, tokenize=functools.partial(tokenize_cut, text))
@@ -186,11 +187,10 @@ class StudentTraining:
             "config": distillation,
         }
         self.objective: Initialisation | DistributionMatching
-        if matching:
-            critic = self._trainable(follower, follower_text)
-            self.objective = DistributionMatching(module, critic, **taught)
-        else:
+        if follower is None:
             self.objective = Initialisation(module, **taught)
+        else:
+            self.objective = DistributionMatching(module, self._trainable(*follower), **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": shards.kinds}
         self.batches = Batches(shards, **batches)
         self.of_the_world = "scene" in shards.clips[0].get("extra", {})
@@ -264,18 +264,18 @@ class StudentTraining:
             return {}
         prompts = held_out_prompts(self.task.num_validation, seed=0)
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
+        every = max(1, frames // 6)
         for name in self.task.units:
             blocks = np.concatenate(list(make(pipe, name, prompts, num_frames=frames)), axis=1)
-            shown.append(blocks[:8, :: max(1, frames // 6)].reshape(-1, *blocks.shape[2:]))
+            shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             found = judge_whole(iter([blocks]), prompts, fps=pipe.sampling.fps)
             for key in ("color", "shape", "motion"):
                 scores = [video["scores"][key] for video in found]
                 values[f"{key}/{name}"] = float(np.mean(scores))
         folder = self.config.out / "samples"
         folder.mkdir(exist_ok=True)
-        sheet = np.concatenate(shown)
-        columns = len(blocks[0, :: max(1, frames // 6)])
-        Image.fromarray(contact_sheet(sheet, columns=columns)).save(folder / f"step-{step}.png")
+        sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
+        Image.fromarray(sheet).save(folder / f"step-{step}.png")
         return values
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
