@@ -7,11 +7,30 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny import tiny_pipeline
 
+from videoar.data import LatentsInfo, ShardWriter
 from videoar.distillation import DistillationConfig
 from videoar.optim import OptimizerConfig
 from videoar.students import DistillTask
 from videoar.train import TrainConfig, train
+
+
+def prepare(root: Path) -> Path:
+    """Write a teacher that reads everything, a student, latents, and parts that fit neither."""
+    for name, units in (("teacher", ["full"]), ("student", ["frame"]), ("other", ["full"])):
+        pipe = tiny_pipeline(seed=int(name == "other"))
+        pipe.height = pipe.width = 32
+        pipe.meta = {"units": units}
+        pipe.save_pretrained(root / name)
+    rng, codec = torch.Generator().manual_seed(0), tiny_pipeline().codec
+    for name, owner in (("latents", codec.fingerprint()), ("foreign", "TinyCodec-of-another")):
+        info = LatentsInfo(codec=owner, channels=4, stride=codec.stride, fps=16.0)
+        with ShardWriter(root / name, info=info) as writer:
+            for number in range(24):
+                latents = torch.randn(3, 4, 4, 4, generator=rng)
+                writer.add(latents, captions=[f"a ball {number}"])
+    return root
 
 
 def config(root: Path, out: Path, **changes) -> TrainConfig:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import config
+from distributed import config, prepare
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
 
-from videoar.data import LatentsInfo, ShardWriter
 from videoar.runs import checkpoints, read_log
 from videoar.train import train
 
@@ -22,19 +20,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that reads everything, a student, and latents."""
-    root = tmp_path_factory.mktemp("distributed")
-    for name, units in (("teacher", ["full"]), ("student", ["frame"])):
-        pipe = tiny_pipeline()
-        pipe.height = pipe.width = 32
-        pipe.meta = {"units": units}
-        pipe.save_pretrained(root / name)
-    rng, codec = torch.Generator().manual_seed(0), tiny_pipeline().codec
-    info = LatentsInfo(codec=codec.fingerprint(), channels=4, stride=codec.stride, fps=16.0)
-    with ShardWriter(root / "latents", info=info) as writer:
-        for number in range(24):
-            latents = torch.randn(3, 4, 4, 4, generator=rng)
-            writer.add(latents, captions=[f"a ball {number}"])
-    return root
+    return prepare(tmp_path_factory.mktemp("distributed"))
 
 
 def _torchrun(root: Path, out: Path, *, ranks: int, steps: int = 6, victim: str = ""):

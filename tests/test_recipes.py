@@ -15,6 +15,7 @@ from videoar.finetune import FinetuneTask
 from videoar.pipeline import VideoPipeline
 from videoar.recipes import RECIPES, find
 from videoar.runs import read_log
+from videoar.students import DistillTask
 from videoar.tasks import CodecTask, GeneratorTask, load_codec
 from videoar.train import TrainConfig, train
 
@@ -42,6 +43,17 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
     elif isinstance(task, FinetuneTask):
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
+    elif isinstance(task, DistillTask):
+        parts = {name: str(folder / RECIPES[name]().out / "checkpoint") for name in RECIPES}
+        known = {str(RECIPES[name]().out / "checkpoint"): place for name, place in parts.items()}
+        small = replace(
+            task,
+            teacher=known[task.teacher],
+            student=known.get(task.student, parts.get(task.student, "")),
+            latents=folder / task.latents,
+            distillation=replace(task.distillation, critic_warmup=0, critic_steps=1),
+            num_validation=2,
+        )
     else:
         pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
     return replace(

@@ -184,7 +184,9 @@ def toy_teacher() -> TrainConfig:
             num_latents=8,
             units=("full",),
             flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
-            sampling=replace(final.task.sampling, units="full", num_inference_steps=24),
+            sampling=replace(
+                final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
+            ),
             init=pairs.out / "checkpoint",
         ),
         steps=2400,
