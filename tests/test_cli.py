@@ -52,6 +52,8 @@ FROZEN = {
     "bench prepare": "videos codec fps num_frames sizes repeats",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
     "num_inference_steps shift guidance_scale out data",
+    "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
+    "out",
     "demo": "out model seconds",
 }
 

@@ -15,7 +15,7 @@ EACH = pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 # A module imports from the floors below its own. The package itself holds the version only.
 FLOORS = (
     {"__init__"},
-    {"units", "tokens", "flow", "options"},
+    {"units", "tokens", "flow", "options", "arguments"},
     {"attention", "cache", "model"},
     {"sampler", "sampling", "objectives", "scores", "rollout", "distillation"}
     | {
@@ -50,8 +50,8 @@ FLOORS = (
         "parts",
         "prepare",
     }
-    | {"pipeline", "evaluate", "heldout", "benchmark", "measure", "bench_prepare"},
-    {"app", "cli", "output", "describe"},
+    | {"pipeline", "compare", "evaluate", "heldout", "benchmark", "measure", "bench_prepare"},
+    {"app", "cli", "demo", "output", "describe"},
     {"__main__"},
 )
 # Neighbours on one floor that know each other, in one direction. Each line was a decision.
@@ -82,10 +82,12 @@ NEIGHBOURS = {
     "parts": {"pipeline"},
     "prepare": {"parts"},
     "heldout": {"evaluate", "pipeline", "tasks"},
+    "compare": {"evaluate", "pipeline", "tasks"},
     "evaluate": {"pipeline", "tasks"},
     "bench_prepare": {"prepare"},
     "measure": {"benchmark", "pipeline", "runs"},
-    "cli": {"app", "output", "describe"},
+    "demo": {"describe"},
+    "cli": {"app", "demo", "output", "describe"},
 }
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
 SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")

@@ -505,11 +505,11 @@ def test_killed_and_begun_again_it_gives_the_same_bytes(
     words = [str(clips), str(target), "--codec", exact, "--num-frames", "9", "--workers", "1"]
     code = (
         "import os, signal, sys\n"
-        "from videoar import options, prepare\n"
+        "from videoar import arguments, options, prepare\n"
         "def show(progress):\n"
         "    if progress.clips >= int(sys.argv[1]):\n"
         "        os.killpg(0, signal.SIGKILL)\n"
-        "prepare.run(options.read(options.Prepare, sys.argv[2:], prog=''), show)\n"
+        "prepare.run(arguments.read(options.Prepare, sys.argv[2:], prog=''), show)\n"
     )
     for count in ("4", "11"):
         command = [sys.executable, "-c", code, count, *words]

@@ -5,19 +5,16 @@ Nothing here imports torch before a command needs it: help and refusals are inst
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from videoar import __version__, options
+from videoar import __version__, arguments, options
 
 USAGE = """\
 usage: videoar [--version] COMMAND ...
@@ -27,8 +24,6 @@ Autoregressive video generation in which the prediction unit is a choice.
 {commands}
 
 `videoar COMMAND --help` shows the options of a command."""
-DEMO_PROMPT = "a small red ball bounces up and down on a black background"
-CLIP_SECONDS = 4.0  # of the short videos of the demo, and of what its judge sees at a time
 FIELDS = {"window": "window_frames", "sink": "sink_frames"}  # of `Sampling`, by their options
 
 
@@ -75,18 +70,18 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     if words and f"{name} {words[0]}" in COMMANDS:
         name, words = f"{name} {words[0]}", words[1:]
     if name not in COMMANDS:
-        close = options.hint(name, COMMANDS)
+        close = arguments.hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
     kind, command = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
-        return command, options.read(kind, words, prog=f"videoar {name}")
+        return command, arguments.read(kind, words, prog=f"videoar {name}")
     from videoar import recipes
 
     recipe, *rest = words
     default, export = recipes.find(recipe), "--export" in rest
     rest = [word for word in rest if word != "--export"]
     prog = f"videoar {name} {recipe}"
-    config = options.read(type(default), rest, prog=prog, default=default)
+    config = arguments.read(type(default), rest, prog=prog, default=default)
     return functools.partial(train, config=config), kind(recipe=recipe, export=export)
 
 
@@ -326,62 +321,22 @@ def evaluate(args: options.Evaluate) -> int:
     return 0
 
 
-def demo(args: options.Demo) -> int:
-    """Generate every kind of unit in a process of its own, so that start and memory are its own."""
-    _check_positive(args, "seconds")
-    _check_folder(args.out)
-    import numpy as np
+def compare(args: options.Compare) -> int:
+    """Compare checkpoints."""
+    from videoar import compare as comparison
 
-    from videoar import describe
-    from videoar.video import decode_frames, read_video, side_by_side
-
-    kinds, out = options.KINDS, args.out
-    _say(f"{DEMO_PROMPT!r} under {len(kinds)} kinds of unit, and for {args.seconds:g} s")
-    rows, videos = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        clip, report = Path(scratch) / "clip.mp4", Path(scratch) / "report.json"
-        for kind in kinds:
-            rows.append(_generate_apart(kind, clip, CLIP_SECONDS, report, model=args.model))
-            videos.append(read_video(clip))
-            rows[-1]["seen"] = describe.seen([videos[-1].frames], fps=videos[-1].fps)
-        out.mkdir(exist_ok=True)
-        side_by_side(videos, kinds, scale=3).save(out / "units.webp", overwrite=True)
-        minute = out / "minute.mp4"
-        rows.append(_generate_apart(kinds[-1], minute, args.seconds, report, model=args.model))
-    frames, size = decode_frames(minute), len(videos[0].frames)
-    clips = iter(lambda: list(itertools.islice(frames, size)), [])
-    long_enough = (np.stack(clip) for clip in clips if len(clip) > size // 2)
-    rows[-1]["seen"] = describe.seen(long_enough, fps=videos[0].fps)
-    _say(f"\n{describe.table(rows)}\n\n{minute} and {out / 'units.webp'} are ready")
+    _say(comparison.run(args, _say))
     return 0
 
 
-def _generate_apart(
-    kind: str, file: Path, seconds: float, report: Path, *, model: str
-) -> dict[str, str]:
-    """Run `videoar generate` in a process of its own, and return its figures."""
-    command = [sys.executable, "-m", "videoar", "generate", DEMO_PROMPT, "--units", kind]
-    command += ["--seconds", str(seconds), "--model", model, "--out", str(file)]
-    # One thread: as fast as two for so small a model, and far faster on a busy machine.
-    command += ["--report", str(report), "--force", "--threads", "1"]
-    # The new process finds the package where this one did, installed or not.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
-    if done.returncode:  # it has said why
-        raise SystemExit(done.returncode)
-    figures = json.loads(report.read_text(encoding="utf-8"))
-    start = figures["start_seconds"]
-    row = {
-        "units": kind,
-        "video": f"{figures['video_seconds']:.0f} s",
-        "frames/s": f"{figures['fps']:.1f}",
-        "passes": str(figures["passes"]),
-        "first frame": f"{figures['first_frame_seconds']:.2f} s",
-        "from start": "unknown" if start is None else f"{start:.1f} s",
-        "peak memory": f"{figures['peak_bytes'] / 2**20:.0f} MiB",
-    }
-    _say("  ".join(f"{name} {value}" for name, value in row.items()))
-    return row
+def demo(args: options.Demo) -> int:
+    """Show every kind of unit."""
+    _check_positive(args, "seconds")
+    _check_folder(args.out)
+    from videoar import demo as demonstration
+
+    demonstration.run(args, _say)
+    return 0
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
@@ -395,5 +350,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "bench": (options.Bench, bench),
     "bench prepare": (options.BenchPrepare, bench_prepare),
     "evaluate": (options.Evaluate, evaluate),
+    "compare": (options.Compare, compare),
     "demo": (options.Demo, demo),
 }

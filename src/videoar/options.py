@@ -1,17 +1,11 @@
 """The options of every command, and how they are read. No torch: help must be instant."""
 
-import contextlib
-import dataclasses
-import difflib
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
@@ -326,6 +320,45 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Judge checkpoints beside each other on the procedural world, in pairs and with intervals."""
+
+    entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
+    """What is compared; NAME=A,B,C are checkpoints that differ in their seed of training."""
+    units: str | None = None
+    """Kind of unit of all; each checkpoint's own by default."""
+    num_prompts: int = 96
+    """Prompts."""
+    seeds: int = 2
+    """Videos per prompt."""
+    seconds: float = 1.8
+    """Length of the videos."""
+    long_prompts: int = 0
+    """Prompts for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    seed: int = 0
+    """Of the scenes and of the noise."""
+    batch_size: int = 16
+    """Videos that are generated side by side."""
+    out: Path | None = None
+    """JSON file with the scores of every video; what it holds is not computed again."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            ("entries", len(self.entries) > 0, "one or more, such as toy"),
+            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
+            ("seeds", self.seeds >= 1, "1 or more"),
+            ("seconds", 1.5 <= self.seconds <= WINDOW_SECONDS, "1.5 to 4, as the judge needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Generate a minute of video, and one prompt under all five kinds of unit."""
 
@@ -342,43 +375,3 @@ def _check(options: Any, *rules: tuple[str, bool, str]) -> None:
     for name, right, remedy in rules:
         if not right:
             raise ValueError(f"{name} is {getattr(options, name)}: use {remedy}.")
-
-
-def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
-    """Read options into a dataclass; tyro's boxes become sentences."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            options, unknown = tyro.cli(
-                kind,
-                args=words,
-                prog=prog,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagCreatePairsOff,),
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = (line.strip(" │") for line in box.getvalue().splitlines()[1:-1])
-        text = re.split(r" ?(?:─{3,}|Got errors:)", " ".join(filter(None, lines)))[0].rstrip(".")
-        text = re.sub(r"^Error parsing \w+: ", "", text)
-        raise ValueError(f"{text} (see `{prog} --help`)") from stop
-    if unknown:
-        name = next((word for word in unknown if word.startswith("-")), unknown[0])
-        close = hint(name.partition("=")[0].replace("_", "-"), _names(default or kind))
-        raise ValueError(f"unknown option {name!r}{close} (see `{prog} --help`)")
-    return options
-
-
-def _names(options: Any, prefix: str = "--") -> Iterator[str]:
-    """Yield the options of a dataclass, those of nested ones after a dot."""
-    for field in dataclasses.fields(options):
-        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name, None)
-        yield from _names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """Return the known word that is closest, as the end of a sentence; nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
