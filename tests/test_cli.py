@@ -24,6 +24,7 @@ from torch import nn
 from videoar import describe, drawing, options, output
 from videoar.cli import COMMANDS, main, parse
 from videoar.data import Batches
+from videoar.objectives import Alone
 from videoar.optim import OptimizerConfig
 from videoar.recipes import RECIPES
 from videoar.runs import Report
@@ -50,6 +51,7 @@ FROZEN = {
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
     "bench prepare": "videos codec fps num_frames sizes repeats",
+    "bench distill": "checkpoint units batch_size repeats threads",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
     "num_inference_steps shift guidance_scale out data",
     "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
@@ -422,7 +424,7 @@ class LineTask:
         return Line(self, config)
 
 
-class Line:
+class Line(Alone):
     """The task, the objective and the data of a line."""
 
     tokens_per_batch, flops_per_batch = 1, 1.0
@@ -437,11 +439,11 @@ class Line:
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"x": torch.tensor(indices).float()[:, None]}
 
-    def loss(self, batch: dict[str, torch.Tensor], rng: torch.Generator) -> dict:
+    def loss(self, batch: dict[str, torch.Tensor], rng: torch.Generator, *, step: int) -> dict:
         loss = (self.module(batch["x"]) - 2 * batch["x"]).square().mean()
         return {"loss": loss * float("nan") if self.task.poisoned else loss}
 
-    def validate(self, module: nn.Module) -> dict[str, float]:
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         return {}
 
     def export(self, folder: Path, module: nn.Module, meta: dict) -> None:

@@ -308,6 +308,14 @@ def bench_prepare(args: options.BenchPrepare) -> int:
     return 0
 
 
+def bench_distill(args: options.BenchDistill) -> int:
+    """Measure the parts of distillation."""
+    from videoar import bench_distill as benchmark
+
+    _say(benchmark.run(args, _say))
+    return 0
+
+
 def evaluate(args: options.Evaluate) -> int:
     """Measure faithfulness and drift."""
     if args.data is not None:
@@ -349,6 +357,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "prepare": (options.Prepare, prepare),
     "bench": (options.Bench, bench),
     "bench prepare": (options.BenchPrepare, bench_prepare),
+    "bench distill": (options.BenchDistill, bench_distill),
     "evaluate": (options.Evaluate, evaluate),
     "compare": (options.Compare, compare),
     "demo": (options.Demo, demo),

@@ -27,6 +27,7 @@ from videoar.evaluate import (
 from videoar.metrics import bootstrap_interval, frechet_distance, frechet_interval
 from videoar.options import Compare
 from videoar.pipeline import VideoPipeline, from_frames
+from videoar.tables import markdown
 from videoar.tasks import load_codec
 
 Json = dict[str, Any]
@@ -194,7 +195,7 @@ def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
             pairs = [np.subtract(a, b) for a, b in zip(*ends, strict=True)]
             drift.append([entry.name, *(_cell(values) for values in pairs)])
     tables = [table for table in (rows, minus, drift) if len(table) > 1]
-    return "\n\n".join("\n".join(_lines(table)) for table in tables) + "\n"
+    return "\n\n".join(markdown(table) for table in tables) + "\n"
 
 
 def _diversity(parts: list[Json], seeds: int) -> str:
@@ -215,8 +216,3 @@ def _cell(values: Any, scale: float = 100) -> str:
     digits = 1 if scale == 100 else 2
     low, mean, high = (f"{scale * v:.{digits}f}" for v in (found.low, found.mean, found.high))
     return f"{mean} [{low}, {high}]"
-
-
-def _lines(rows: list[list[str]]) -> list[str]:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return [f"| {' | '.join(row)} |" for row in rows]

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
+EMPTY_TEXT = "empty-text.safetensors"
+"""The rows of the empty prompt, if rows are stored."""
 INFO_NAME = "latents.json"
 INDEX_NAME = "index.jsonl"
 
@@ -144,6 +146,8 @@ class LatentsInfo:
     """Of each channel over the folder; filled in by the writer."""
     std: tuple[float, ...] = ()
     """Of each channel over the folder; filled in by the writer."""
+    text: str | None = None
+    """Fingerprint of the encoder of the rows of text, if there are any."""
 
 
 class ShardWriter:

@@ -312,7 +312,7 @@ class DistributionMatching(_Taught):
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
         sigmas = (*self.config.sigmas[: last + 1], 0.0)
         if self.turn(step) == "critic":
-            loss = self._critic_loss(clip, sigmas, rng)
+            loss = self.learn(clip, self.made(clip, sigmas, rng).clean, rng)
             return {"loss": loss, "critic_loss": loss}
         return self._student_loss(clip, sigmas, rng, drawn)
 
@@ -345,20 +345,15 @@ class DistributionMatching(_Taught):
             critic.model.transformer, text, clip.units, copies=copies, direction=direction
         )
 
-    def _critic_loss(self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator) -> Tensor:
+    def learn(self, clip: Clip, clean: Tensor, rng: torch.Generator) -> Tensor:
+        """Return the critic's loss on videos of the student."""
         config, draws = self.config, self.config.critic_draws
-        clean = self.made(clip, sigmas, rng).clean.repeat(draws, 1, 1)
+        clean = clean.repeat(draws, 1, 1)
         x, sigma, noise = self.noised(clean, clip, rng)
         follow = self.follow(clip, clean)
         text = [(key.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for key, v in follow.text]
-        return critic_loss(
-            replace(follow, text=text),
-            x,
-            noise - clean,
-            sigma,
-            critic=config.critic,
-            separate_weight=config.separate_weight,
-        )
+        how = {"critic": config.critic, "separate_weight": config.separate_weight}
+        return critic_loss(replace(follow, text=text), x, noise - clean, sigma, **how)
 
     def _student_loss(
         self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator, drawn: torch.Generator

@@ -25,6 +25,7 @@ from videoar.checkpoint import resolve
 from videoar.metrics import Interval, bootstrap_interval, drift_slopes, paired_interval
 from videoar.options import WINDOW_SECONDS, Evaluate
 from videoar.pipeline import VideoPipeline, from_frames, to_frames
+from videoar.tables import markdown
 from videoar.tasks import HELD_OUT, scene_of
 from videoar.units import parse
 
@@ -76,16 +77,11 @@ class Report:
             if not text:
                 cells = [["units", *HEADLINE.values()]]
                 cells += [[row.name, *row.cells(HEADLINE)] for row in rows]
-                text += [_markdown(cells)]
+                text += [markdown(cells)]
             cells = [["units", "videos", *rows[0].scores]]
             cells += [[row.name, str(row.num_videos), *row.cells(row.scores)] for row in rows]
-            text += [f"{table}:", _markdown(cells)]
+            text += [f"{table}:", markdown(cells)]
         return "\n\n".join(text) + "\n"
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run(config: Evaluate, report: Callable[[str], None]) -> Report:

@@ -8,8 +8,10 @@ from tyro.conf import arg
 
 from videoar.checkpoint import resolve
 from videoar.objectives import FlowMatchingConfig
+from videoar.pipeline import VideoPipeline
 from videoar.runs import Report
-from videoar.tasks import GeneratorTask, GeneratorTraining, check_codec, load_trainable
+from videoar.tasks import GeneratorTask, GeneratorTraining, check_codec
+from videoar.text import PromptEncoder, TextEncoderConfig
 from videoar.train import TrainConfig
 
 
@@ -33,14 +35,16 @@ class FinetuneTask:
                 f" VIDEOS {self.latents}`, or name it with --task.latents"
             )
         folder = resolve(self.init)
-        pipe, prompts = load_trainable(folder)
+        pipe = VideoPipeline.from_pretrained(folder)
+        prompts = pipe.prompt_encoder
+        trained = isinstance(prompts, PromptEncoder)
         info = check_codec(self.latents, pipe.codec, checkpoint=self.init)
         task = GeneratorTask(
             codec=folder,
             latents=self.latents,
             units=self.units,
             model=pipe.transformer.config,
-            text=prompts.encoder.config,
+            text=prompts.encoder.config if trained else TextEncoderConfig(),
             flow=self.flow,
             sampling=replace(pipe.sampling, fps=round(info.fps)),
             init=folder,

@@ -20,10 +20,11 @@ from videoar.metrics import Interval, bootstrap_interval, psnr, ssim
 from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.options import Evaluate
 from videoar.pipeline import VideoPipeline, to_frames
-from videoar.tasks import check_codec, tokenize_cut
+from videoar.tasks import check_codec
 from videoar.text import PromptEncoder
 from videoar.units import parse
 from videoar.video import read_video
+from videoar.wording import tokenize_cut
 
 Json = dict[str, Any]
 DRAWS = 4  # of noise levels and noise, per clip and kind

@@ -1,17 +1,19 @@
 """Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from videoar.attention import block_mask
 from videoar.codecs import TinyCodec
 from videoar.flow import add_noise, random_sigmas, velocity_of
 from videoar.model import TextContext, VideoTransformer
-from videoar.text import PAD, TextEncoder
+from videoar.text import PAD, Rows
 from videoar.tokens import to_tokens
 from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
 
@@ -96,14 +98,32 @@ class FlowMatchingConfig:
     """How often the prompt is empty, for guidance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A training clip's sequence: what the tokens are, and who reads whom."""
 
     units: Units
     coords: Float[Tensor, "tokens 4"]
     unit: Int[Tensor, " tokens"]
-    mask: Bool[Tensor, "tokens tokens"]
+    visible: Bool[Tensor, "units units"]
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "tokens tokens"]:
+        """Who reads whom, token by token."""
+        return token_mask(self.visible, self.unit, self.unit)
+
+    def mask_on(self, device: torch.device) -> Tensor | BlockMask | None:
+        """Return the mask in the form in which a device is fast; None if all is read."""
+        if self.visible.all():
+            return None
+        if device.type == "cuda":
+            return _block_mask(self, device)
+        return self.mask.to(device)
+
+
+@lru_cache(maxsize=64)
+def _block_mask(plan: Layout, device: torch.device) -> BlockMask:
+    return block_mask(plan.visible, plan.unit, device=device)
 
 
 Reads = Literal["past", "future", "all"]
@@ -121,24 +141,37 @@ def layout(units: Units, visible: Visible, *, copies: bool, reads: Reads = "past
     if copies:
         seen = clean_copies(seen)
         coords, unit = torch.cat([coords] * 2), torch.cat([unit, unit + len(index)])
-    return Layout(units, coords, unit, token_mask(seen, unit, unit))
+    return Layout(units, coords, unit, seen)
+
+
+class StoredText(nn.Module):
+    """Stands for an encoder too large to run in training: prompts come as the rows it made."""
+
+    empty: Tensor
+
+    def __init__(self, empty: Float[Tensor, "words channels"]):
+        super().__init__()
+        self.register_buffer("empty", empty, persistent=False)
+
+    def forward(self, rows: Rows) -> Rows:
+        return rows
 
 
 class TextToVideo(nn.Module):
-    """A transformer and the encoder of its prompts, trained together."""
+    """A transformer and the encoder of its prompts, trained together unless that is frozen."""
 
-    def __init__(self, transformer: VideoTransformer, text: TextEncoder):
+    def __init__(self, transformer: VideoTransformer, text: nn.Module):
         super().__init__()
         self.transformer, self.text = transformer, text
 
-    def context(self, words: Int[Tensor, "batch words"]) -> TextContext:
-        """What the transformer reads of prompts."""
+    def context(self, words: Tensor) -> TextContext:
+        """What the transformer reads of prompts: token ids, or stored rows."""
         return self.transformer.encode_text(self.text(words))
 
-    def without(
-        self, words: Int[Tensor, "batch words"], dropped: Bool[Tensor, " batch"]
-    ) -> Int[Tensor, "batch words"]:
+    def without(self, words: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor:
         """Return the prompts, empty where `dropped`."""
+        if isinstance(self.text, StoredText):
+            return torch.where(dropped[:, None, None], self.text.empty.to(words), words)
         return words.masked_fill(dropped[:, None], PAD)
 
 
@@ -162,7 +195,7 @@ def velocities(
         sigma=sigma,
         unit=plan.unit.to(device),
         text=text,
-        mask=plan.mask.to(device),
+        mask=plan.mask_on(device),
         offset=offset,
     )
     return output.velocity[:, -tokens.shape[1] :]
@@ -218,7 +251,7 @@ class FlowMatching(Alone):
     def scheme_loss(
         self,
         latents: Float[Tensor, "batch frames channels height width"],
-        words: Int[Tensor, "batch words"],
+        words: Tensor,
         scheme: Scheme,
         rng: torch.Generator,
     ) -> dict[str, Tensor]:

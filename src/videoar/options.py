@@ -276,6 +276,26 @@ class BenchPrepare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchDistill:
+    """Measure what the parts of a step of distillation cost."""
+
+    checkpoint: Positional[Checkpoint] = "toy"
+    """Network that plays teacher, critic and student."""
+    units: str = "cube:1x2x2"
+    """Kind of unit."""
+    batch_size: int = 16
+    """Videos per batch."""
+    repeats: int = 5
+    """How often each part is timed."""
+    threads: int | None = None
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats"):
+            _check(self, (name, getattr(self, name) >= 1, "1 or more"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Judge on the procedural world whether videos show what their prompts say, and go on to."""
 

@@ -23,25 +23,28 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from videoar.checkpoint import resolve
 from videoar.codecs import Codec
-from videoar.data import INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
-from videoar.formats import load_codec
+from videoar.data import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
+from videoar.formats import load_codec, surroundings
 from videoar.options import Prepare
 from videoar.parts import begin, read_done, read_parts, write_json
 from videoar.processes import Event, Pool
 from videoar.sources import Listing, Source, list_sources
+from videoar.umt5 import UMT5PromptEncoder
 from videoar.video import Frames, contact_sheet
 
 Json = dict[str, Any]
 WORK, HELD_OUT = ".work", "heldout"
 ABOUT, REJECTED, STATISTICS = "prepare.json", "rejected.jsonl", "statistics.json"
 SHEET = "contact-sheet.png"
-OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME)
+OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME, EMPTY_TEXT)
 # What may differ when a run goes on: where things are, and who does the work.
 FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "engine"}
-SHEET_CLIPS = 48
+SHEET_CLIPS, TEXTS_AT_A_TIME = 48, 128
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,15 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
     _make_parts(config, listing, work, show)
+    encoder = frozen_text(Path(config.codec), device=config.device)
     info = LatentsInfo(
-        codec=about["codec"], channels=codec.latent_channels, stride=codec.stride, fps=config.fps
+        codec=about["codec"],
+        channels=codec.latent_channels,
+        stride=codec.stride,
+        fps=config.fps,
+        text=None if encoder is None else encoder.fingerprint(),
     )
-    statistics = _join(folder, listing, info=info, about=about | sources)
+    statistics = _join(folder, listing, info=info, about=about | sources, encoder=encoder)
     shutil.rmtree(work)
     return statistics
 
@@ -207,7 +215,33 @@ def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
         yield from pickle.loads(row["events"])
 
 
-def _join(folder: Path, listing: Listing, *, info: LatentsInfo, about: Json) -> Json:
+def frozen_text(checkpoint: Path, *, device: str) -> UMT5PromptEncoder | None:
+    """Return a checkpoint's text encoder if it is one that is not trained along."""
+    text = surroundings(checkpoint).get("text")
+    if not isinstance(text, UMT5PromptEncoder):
+        return None
+    text.device = device
+    return text
+
+
+def _rows(sources: list[Source], encoder: UMT5PromptEncoder | None) -> Iterator[Tensor | None]:
+    """Encode the first caption of every video, some at a time: each takes 4 MB and more."""
+    for start in range(0, len(sources), TEXTS_AT_A_TIME):
+        chosen = sources[start : start + TEXTS_AT_A_TIME]
+        if encoder is None:
+            yield from (None for _ in chosen)
+        else:
+            yield from encoder.encode([source.captions[0] for source in chosen])
+
+
+def _join(
+    folder: Path,
+    listing: Listing,
+    *,
+    info: LatentsInfo,
+    about: Json,
+    encoder: UMT5PromptEncoder | None,
+) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT
     for stale in (*folder.glob("shard-*"), *(folder / name for name in OUTPUTS)):
@@ -228,7 +262,9 @@ def _join(folder: Path, listing: Listing, *, info: LatentsInfo, about: Json) -> 
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder, listing, done)
-        for number, source in enumerate(used):
+        if encoder is not None:
+            save_file({"rows": encoder.encode([""])[0]}, folder / EMPTY_TEXT)
+        for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
             table = sizes[HELD_OUT if source in out else "clips"]
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}
@@ -236,7 +272,7 @@ def _join(folder: Path, listing: Listing, *, info: LatentsInfo, about: Json) -> 
                     extra["source"] = f"{table.total():06d}.mkv"
                     shutil.copyfile(clip.pixels, apart / extra["source"])
                 target = other if source in out else writer
-                target.add(clip.latents, captions=source.captions, extra=extra)
+                target.add(clip.latents, captions=source.captions, extra=extra, text=rows)
                 frames, _, height, width = clip.latents.shape
                 length = 1 + (frames - 1) * info.stride[0]
                 table[f"{length} of {width * info.stride[2]}x{height * info.stride[1]}"] += 1

@@ -1,7 +1,6 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
 import functools
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +22,10 @@ from videoar.objectives import TextToVideo
 from videoar.pipeline import VideoPipeline
 from videoar.runs import Report
 from videoar.scores import PASSES, Context
-from videoar.tasks import check_codec, load_trainable, tokenize_cut
-from videoar.text import PromptEncoder
+from videoar.tasks import check_codec
 from videoar.train import TrainConfig
 from videoar.video import contact_sheet
+from videoar.wording import Wording, fitting
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
@@ -65,10 +64,10 @@ class DistillTask:
         return StudentTraining(self, config, report)
 
 
-def load_part(name: str, role: str) -> tuple[VideoPipeline, PromptEncoder]:
+def load_part(name: str, role: str) -> VideoPipeline:
     """Load who takes a part, or say which checkpoint is missing."""
     try:
-        return load_trainable(resolve(name))
+        return VideoPipeline.from_pretrained(resolve(name))
     except ValueError as error:
         raise ValueError(f"the {role}: {error}") from error
 
@@ -119,17 +118,8 @@ _FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
         pipe.transformer.config.patch,
     ),
     "frame size": lambda pipe: (pipe.width, pipe.height),
-    "words": lambda pipe: _words(pipe),
+    "words": fitting,
 }
-
-
-def _words(pipe: VideoPipeline) -> str:
-    """Return what shows whether two text encoders take the same token ids."""
-    prompts = pipe.prompt_encoder
-    assert isinstance(prompts, PromptEncoder)
-    text = prompts.tokenizer.to_json()
-    length = prompts.encoder.config.max_tokens
-    return f"{length} tokens of a vocabulary with checksum {zlib.crc32(text.encode()):08x}"
 
 
 def add_low_rank(model: VideoTransformer, rank: int) -> None:
@@ -166,22 +156,23 @@ class StudentTraining:
 
     def __init__(self, task: DistillTask, config: TrainConfig, report: Report) -> None:
         self.task, self.config = task, config
-        teacher, teacher_text = load_part(task.teacher, "teacher")
-        student, text = load_part(task.student, "student")
+        teacher = load_part(task.teacher, "teacher")
+        student = load_part(task.student, "student")
         parts, distillation = {"student": student}, task.distillation
         follower = None
         if distillation.stage == "dmd":
             follower = load_part(task.critic or task.teacher, "critic")
-            parts["critic"] = follower[0]
+            parts["critic"] = follower
         context = check_parts(task, teacher, parts)
         check_codec(task.latents, student.codec, checkpoint=task.student)
-        shards = LatentShards(task.latents, tokenize=functools.partial(tokenize_cut, text))
+        self.wording = Wording.of(student.prompt_encoder, task.latents)
+        shards = LatentShards(task.latents, tokenize=self.wording.tokenize)
         self._check_lengths(shards)
-        self.student, self.prompts = student, text
+        self.student = student
         schemes = tuple(map(units.parse, task.units))
-        module = self._trainable(student, text)
+        module = self._trainable(student)
         taught: dict[str, Any] = {
-            "teacher": TextToVideo(teacher.transformer, teacher_text.encoder),
+            "teacher": self._module(teacher),
             "context": context,
             "schemes": schemes,
             "config": distillation,
@@ -190,7 +181,7 @@ class StudentTraining:
         if follower is None:
             self.objective = Initialisation(module, **taught)
         else:
-            self.objective = DistributionMatching(module, self._trainable(*follower), **taught)
+            self.objective = DistributionMatching(module, self._trainable(follower), **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": shards.kinds}
         self.batches = Batches(shards, **batches)
         self.of_the_world = "scene" in shards.clips[0].get("extra", {})
@@ -210,8 +201,12 @@ class StudentTraining:
                 f" {needed}: prepare longer clips, or lower clip_frames"
             )
 
-    def _trainable(self, pipe: VideoPipeline, prompts: PromptEncoder) -> TextToVideo:
-        module = TextToVideo(pipe.transformer.requires_grad_(True), prompts.encoder)
+    def _module(self, pipe: VideoPipeline) -> TextToVideo:
+        text = Wording.of(pipe.prompt_encoder, self.task.latents).module
+        return TextToVideo(pipe.transformer, text)
+
+    def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
+        module = self._module(pipe).requires_grad_(True)
         module.text.requires_grad_(self.task.lora_rank is None)
         if self.task.lora_rank is not None:
             add_low_rank(pipe.transformer, self.task.lora_rank)
@@ -249,7 +244,7 @@ class StudentTraining:
         )
         return VideoPipeline(
             transformer=module.transformer,
-            prompt_encoder=PromptEncoder(self.prompts.tokenizer, module.text),
+            prompt_encoder=self.wording.along(module.text),
             codec=self.student.codec,
             sampling=sampling,
             height=self.student.height,

@@ -1,6 +1,5 @@
 """What the recipes train: the codec, and the generator on latents that were encoded once."""
 
-import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar import units, world
+from videoar import formats, units, world
 from videoar.checkpoint import Component, load_component, save_checkpoint
 from videoar.codecs import Codec, TinyCodec, TinyCodecConfig
 from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter, read_info
@@ -23,8 +22,9 @@ from videoar.model import ModelConfig, VideoTransformer
 from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction, TextToVideo
 from videoar.pipeline import Sampling, VideoPipeline, from_frames, to_frames
 from videoar.runs import Report
-from videoar.text import PAD, PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.text import PromptEncoder, Prompts, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
+from videoar.wording import Wording
 
 HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
@@ -53,13 +53,6 @@ def check_codec(latents: Path, codec: Codec, *, checkpoint: str | Path) -> Laten
             f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
         )
     return info
-
-
-def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
-    """Return token ids; the end of a caption beyond the encoder's limit is left out."""
-    limit = prompts.encoder.config.max_tokens
-    ids = [prompts.tokenizer.encode(caption)[:limit] for caption in captions]
-    return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
 
 
 # ---------------------------------------------------------------- the codec
@@ -223,7 +216,7 @@ class Encoded:
 
 
 def encode_scenes(
-    codec: TinyCodec, indices: Sequence[int], *, num_latents: int, config: TrainConfig
+    codec: Codec, indices: Sequence[int], *, num_latents: int, config: TrainConfig
 ) -> Iterator[Encoded]:
     """Render scenes from a random moment on, and encode them in batches of 16."""
     num_frames = 1 + codec.stride[0] * (num_latents - 1)
@@ -241,7 +234,7 @@ def encode_scenes(
 
 
 def encode_world(
-    codec: TinyCodec, folder: Path, *, task: "GeneratorTask", config: TrainConfig, report: Report
+    codec: Codec, folder: Path, *, task: "GeneratorTask", config: TrainConfig, report: Report
 ) -> None:
     """Keep the latents and captions of the world's first videos in a new folder."""
     info = LatentsInfo(
@@ -263,33 +256,24 @@ def encode_world(
     partial.rename(folder)
 
 
-def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, PromptEncoder]:
+def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, Prompts]:
     """Load what `task.init` names; its sizes must be those that the task asks for."""
     assert task.init is not None
-    pipe, prompts = load_trainable(task.init)
-    found = pipe.transformer.config, prompts.encoder.config
-    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=True):
+    pipe = VideoPipeline.from_pretrained(task.init)
+    found: list[Any] = [pipe.transformer.config]
+    if isinstance(pipe.prompt_encoder, PromptEncoder):
+        found.append(pipe.prompt_encoder.encoder.config)
+    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=False):
         if there != wanted:
             raise ValueError(
                 f"{task.init} has the {name} sizes {there}, but the run asks for {wanted}:"
                 " name another checkpoint, or change the sizes"
             )
-    return pipe.transformer, prompts
-
-
-def load_trainable(checkpoint: Path) -> tuple[VideoPipeline, PromptEncoder]:
-    """Load a checkpoint whose text encoder is trained along."""
-    pipe = VideoPipeline.from_pretrained(checkpoint)
-    if not isinstance(pipe.prompt_encoder, PromptEncoder):
-        raise ValueError(
-            f"{checkpoint} has a text encoder that is not trained here: name a checkpoint of a"
-            " recipe, such as toy"
-        )
-    return pipe, pipe.prompt_encoder
+    return pipe.transformer, pipe.prompt_encoder
 
 
 def read_held_out(
-    latents: Path, tokenize: Callable[[list[str]], Tensor], *, limit: int = 32
+    latents: Path, tokenize: Callable[[list[str]], Tensor] | None, *, limit: int = 32
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the first clips that a folder holds out, in batches of one size; none if it has not."""
     if not (latents / "heldout").is_dir():
@@ -301,7 +285,7 @@ def read_held_out(
 
 
 def _report_unused(
-    shards: LatentShards, batches: Batches, prompts: PromptEncoder, report: Report
+    shards: LatentShards, batches: Batches, wording: Wording, report: Report
 ) -> None:
     if batches.left_out:
         report(
@@ -309,10 +293,8 @@ def _report_unused(
             f" are fewer than the {batches.batch_size} of a batch; lower batch_size to use them"
         )
     captions = {caption for clip in shards.clips for caption in clip["captions"]}
-    limit = prompts.encoder.config.max_tokens
-    long = sum(len(prompts.tokenizer.encode(caption)) > limit for caption in captions)
-    if long:
-        report(f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut")
+    if cut := wording.too_long(captions):
+        report(cut)
 
 
 class GeneratorTraining:
@@ -320,7 +302,7 @@ class GeneratorTraining:
 
     def __init__(self, task: GeneratorTask, config: TrainConfig, report: Report):
         self.task = task
-        self.codec = load_codec(task.codec)
+        self.codec = formats.load_codec(task.codec)
         if not task.latents.exists():
             encode_world(self.codec, task.latents, task=task, config=config, report=report)
         check_codec(task.latents, self.codec, checkpoint=task.codec)
@@ -332,23 +314,23 @@ class GeneratorTraining:
             transformer = VideoTransformer(task.model)
         else:
             transformer, prompt = load_generator(task)
-        self.tokenizer, text = prompt.tokenizer, prompt.encoder
+        self.wording = Wording.of(prompt, task.latents)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
-        tokenize = functools.partial(tokenize_cut, prompt)
+        tokenize = self.wording.tokenize
         shards = LatentShards(task.latents, tokenize=tokenize)
         self.objective = FlowMatching(
-            TextToVideo(transformer, text),
+            TextToVideo(transformer, self.wording.module),
             schemes=tuple(map(units.parse, task.units)),
             config=task.flow,
         )
         kinds, batch_size = shards.kinds, config.batch_size
         self.batches = Batches(shards, batch_size=batch_size, seed=config.seed, kinds=kinds)
-        _report_unused(shards, self.batches, prompt, report)
+        _report_unused(shards, self.batches, self.wording, report)
         common = shards.clips[int(np.argmax(kinds == np.bincount(kinds).argmax()))]
         self.size = common["height"], common["width"]
-        if "scene" in common.get("extra", {}):
+        if "scene" in common.get("extra", {}) and tokenize is not None:
             indices = range(HELD_OUT, HELD_OUT + 32)
             unseen = encode_scenes(self.codec, indices, num_latents=task.num_latents, config=config)
             videos = list(unseen)
@@ -381,17 +363,13 @@ class GeneratorTraining:
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TextToVideo)
-        task = self.task
-        text = {"tokenizer.json": self.tokenizer.to_json()}
         sides = zip(("height", "width"), self.size, self.codec.stride[1:], strict=True)
-        size = {name: side * stride for name, side, stride in sides}
-        save_checkpoint(
-            folder,
-            {
-                "transformer": Component(module=module.transformer, config=task.model),
-                "text": Component(module=module.text, config=task.text, texts=text),
-                "codec": Component(module=self.codec, config=self.codec.config),
-            },
-            {"units": list(task.units), "sampling": vars(task.sampling), **size, **meta},
-            overwrite=True,
+        pipe = VideoPipeline(
+            transformer=module.transformer,
+            prompt_encoder=self.wording.along(module.text),
+            codec=self.codec,
+            sampling=self.task.sampling,
+            meta={"units": list(self.task.units), **meta},
+            **{name: side * stride for name, side, stride in sides},
         )
+        pipe.save_pretrained(folder, overwrite=True)

@@ -1,5 +1,6 @@
 """Text: prompts to token ids and to the rows of channels that a transformer attends to."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,10 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json(), encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """Name what the ids mean."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     @property
     def vocab_size(self) -> int:

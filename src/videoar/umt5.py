@@ -102,6 +102,13 @@ class UMT5PromptEncoder:
         ]
         return torch.stack(padded)
 
+    def fingerprint(self) -> str:
+        """Name what the rows mean: the sizes of the encoder's files, and its words."""
+        parts = self.encoder.iterdir() if self.encoder.is_dir() else [self.encoder]
+        about = repr(sorted((part.name, part.stat().st_size) for part in parts)).encode()
+        about += (self.tokenizer / "tokenizer.json").read_bytes()
+        return f"umT5-{hashlib.sha256(about).hexdigest()[:12]}"
+
     def _ids(self, prompt: str) -> list[int]:
         ids = self._words.encode(prompt).ids
         if len(ids) > MAX_TOKENS:
