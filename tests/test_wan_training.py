@@ -1,0 +1,120 @@
+"""Checkpoints of the Wan family in training: captions are encoded once, by their own encoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_wan
+import torch
+
+from videoar.cli import main
+from videoar.data import EMPTY_TEXT, LatentShards, read_info
+from videoar.pipeline import VideoPipeline
+from videoar.runs import read_log
+from videoar.video import Video
+
+CAPTIONS = ("a red ball moves left", "nothing happens", "a red ball moves right")
+QUICK = ("--num-frames", "9", "--workers", "1", "--held-out", "0", "--sizes", "32x32")
+SHORT = ("--batch-size", "2", "--save-every", "1", "--precision", "float32", "--log-every", "1")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan folder, videos with captions, and their latents."""
+    root = tmp_path_factory.mktemp("wan")
+    tiny_wan.save(tiny_wan.pipeline(), root / "wan")
+    videos, rng = root / "videos", np.random.default_rng(0)
+    videos.mkdir()
+    for number, caption in enumerate(CAPTIONS):
+        frames = rng.integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+        Video(frames=frames, fps=16.0).save(videos / f"{number}.mp4")
+        (videos / f"{number}.txt").write_text(caption)
+    words = [str(videos), str(root / "latents"), "--codec", str(root / "wan"), *QUICK]
+    assert main(["prepare", *words]) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep embeddings of these tests apart from those of the user."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def _finetune(root: Path, out: Path, *words: str) -> list[str]:
+    data = ["--data.path", str(root / "latents"), "--task.init", str(root / "wan")]
+    rate = ["--optimizer.muon-learning-rate", "None", "--optimizer.warmup-steps", "0"]
+    units = ["--task.units", "frame", "chunk:2", "--task.flow.clip-frames", "3"]
+    return ["train", "finetune", *data, *rate, *units, *SHORT, "--out", str(out), *words]
+
+
+def test_captions_are_stored_as_the_rows_of_the_encoder(root: Path) -> None:
+    """What training reads is what generation would compute for the same prompt."""
+    prompts = VideoPipeline.from_pretrained(root / "wan").prompt_encoder
+    shards = LatentShards(root / "latents")
+    batch = shards.get([0, 1, 2], np.random.default_rng(0))
+    captions = [clip["captions"][0] for clip in shards.clips]
+    assert sorted(captions) == sorted(CAPTIONS)
+    expected = prompts.encode(captions)
+    torch.testing.assert_close(batch["text"], expected.float(), atol=2e-3, rtol=1e-3)
+    assert read_info(root / "latents").text == prompts.fingerprint()
+    assert (root / "latents" / EMPTY_TEXT).is_file()
+
+
+def test_a_wan_folder_is_finetuned_and_generates(root: Path, tmp_path: Path) -> None:
+    """Only the transformer learns; the text encoder comes out as it went in."""
+    assert main(_finetune(root, tmp_path / "run", "--steps", "3")) == 0
+    trained = VideoPipeline.from_pretrained(tmp_path / "run" / "checkpoint")
+    first = VideoPipeline.from_pretrained(root / "wan")
+    before, after = first.transformer.state_dict(), trained.transformer.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(
+        first.prompt_encoder.encode(["a ball"]), trained.prompt_encoder.encode(["a ball"])
+    )
+    video = trained("a red ball moves left", num_frames=5, units="frame", num_inference_steps=1)
+    assert video.frames.shape == (5, 32, 32, 3)
+
+
+def test_an_interrupted_finetune_goes_on_exactly(root: Path, tmp_path: Path) -> None:
+    """Rows of text come from the same clips after a resume."""
+    assert main(_finetune(root, tmp_path / "whole", "--steps", "3")) == 0
+    for steps in ("1", "3"):
+        words = ("--steps", steps, "--optimizer.decay-fraction", "0.5")
+        assert main(_finetune(root, tmp_path / "parts", *words)) == 0
+    losses = [
+        [row["loss"] for row in read_log(tmp_path / name) if "loss" in row]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("recipe", ["toy-start", "toy-dmd"])
+def test_a_wan_folder_is_distilled(root: Path, tmp_path: Path, recipe: str) -> None:
+    """Plain Wan reads everything: it is teacher, critic and student of the same command."""
+    wan, out = str(root / "wan"), tmp_path / "run"
+    parts = ["--task.teacher", wan, "--task.student", wan, "--data.path", str(root / "latents")]
+    small = ["--task.distillation.clip-frames", "3", "--task.units", "frame"]
+    if recipe == "toy-dmd":
+        small += ["--task.distillation.critic-warmup", "0", "--task.distillation.critic-steps", "1"]
+    rate = ["--optimizer.muon-learning-rate", "None"]
+    words = [*parts, *small, *rate, *SHORT, "--out", str(out), "--steps", "2"]
+    assert main(["distill", recipe, *words]) == 0
+    pipe = VideoPipeline.from_pretrained(out / "checkpoint")
+    assert pipe.sampling.step == "renoise"
+    assert len(pipe("a red ball", num_frames=5).frames) == 5
+
+
+def test_latents_without_rows_are_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence says what to run; training would else begin without words."""
+    info = root / "latents" / "latents.json"
+    text = info.read_text()
+    stored = read_info(root / "latents").text
+    try:
+        info.write_text(text.replace(f'"{stored}"', "null"))
+        assert main(_finetune(root, tmp_path / "run", "--steps", "1")) == 2
+    finally:
+        info.write_text(text)
+    error = capsys.readouterr().err
+    assert "captions encoded by nothing" in error
+    assert "prepare the videos again, with that checkpoint as --codec" in error
