@@ -19,6 +19,9 @@ from videoar.students import DistillTask
 from videoar.tasks import CodecTask, GeneratorTask, load_codec
 from videoar.train import TrainConfig, train
 
+# Of real weights: `test_wan_training.py` takes its steps.
+SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
+
 
 def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
     """The same recipe with small parts, few videos and a few steps."""
@@ -68,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     done: dict[str, Path] = {}
 
     def run(name: str) -> Path:
-        for each in RECIPES:  # in the order in which they build on each other
+        for each in SMALL:  # in the order in which they build on each other
             if each not in done:
                 done[each] = train(_tiny(find(each), folder))
             if each == name:
@@ -78,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_recipe_trains(trained, name: str) -> None:
     """A recipe that nobody runs rots; all its parts must fit and its losses be finite."""
     checkpoint = trained(name)

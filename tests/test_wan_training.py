@@ -1,5 +1,6 @@
 """Checkpoints of the Wan family in training: captions are encoded once, by their own encoder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 import tiny_wan
 import torch
 
+from videoar import recipes
 from videoar.cli import main
 from videoar.data import EMPTY_TEXT, LatentShards, read_info
+from videoar.model import ModelConfig, VideoTransformer
 from videoar.pipeline import VideoPipeline
 from videoar.runs import read_log
+from videoar.students import forecast
+from videoar.train import train
 from videoar.video import Video
 
 CAPTIONS = ("a red ball moves left", "nothing happens", "a red ball moves right")
@@ -118,3 +123,50 @@ def test_latents_without_rows_are_refused(
     error = capsys.readouterr().err
     assert "captions encoded by nothing" in error
     assert "prepare the videos again, with that checkpoint as --codec" in error
+
+
+# ---------------------------------------------------------------- the recipe of the real size
+
+
+def test_the_networks_of_the_recipe_have_the_public_size() -> None:
+    """1.42 billion parameters each, counted without memory, and what they take when trained."""
+    with torch.device("meta"):
+        teacher, student, critic = (VideoTransformer(ModelConfig()) for _ in range(3))
+    public = 1_418_996_800 + ModelConfig().num_levels * ModelConfig().hidden_size
+    assert teacher.num_parameters == public
+    said = forecast({"student": student, "critic": critic, "teacher": teacher})
+    whole = public * (20 + 16 + 4) / 2**30
+    assert f"{whole:.1f} on 1, {whole / 2:.1f} on 2" in said
+    said = forecast({"student": student, "teacher": teacher.to(torch.bfloat16)})
+    assert f"{public * (20 + 2) / 2**30:.1f} on 1" in said
+
+
+def test_the_recipe_takes_a_step_at_full_width(root: Path, tmp_path: Path) -> None:
+    """All widths are real; layers, frames and batches are few."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = VideoTransformer(ModelConfig(num_layers=1))
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    pipe = tiny_wan.pipeline()
+    config = tiny_wan.transformers.UMT5Config(
+        **tiny_wan.T5 | {"d_model": 4096}, feed_forward_proj="gated-gelu"
+    )
+    wide = tiny_wan.transformers.UMT5EncoderModel(config)
+    pipe.text_encoder = tiny_wan.randomise(wide, scale=0.02)
+    folder, latents = tiny_wan.save(pipe, tmp_path / "tiny"), tmp_path / "latents"
+    first = VideoPipeline.from_pretrained(folder)
+    first.transformer, first.sampling = transformer, replace(first.sampling, units="full")
+    first.save_pretrained(tmp_path / "wan")
+    videos = [str(root / "videos"), str(latents), "--codec", str(tmp_path / "wan"), *QUICK]
+    assert main(["prepare", *videos]) == 0
+    recipe = recipes.find("wan-1.3b-dmd")
+    distillation = replace(recipe.task.distillation, clip_frames=3, critic_warmup=0, critic_steps=1)
+    wan = str(tmp_path / "wan")
+    task = replace(
+        recipe.task, teacher=wan, student=wan, latents=latents, distillation=distillation
+    )
+    small = {"task": task, "steps": 2, "accumulate": 1, "device": "cpu", "out": tmp_path / "run"}
+    train(replace(recipe, **small))
+    losses = [row["loss"] for row in read_log(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 1
+    assert np.isfinite(losses[0])

@@ -241,6 +241,46 @@ def toy_dmd() -> TrainConfig:
     )
 
 
+def wan_dmd() -> TrainConfig:
+    """Wan2.1 1.3B to 4 steps by chunks of 3, under `torchrun`: `videoar distill wan-1.3b-dmd`.
+
+    Rates, noise levels and turns are those of Self-Forcing (arXiv:2506.08009).
+    """
+    wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    return TrainConfig(
+        name="wan-1.3b-dmd",
+        out=Path("runs/wan-1.3b-dmd"),
+        task=DistillTask(
+            teacher=wan,
+            student=wan,
+            latents=Path("latents"),
+            units=("chunk:3",),
+            distillation=DistillationConfig(
+                clip_frames=21,
+                guidance_scale=4.0,
+                critic_draws=1,
+                critic_warmup=500,
+            ),
+            recompute=True,
+        ),
+        steps=1700,
+        batch_size=1,
+        accumulate=64,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-6,
+            betas=(0.0, 0.999),
+            warmup_steps=0,
+            decay_fraction=0.0,
+            clip_norm=10.0,
+        ),
+        critic_learning_rate=4e-7,
+        ema_decay=0.99,
+        precision="bfloat16",
+        device="cuda",
+        save_every=100,
+    )
+
+
 def finetune() -> TrainConfig:
     """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
     return TrainConfig(
@@ -272,6 +312,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 DISTILLATIONS: dict[str, Callable[[], TrainConfig]] = {
     "toy-start": toy_start,
     "toy-dmd": toy_dmd,
+    "wan-1.3b-dmd": wan_dmd,
 }
 RECIPES |= DISTILLATIONS
 

@@ -1,7 +1,7 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from videoar.scores import PASSES, Context
 from videoar.tasks import check_codec
 from videoar.train import TrainConfig
 from videoar.video import contact_sheet
-from videoar.wording import Wording, fitting
+from videoar.wording import Wording, fitting, own_weights
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
@@ -151,6 +151,22 @@ def recompute_activations(model: VideoTransformer) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) -> str:
+    """Say what weights, gradients, averages and moments take, on one GPU and split among more.
+
+    In float32, but for the teacher, which stays as it is stored. Activations come on top.
+    """
+    counts = {name: network.num_parameters for name, network in networks.items()}
+    teacher = networks["teacher"]
+    total = counts["teacher"] * next(teacher.parameters()).element_size()
+    # Weight and gradient, two moments, and the student's average.
+    each = {"student": (4 if lora else 16) + 4, "critic": 4 if lora else 16}
+    total += sum(each[name] * count for name, count in counts.items() if name != "teacher")
+    sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in counts.items())
+    splits = ", ".join(f"{total / 2**30 / gpus:.1f} on {gpus}" for gpus in (1, 2, 4, 8))
+    return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
+
+
 class StudentTraining:
     """A `Task`: what the loop needs to distil a student."""
 
@@ -189,8 +205,8 @@ class StudentTraining:
         tokens = distillation.clip_frames * student.height * student.width // side**2
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
-        for name, pipe in (parts | {"teacher": teacher}).items():
-            report(f"{name}: {pipe.transformer.num_parameters / 1e6:.1f} M parameters")
+        sizes = {name: pipe.transformer for name, pipe in (parts | {"teacher": teacher}).items()}
+        report(forecast(sizes, lora=task.lora_rank is not None))
 
     def _check_lengths(self, shards: LatentShards) -> None:
         needed = self.task.distillation.clip_frames
@@ -207,6 +223,7 @@ class StudentTraining:
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
         module = self._module(pipe).requires_grad_(True)
+        own_weights(module)
         module.text.requires_grad_(self.task.lora_rank is None)
         if self.task.lora_rank is not None:
             add_low_rank(pipe.transformer, self.task.lora_rank)

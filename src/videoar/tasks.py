@@ -24,7 +24,7 @@ from videoar.pipeline import Sampling, VideoPipeline, from_frames, to_frames
 from videoar.runs import Report
 from videoar.text import PromptEncoder, Prompts, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.train import TrainConfig
-from videoar.wording import Wording
+from videoar.wording import Wording, own_weights
 
 HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
@@ -314,6 +314,7 @@ class GeneratorTraining:
             transformer = VideoTransformer(task.model)
         else:
             transformer, prompt = load_generator(task)
+        own_weights(transformer)
         self.wording = Wording.of(prompt, task.latents)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:

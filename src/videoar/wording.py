@@ -70,6 +70,13 @@ def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "ba
     return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
 
 
+def own_weights(module: nn.Module) -> nn.Module:
+    """Copy the weights into memory of their own, in float32; they may be mapped from a file."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return module
+
+
 def fitting(pipe: VideoPipeline) -> str:
     """Return what must agree where two transformers are to take the same words."""
     prompts = pipe.prompt_encoder
