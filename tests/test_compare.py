@@ -9,8 +9,9 @@ import pytest
 from tiny import TEXT, tiny_pipeline
 
 from videoar.cli import main
-from videoar.compare import Entry, features
+from videoar.compare import Entry, features, with_fields
 from videoar.metrics import frechet_distance, frechet_interval
+from videoar.sampling import Sampling
 from videoar.text import PromptEncoder, TextEncoder
 
 SMALL = ["--num-prompts", "3", "--seconds", "1.5", "--units", "frame"]
@@ -82,6 +83,16 @@ def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
     again = capsys.readouterr().out
     assert " s\n" not in again.split("| videos of")[0]
     assert again[again.index("| videos of") :] == said[said.index("| videos of") :]
+
+
+def test_fields_of_the_sampling_may_follow_a_name() -> None:
+    """The same checkpoint with and without guidance is a comparison, too."""
+    changed = with_fields(Sampling(), "guidance_scale=2.5&units=frame&num_inference_steps=2")
+    assert (changed.guidance_scale, changed.units, changed.num_inference_steps) == (2.5, "frame", 2)
+    assert with_fields(Sampling(), "") == Sampling()
+    for bad in ("guidance=2", "shift"):
+        with pytest.raises(ValueError, match="changes no field of the sampling"):
+            with_fields(Sampling(), bad)
 
 
 def test_two_entries_of_one_name_are_refused(capsys) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints beside each other: the same prompts, the same noise, intervals of the differences.
 
 An entry is a name with one checkpoint, or with several that differ in their seed of training: their
-videos of one prompt are one observation. Every checkpoint samples as it says itself.
+videos of one prompt are one observation. Every checkpoint samples as it says itself, but for
+fields of `Sampling` that follow its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from videoar.evaluate import (
 from videoar.metrics import bootstrap_interval, frechet_distance, frechet_interval
 from videoar.options import Compare
 from videoar.pipeline import VideoPipeline, from_frames
+from videoar.sampling import Sampling
 from videoar.tables import markdown
 from videoar.tasks import load_codec
 
@@ -79,14 +82,16 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
     settings = {"num_prompts": config.num_prompts, "seeds": config.seeds, "seed": config.seed}
     settings |= {"seconds": config.seconds, "units": config.units}
     for name, checkpoint in _jobs(entries):
-        key, weights = f"{name} {checkpoint}", fingerprint(resolve(checkpoint))
+        path, _, given = checkpoint.partition("?")
+        key, weights = f"{name} {checkpoint}", fingerprint(resolve(path))
         wanted = settings | {"weights": weights}
         for suffix, count in (("", config.num_prompts), (LONG, config.long_prompts)):
             length = config.long_seconds if suffix else config.seconds
             asked = wanted | {"long": [count, length]} if suffix else wanted
             if not count or parts.get(key + suffix, {}).get("settings") == asked:
                 continue
-            pipe = VideoPipeline.from_pretrained(resolve(checkpoint))
+            pipe = VideoPipeline.from_pretrained(resolve(path))
+            pipe.sampling = with_fields(pipe.sampling, given)
             units = config.units or pipe.sampling.units
             assert isinstance(units, str)
             reference = name == CLEAN
@@ -106,6 +111,23 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
     text = _tables(entries, parts, config)
     save(config.out, {"parts": parts, "tables": text})
     return text
+
+
+def with_fields(sampling: Sampling, given: str) -> Sampling:
+    """Override fields by `name=value&name=value`; values are JSON, or words."""
+    changes: Json = {}
+    for pair in filter(None, given.split("&")):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in vars(sampling):
+            raise ValueError(
+                f"{pair!r} changes no field of the sampling: write NAME=VALUE with a name among"
+                f" {', '.join(vars(sampling))}"
+            )
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return replace(sampling, **changes)
 
 
 def _jobs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:

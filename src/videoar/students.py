@@ -242,8 +242,9 @@ class StudentTraining:
             return asked + 8.0 * one
         rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
         passes = len(PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
+        learned = 3 * passes * config.critic_draws
         share = 1 / (config.critic_steps + 1)
-        return rollout + (1 - share) * 3 * passes + share * (4 * one + passes + asked)
+        return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
 
     def pipeline(self, module: nn.Module) -> VideoPipeline:
         """Return what the student makes videos with."""
@@ -274,6 +275,7 @@ class StudentTraining:
         pipe, values, shown = self.pipeline(module), {}, []
         if not self.of_the_world:
             return {}
+        pipe.codec.to(next(module.parameters()).device)
         prompts = held_out_prompts(self.task.num_validation, seed=0)
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)

@@ -350,14 +350,15 @@ class GeneratorTraining:
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """The loss of every scheme on the same clips and noise."""
         assert isinstance(module, TextToVideo)
-        schemes = self.objective.schemes
+        schemes, device = self.objective.schemes, next(module.parameters()).device
         objective = FlowMatching(module, schemes=schemes, config=self.task.flow)
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
         for name, scheme in zip(self.task.units, schemes, strict=True) if count else ():
             rng, total = torch.Generator().manual_seed(0), 0.0
             for batch in self.held_out:
-                latents = objective.clip(batch["latents"], scheme, rng)
-                loss = objective.scheme_loss(latents, batch["text"], scheme, rng)["loss"]
+                latents = objective.clip(batch["latents"].to(device), scheme, rng)
+                words = batch["text"].to(device)
+                loss = objective.scheme_loss(latents, words, scheme, rng)["loss"]
                 total += float(loss) * len(latents)
             losses[name] = total / count
         return losses

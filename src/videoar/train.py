@@ -67,7 +67,7 @@ class TrainConfig:
     batch_size: int
     """Samples per batch; an optimizer step takes `batch_size * accumulate` of them."""
     accumulate: int = 1
-    """Batches per optimizer step."""
+    """Batches per optimizer step, which all processes share."""
     seed: int = 0
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
