@@ -47,12 +47,15 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
     elif isinstance(task, DistillTask):
-        parts = {name: str(folder / RECIPES[name]().out / "checkpoint") for name in RECIPES}
-        known = {str(RECIPES[name]().out / "checkpoint"): place for name, place in parts.items()}
+        made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
+        where = {
+            name: str(folder / RECIPES[made.get(name, name)]().out / "checkpoint")
+            for name in (task.teacher, task.student)
+        }
         small = replace(
             task,
-            teacher=known[task.teacher],
-            student=known.get(task.student, parts.get(task.student, "")),
+            teacher=where[task.teacher],
+            student=where[task.student],
             latents=folder / task.latents,
             distillation=replace(task.distillation, critic_warmup=0, critic_steps=1),
             num_validation=2,

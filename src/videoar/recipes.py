@@ -195,35 +195,40 @@ def toy_teacher() -> TrainConfig:
 
 
 def toy_start() -> TrainConfig:
-    """The first stage of distillation: `videoar distill toy-start`, after `toy-teacher`."""
-    rates = OptimizerConfig(learning_rate=1e-3, muon_learning_rate=5e-3, warmup_steps=20)
+    """The first stage of distillation: `videoar distill toy-start`.
+
+    The teacher is causal as the student is: with one that reads everything motions were lost
+    (`docs/log.md`).
+    """
+    rates = OptimizerConfig(learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20)
     return TrainConfig(
         name="toy-start",
         out=Path("runs/toy-start"),
         task=DistillTask(
-            teacher="runs/toy-teacher/checkpoint",
+            teacher="toy",
+            teacher_mask="same",
             student="toy",
             latents=Path("runs/world-64-eight"),
-            units=("cube:1x2x2",),
+            units=("frame", "chunk:2", "key-detail:4", "cube:1x2x2"),
             distillation=DistillationConfig(stage="consistency"),
         ),
-        steps=400,
+        steps=240,
         batch_size=32,
         optimizer=replace(rates, decay_fraction=0.5),
         ema_decay=0.98,
         precision="bfloat16",
         log_every=20,
         save_every=100,
-        sample_every=100,
+        sample_every=80,
     )
 
 
 def toy_dmd() -> TrainConfig:
-    """The second, by matching distributions: `videoar distill toy-dmd`, after `toy-start`."""
+    """The second: `videoar distill toy-dmd`, after `toy-start` and `toy-teacher`."""
     start = toy_start()
     assert isinstance(start.task, DistillTask)
     rates = OptimizerConfig(
-        learning_rate=1e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
+        learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
     )
     return replace(
         start,
@@ -231,13 +236,18 @@ def toy_dmd() -> TrainConfig:
         out=Path("runs/toy-dmd"),
         task=replace(
             start.task,
+            teacher="runs/toy-teacher/checkpoint",
+            teacher_mask="full",
             student="runs/toy-start/checkpoint",
-            distillation=DistillationConfig(critic_steps=3, critic_warmup=100),
+            units=("cube:1x2x2",),
+            distillation=DistillationConfig(critic_steps=2, critic_draws=1, critic_warmup=40),
         ),
-        steps=1300,
+        steps=460,
+        batch_size=16,
         optimizer=rates,
-        critic_learning_rate=2e-4,
+        critic_learning_rate=3e-4,
         ema_decay=0.95,
+        sample_every=230,
     )
 
 
