@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from videoar.cache import KVCache
 from videoar.flow import clean_of, renoise_step
-from videoar.model import TextContext
+from videoar.model import TextContext, VideoTransformer
 from videoar.objectives import layout
 from videoar.sampler import Sampler, SamplerConfig
 from videoar.scores import FIELDS
@@ -28,19 +28,18 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(
-    student: nn.Module,
+    student: VideoTransformer,
     units: Units,
     text: TextContext,
     *,
     sigmas: tuple[float, ...],
     rng: torch.Generator,
-    dtype: torch.dtype = torch.float32,
 ) -> Rollout:
     """Make clips with the sampler, one per prompt, at the falling `sigmas` down to 0."""
     device, batch = text[0][0].device, len(text[0][0])
     seeds = torch.randint(2**62, (batch,), generator=rng, device=rng.device).tolist()
     config = SamplerConfig(sigmas=sigmas, step=renoise_step)
-    sampler = Sampler(student, units, text, config, seeds=seeds, device=device, dtype=dtype)  # type: ignore
+    sampler = Sampler(student, units, text, config, seeds=seeds, device=device)
     finished = list(sampler)
     clean = torch.cat([unit.tokens for unit in finished], dim=1)
     before = torch.cat([unit.before for unit in finished if unit.before is not None], dim=1)
@@ -48,7 +47,7 @@ def rollout(
 
 
 def last_step(
-    student: nn.Module,
+    student: VideoTransformer,
     units: Units,
     text: TextContext,
     made: Rollout,
