@@ -33,15 +33,17 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             init = folder / task.init
         small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
     elif isinstance(task, GeneratorTask):
+        toy = RECIPES["toy"]().out / "checkpoint"
+        bundled = {Path("toy"): folder / toy}
         small = replace(
             task,
-            codec=folder / task.codec,
+            codec=bundled.get(task.codec, folder / task.codec),
             latents=folder / task.latents,
             model=replace(MODEL, prediction=task.model.prediction),
             text=replace(TEXT, max_tokens=96),  # few captions make a poor tokenizer
             num_videos=4,
             num_latents=max(5, task.flow.clip_frames),
-            init=None if task.init is None else folder / task.init,
+            init=task.init and bundled.get(task.init, folder / task.init),
         )
     elif isinstance(task, FinetuneTask):
         toy = _tiny(find("toy"), folder)

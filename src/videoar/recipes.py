@@ -170,8 +170,8 @@ def toy() -> TrainConfig:
 
 
 def toy_teacher() -> TrainConfig:
-    """A teacher that reads everything, after `toy-pairs`: `videoar train toy-teacher`."""
-    pairs, final = toy_pairs(), toy()
+    """A teacher that reads everything, from `toy`: `videoar train toy-teacher`."""
+    final = toy()
     assert isinstance(final.task, GeneratorTask)
     return replace(
         final,
@@ -179,6 +179,7 @@ def toy_teacher() -> TrainConfig:
         out=Path("runs/toy-teacher"),
         task=replace(
             final.task,
+            codec=Path("toy"),
             latents=Path("runs/world-64-eight"),
             num_videos=12_000,
             num_latents=8,
@@ -187,7 +188,7 @@ def toy_teacher() -> TrainConfig:
             sampling=replace(
                 final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
             ),
-            init=pairs.out / "checkpoint",
+            init=Path("toy"),
         ),
         steps=2400,
         batch_size=64,

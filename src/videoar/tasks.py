@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videoar import formats, units, world
-from videoar.checkpoint import Component, load_component, save_checkpoint
+from videoar.checkpoint import Component, load_component, resolve, save_checkpoint
 from videoar.codecs import Codec, TinyCodec, TinyCodecConfig
 from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter, read_info
 from videoar.metrics import psnr
@@ -302,7 +302,7 @@ class GeneratorTraining:
 
     def __init__(self, task: GeneratorTask, config: TrainConfig, report: Report):
         self.task = task
-        self.codec = formats.load_codec(task.codec)
+        self.codec = formats.load_codec(resolve(task.codec))
         if not task.latents.exists():
             encode_world(self.codec, task.latents, task=task, config=config, report=report)
         check_codec(task.latents, self.codec, checkpoint=task.codec)
