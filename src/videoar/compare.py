@@ -194,24 +194,25 @@ def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
     rows = [["videos of", *columns]]
     minus, drift = [["minus the first", *columns[:4]]], [["last - first 4 s", *columns[:4]]]
     first: dict[str, list[float]] = {}
-    for entry in [Entry(CLEAN, ("toy",)), *entries]:
+    ceiling = [video["scores"] for video in parts[f"{CLEAN} toy"]["videos"]]
+    rows.append([CLEAN, *(_cell([s[key] for s in ceiling]) for key in JUDGED), "", "", "", ""])
+    for entry in entries:
         own = [parts[f"{entry.name} {checkpoint}"] for checkpoint in entry.checkpoints]
         videos = [part["videos"] for part in own]
         scores = {key: _by_prompt(videos, key) for key in JUDGED}
-        cells = [_cell(values) for values in scores.values()]
         made = np.array([video["features"] for each in videos for video in each])
         low, high = frechet_interval(made, real)
-        distance = f"{frechet_distance(made, real):.2f} [{low:.2f}, {high:.2f}]"
-        cells += ["" if entry.name == CLEAN else distance, _diversity(own, config.seeds)]
-        passes = f"{own[0]['passes_per_second']:.1f}"
-        cells += ["", ""] if entry.name == CLEAN else [str(own[0]["steps"]), passes]
-        rows.append([entry.name, *cells])
-        if first and entry.name != CLEAN:
+        cells = [_cell(values) for values in scores.values()]
+        cells += [f"{frechet_distance(made, real):.2f} [{low:.2f}, {high:.2f}]"]
+        cells += [_diversity(own, config.seeds)]
+        rows.append(
+            [entry.name, *cells, str(own[0]["steps"]), f"{own[0]['passes_per_second']:.1f}"]
+        )
+        if first:
             pairs = [np.subtract(scores[key], first[key]) for key in JUDGED]
             minus.append([entry.name, *(_cell(values) for values in pairs)])
-        elif entry.name != CLEAN:
-            first = scores
-        if config.long_prompts and entry.name != CLEAN:
+        first = first or scores
+        if config.long_prompts:
             long = [parts[f"{entry.name} {path}{LONG}"]["videos"] for path in entry.checkpoints]
             ends = [[_by_prompt(long, key, end) for key in JUDGED] for end in ("last", "first")]
             pairs = [np.subtract(a, b) for a, b in zip(*ends, strict=True)]
@@ -222,15 +223,14 @@ def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
 
 def _diversity(parts: list[Json], seeds: int) -> str:
     """Return how far apart videos of one prompt with different noise are, in features."""
-    if seeds < 2 or len(parts[0]["videos"]) % seeds or "units" not in parts[0]:
+    if seeds < 2:
         return ""
-    apart = []
+    apart: list[float] = []
     for part in parts:
         described = np.array([video["features"] for video in part["videos"]])
-        groups = described.reshape(seeds, -1, described.shape[1])
-        if len(part["videos"]) == seeds * part["settings"]["num_prompts"]:
-            apart += np.linalg.norm(groups[0] - groups[1], axis=1).tolist()
-    return _cell(apart, scale=1) if apart else ""
+        first, second = described.reshape(seeds, -1, described.shape[1])[:2]
+        apart += np.linalg.norm(first - second, axis=1).tolist()
+    return _cell(apart, scale=1)
 
 
 def _cell(values: Any, scale: float = 100) -> str:
