@@ -200,14 +200,9 @@ def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
         own = [parts[f"{entry.name} {checkpoint}"] for checkpoint in entry.checkpoints]
         videos = [part["videos"] for part in own]
         scores = {key: _by_prompt(videos, key) for key in JUDGED}
-        made = np.array([video["features"] for each in videos for video in each])
-        low, high = frechet_interval(made, real)
         cells = [_cell(values) for values in scores.values()]
-        cells += [f"{frechet_distance(made, real):.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [_diversity(own, config.seeds)]
-        rows.append(
-            [entry.name, *cells, str(own[0]["steps"]), f"{own[0]['passes_per_second']:.1f}"]
-        )
+        cells += [_distance(own, real), _diversity(own, config.seeds), str(own[0]["steps"])]
+        rows.append([entry.name, *cells, f"{own[0]['passes_per_second']:.1f}"])
         if first:
             pairs = [np.subtract(scores[key], first[key]) for key in JUDGED]
             minus.append([entry.name, *(_cell(values) for values in pairs)])
@@ -219,6 +214,14 @@ def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
             drift.append([entry.name, *(_cell(values) for values in pairs)])
     tables = [table for table in (rows, minus, drift) if len(table) > 1]
     return "\n\n".join(markdown(table) for table in tables) + "\n"
+
+
+def _distance(parts: list[Json], real: Float[np.ndarray, "videos features"]) -> str:
+    """Return the Fréchet distance, the mean over checkpoints: more videos would be nearer."""
+    made = [np.array([video["features"] for video in part["videos"]]) for part in parts]
+    values = [(frechet_distance(one, real), *frechet_interval(one, real)) for one in made]
+    mean, low, high = np.mean(values, axis=0)
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _diversity(parts: list[Json], seeds: int) -> str:
