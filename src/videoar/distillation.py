@@ -204,7 +204,7 @@ class Initialisation(_Taught, Alone):
 
     Args:
         student: what is trained.
-        teacher, context, schemes, config: the teacher, what it reads, the student's units.
+        taught: teacher, context, schemes and config of `_Taught`.
     """
 
     def __init__(self, student: TextToVideo, **taught: Any) -> None:
@@ -276,7 +276,7 @@ class DistributionMatching(_Taught):
     Args:
         student: a causal generator; `Initialisation` makes one.
         critic: a copy of the teacher, or of the student where the teacher is causal.
-        teacher, context, schemes, config: the teacher, what it reads, the student's units.
+        taught: teacher, context, schemes and config of `_Taught`.
     """
 
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
