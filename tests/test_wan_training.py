@@ -1,5 +1,6 @@
 """Checkpoints of the Wan family in training: captions are encoded once, by their own encoder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_an_interrupted_finetune_goes_on_exactly(root: Path, tmp_path: Path) -> 
         for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+
+
+def test_losses_on_held_out_clips(root: Path, tmp_path: Path) -> None:
+    """The rows of held-out captions are stored, too; every kind of unit gets a loss."""
+    latents, out = tmp_path / "latents", tmp_path / "scores.json"
+    wan, held = str(root / "wan"), [*QUICK[:-4], "--held-out", "0.5", *QUICK[-2:]]
+    assert main(["prepare", str(root / "videos"), str(latents), "--codec", wan, *held]) == 0
+    words = ["--data", str(latents), "--units", "frame", "chunk:2", "--out", str(out)]
+    assert main(["evaluate", wan, *words]) == 0
+    losses = json.loads(out.read_text())["losses"]
+    assert set(losses) == {"frame", "chunk:2"}
+    assert all(np.isfinite(loss["mean"]) for loss in losses.values())
 
 
 @pytest.mark.parametrize("recipe", ["toy-start", "toy-dmd"])

@@ -21,10 +21,9 @@ from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.options import Evaluate
 from videoar.pipeline import VideoPipeline, to_frames
 from videoar.tasks import check_codec
-from videoar.text import PromptEncoder
 from videoar.units import parse
 from videoar.video import read_video
-from videoar.wording import tokenize_cut
+from videoar.wording import Wording
 
 Json = dict[str, Any]
 DRAWS = 4  # of noise levels and noise, per clip and kind
@@ -77,16 +76,17 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
         raise ValueError(
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
-    shards, folder = LatentShards(data / "heldout"), resolve(config.checkpoint)
+    pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
+    check_codec(data, pipe.codec, checkpoint=config.checkpoint)
+    wording = Wording.of(pipe.prompt_encoder, data)
+    shards = LatentShards(data / "heldout", tokenize=wording.tokenize)
     if len(shards) < 2:
         raise ValueError(
             f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare it with a"
             " larger --held-out"
         )
-    pipe = VideoPipeline.from_pretrained(folder)
-    check_codec(data, pipe.codec, checkpoint=config.checkpoint)
     clips = []
-    for clip in _scores(pipe, shards, config):
+    for clip in _scores(pipe, wording, shards, config):
         clips.append(clip)
         report(f"{len(clips)}/{len(shards)}  PSNR {clip['psnr']:.1f} dB  {clip['file']}")
     files = [clip["file"] for clip in clips]
@@ -112,8 +112,11 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
     return result
 
 
-def _scores(pipe: VideoPipeline, shards: LatentShards, config: Evaluate) -> Iterator[Json]:
-    rng, loss_of = np.random.default_rng(config.seed), _losses(pipe, config)
+def _scores(
+    pipe: VideoPipeline, wording: Wording, shards: LatentShards, config: Evaluate
+) -> Iterator[Json]:
+    rng = np.random.default_rng(config.seed)
+    loss_of = _losses(TextToVideo(pipe.transformer, wording.module), pipe.sampling.shift, config)
     for index, about in enumerate(shards.clips):
         extra, batch = about["extra"], shards.get([index], rng)
         source = read_video(shards.folder / extra["source"]).frames
@@ -123,28 +126,27 @@ def _scores(pipe: VideoPipeline, shards: LatentShards, config: Evaluate) -> Iter
             "start": extra["start"],
             "psnr": min(psnr(source, decoded), LOSSLESS),
             "ssim": ssim(source, decoded),
-            "losses": loss_of(batch["latents"], batch["captions"], index),
+            "losses": loss_of(batch["latents"], batch["text"], index),
         }
 
 
 def _losses(
-    pipe: VideoPipeline, config: Evaluate
-) -> Callable[[Tensor, list[str], int], dict[str, float]]:
-    """Return what gives the loss of a clip by kind of unit: none if the text is not trained."""
-    prompts, schemes = pipe.prompt_encoder, {name: parse(name) for name in config.units}
-    if not isinstance(prompts, PromptEncoder):
-        return lambda latents, captions, index: {}
-    module = TextToVideo(pipe.transformer, prompts.encoder)
-    flow = FlowMatchingConfig(shift=pipe.sampling.shift)
+    module: TextToVideo, shift: float, config: Evaluate
+) -> Callable[[Tensor, Tensor, int], dict[str, float]]:
+    """Return what gives the loss of a clip by kind of unit."""
+    schemes = {name: parse(name) for name in config.units}
+    flow = FlowMatchingConfig(shift=shift)
     objective = FlowMatching(module, schemes=tuple(schemes.values()), config=flow)
 
-    def loss_of(latents: Tensor, captions: list[str], index: int) -> dict[str, float]:
-        words, losses = tokenize_cut(prompts, captions), {}
+    def loss_of(latents: Tensor, words: Tensor, index: int) -> dict[str, float]:
+        losses = {}
         for name, scheme in schemes.items():
             seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
             draws = latents.expand(DRAWS, -1, -1, -1, -1)
             clips = objective.clip(draws, scheme, seeds)
-            found = objective.scheme_loss(clips, words.expand(DRAWS, -1), scheme, seeds)
+            found = objective.scheme_loss(
+                clips, words.expand(DRAWS, *words.shape[1:]), scheme, seeds
+            )
             losses[name] = float(found["loss"])
         return losses
 
