@@ -1,15 +1,17 @@
 """Rotary positions are relative, split as in Wan, and exact far away; `attend` is softmax."""
 
 import importlib.util
-from types import ModuleType
+from types import ModuleType, NoneType
 
 import pytest
 import torch
 from reference import attention, turned
+from tiny import SCHEMES
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 import videoar.attention
-from videoar.attention import attend, rope_table, rotate
+from videoar.attention import Spans, attend, attention_mask, rope_table, rotate
 from videoar.units import Units, Visible, clean_copies, parse, token_mask
 
 
@@ -118,12 +120,50 @@ def _unchecked() -> ModuleType:
     return module
 
 
+def _clip(name: str, *, copies: bool = True) -> tuple[Tensor, Tensor]:
+    """Who may read whom in a clip with a window and a sink, and the unit of every token."""
+    units = Units(parse(name), 3, 3, 4)
+    index = torch.arange(len(units.sizes))
+    visible = Visible(window=4, sink=1).matrix(index, units.waves)
+    if not copies:
+        return visible, units.unit
+    return clean_copies(visible), torch.cat([units.unit, units.unit + len(index)])
+
+
 def test_the_block_mask_is_the_token_mask() -> None:
     """Both forms come from one rule; a model trained with one runs with the other."""
-    units = Units(parse("cube:1x2x2/wavefront"), 3, 3, 4)
-    index = torch.arange(len(units.sizes))
-    visible = clean_copies(Visible(window=4, sink=1).matrix(index, units.waves))
-    unit = torch.cat([units.unit, units.unit + len(index)])
-    mask = _unchecked().block_mask(visible, unit, device="cpu")
-    dense = create_mask(mask.mask_mod, 1, 1, len(unit), len(unit), device="cpu")
-    assert torch.equal(dense[0, 0], token_mask(visible, unit, unit))
+    visible, unit = _clip("cube:1x2x2/wavefront")
+    rows = unit[7:]  # a student's last step asks for some of the queries alone
+    mask = _unchecked().block_mask(visible, rows, unit, device="cpu")
+    dense = create_mask(mask.mask_mod, 1, 1, len(rows), len(unit), device="cpu")
+    assert torch.equal(dense[0, 0], token_mask(visible, rows, unit))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_spans_are_the_token_mask(name: str, copies: bool) -> None:
+    """Runs of queries over runs of keys give what a dense mask gives, and the same gradients.
+
+    Keys in another order, as a cache keeps them, are other runs.
+    """
+    visible, unit = _clip(name, copies=copies)
+    for read in (unit, unit[torch.randperm(len(unit), generator=torch.Generator())]):
+        query = _random(2, 2, len(unit), 12, seed=0).requires_grad_()
+        key, value = (_random(2, 2, len(unit), 12, seed=seed) for seed in (1, 2))
+        dense = attend(query, key, value, token_mask(visible, unit, read))
+        spans = attend(query, key, value, Spans.of(visible, unit, read))
+        torch.testing.assert_close(spans, dense, atol=2e-6, rtol=1e-5)
+        gradients = [torch.autograd.grad(out.square().sum(), query)[0] for out in (spans, dense)]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_the_form_of_a_mask_follows_its_units() -> None:
+    """Large units are read by runs and small ones by a dense mask; what hides nothing is no mask.
+
+    A dense mask of large units would cost as much as reading everything.
+    """
+    for name, form in (("chunk:2", Spans), ("cube:1x2x2", Tensor), ("full", NoneType)):
+        units = Units(parse(name), 4, 8, 8)
+        visible = Visible().matrix(torch.arange(len(units.sizes)), units.waves)
+        mask = attention_mask(visible, units.unit, units.unit, device="cpu")
+        assert isinstance(mask, form)

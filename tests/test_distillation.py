@@ -60,7 +60,7 @@ def test_the_backward_mask_is_the_transpose(name: str) -> None:
     """A pass over the future reads exactly what is hidden from the past, and itself."""
     units = Units(parse(name), 4, 3, 4)
     past, future, every = (
-        layout(units, Visible(), copies=False, reads=reads).mask
+        layout(units, Visible(), copies=False, reads=reads).visible
         for reads in ("past", "future", "all")
     )
     assert torch.equal(future, past.T)

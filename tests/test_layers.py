@@ -71,7 +71,7 @@ NEIGHBOURS = {
     "cache": {"attention"},
     "model": {"attention", "cache"},
     "codecs": {"codec_layers"},
-    "objectives": {"codecs", "text"},
+    "objectives": {"text"},
     "scores": {"objectives"},
     "rollout": {"objectives", "sampler", "scores"},
     "distillation": {"objectives", "rollout", "scores"},

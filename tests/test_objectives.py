@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videoar.flow import sigma_steps
 from videoar.model import ModelConfig, VideoTransformer
-from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo, layout
+from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo, layout, mask_of
 from videoar.sampler import Sampler, SamplerConfig
 from videoar.text import TextEncoder
 from videoar.tokens import to_latents, to_tokens
@@ -54,10 +54,11 @@ def test_a_unit_depends_on_itself_and_earlier_waves_alone(name: str, context: st
     tokens = torch.randn(1, total, MODEL.token_dim, generator=rng).requires_grad_()
     sigma = torch.rand(1, int(plan.unit.max()) + 1, generator=rng)
     text = model.encode_text(torch.randn(1, 3, MODEL.text_dim, generator=rng))
+    mask = mask_of(plan, tokens.device)
 
     def run(inputs: Tensor) -> Tensor:
         return model(
-            inputs, coords=plan.coords, sigma=sigma, unit=plan.unit, text=text, mask=plan.mask
+            inputs, coords=plan.coords, sigma=sigma, unit=plan.unit, text=text, mask=mask
         ).velocity
 
     output = run(tokens)

@@ -41,7 +41,7 @@ INCLUDED = (
 )
 
 
-def objectives(pipe: VideoPipeline, units: str) -> dict[str, DistributionMatching]:
+def objectives(pipe: VideoPipeline, config: BenchDistill) -> dict[str, DistributionMatching]:
     """Build distribution matching with each critic from copies of one network."""
     prompts = pipe.prompt_encoder
     assert isinstance(prompts, PromptEncoder)
@@ -52,8 +52,10 @@ def objectives(pipe: VideoPipeline, units: str) -> dict[str, DistributionMatchin
             copy.deepcopy(module),
             teacher=copy.deepcopy(module),
             context="full",
-            schemes=(parse(units),),
-            config=DistillationConfig(critic=critic, critic_draws=1),
+            schemes=(parse(config.units),),
+            config=DistillationConfig(
+                critic=critic, critic_draws=1, clip_frames=config.latent_frames
+            ),
         )
         for critic in CRITICS
     }
@@ -99,10 +101,13 @@ def run(config: BenchDistill, report: Callable[[str], None]) -> str:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
-    matching, stride = objectives(pipe, config.units), pipe.codec.stride
+    matching, stride = objectives(pipe, config), pipe.codec.stride
     how, rng = matching["full"].config, torch.Generator().manual_seed(0)
-    sides = pipe.height // stride[1], pipe.width // stride[2]
-    shape = (config.batch_size, how.clip_frames, pipe.codec.latent_channels, *sides)
+    cell = stride[1] * pipe.transformer.config.patch
+    if config.size % cell:
+        raise ValueError(f"size is {config.size}: use a multiple of {cell}, the side of a token")
+    side = config.size // stride[1]
+    shape = (config.batch_size, how.clip_frames, pipe.codec.latent_channels, side, side)
     prompts = pipe.prompt_encoder
     assert isinstance(prompts, PromptEncoder)
     words = tokenize_cut(prompts, ["a large red ball moves left"] * config.batch_size)

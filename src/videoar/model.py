@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from videoar.attention import attend, rope_table, rotate
+from videoar.attention import Mask, attend, rope_table, rotate
 from videoar.cache import KeyValue, KVCache
 
 
@@ -55,21 +54,13 @@ class ModelConfig:
     """With `clean`, the smallest sigma that divides."""
 
     def __post_init__(self):
-        for name in (
-            "latent_channels",
-            "patch",
-            "num_layers",
-            "num_heads",
-            "ffn_dim",
-            "num_levels",
-        ):
+        counts = ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
         if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim} must be even"
-                " numbers."
-            )
+            sizes = f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim}"
+            raise ValueError(f"{sizes} must be even numbers.")
 
     @property
     def hidden_size(self) -> int:
@@ -130,7 +121,7 @@ class VideoTransformer(nn.Module):
         sigma: Float[Tensor, "batch units"],
         unit: Int[Tensor, " tokens"],
         text: TextContext,
-        mask: Bool[Tensor, "tokens keys"] | BlockMask | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         offset: Float[Tensor, " channels"] | None = None,
     ) -> Output:
@@ -142,7 +133,7 @@ class VideoTransformer(nn.Module):
             sigma: the noise level of every unit in this pass.
             unit: for every token, the row of its unit in `sigma`.
             text: from `encode_text`.
-            mask: True where a token may read a key; keys are the cached tokens, then these tokens.
+            mask: which keys a token may read; keys are the cached tokens, then these tokens.
             cache: read, never written.
             offset: added to the embedding of sigma: what else a pass should know.
         """
@@ -286,9 +277,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, size: int, ffn_dim: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size)]
-        )
+        layers = Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size)
+        self.net = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -333,7 +323,7 @@ class Block(nn.Module):
         modulation: Float[Tensor, "batch levels 6 channels"],
         table: Float[Tensor, "2 tokens pairs"],
         text: KeyValue,
-        mask: Bool[Tensor, "tokens keys"] | BlockMask | None,
+        mask: Mask | None,
         cache: KVCache | None,
         layer: int,
     ) -> tuple[Float[Tensor, "batch tokens channels"], KeyValue]:

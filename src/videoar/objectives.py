@@ -1,21 +1,19 @@
 """Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from videoar.attention import block_mask
-from videoar.codecs import TinyCodec
+from videoar.attention import Mask, attention_mask
 from videoar.flow import add_noise, random_sigmas, velocity_of
 from videoar.model import TextContext, VideoTransformer
 from videoar.text import PAD, Rows
 from videoar.tokens import to_tokens
-from videoar.units import Scheme, Units, Visible, clean_copies, token_mask
+from videoar.units import Scheme, Units, Visible, clean_copies
 
 
 @runtime_checkable
@@ -86,6 +84,9 @@ class FlowMatchingConfig:
     a unit sees when the window has moved away from the sinks."""
     far_probability: float = 0.5
     """How often the frames behind the sinks come from anywhere in the video."""
+    short_probability: float = 0.0
+    """How often clips are cut to two latent frames. The first is one picture, so there alone must
+    the prompt say where things go; later frames read it in their context (`docs/log.md`)."""
     shift: float = 5.0
     """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
     sigma_floor: float = 0.4
@@ -107,23 +108,12 @@ class Layout:
     unit: Int[Tensor, " tokens"]
     visible: Bool[Tensor, "units units"]
 
-    @cached_property
-    def mask(self) -> Bool[Tensor, "tokens tokens"]:
-        """Who reads whom, token by token."""
-        return token_mask(self.visible, self.unit, self.unit)
-
-    def mask_on(self, device: torch.device) -> Tensor | BlockMask | None:
-        """Return the mask in the form in which a device is fast; None if all is read."""
-        if self.visible.all():
-            return None
-        if device.type == "cuda":
-            return _block_mask(self, device)
-        return self.mask.to(device)
-
 
 @lru_cache(maxsize=64)
-def _block_mask(plan: Layout, device: torch.device) -> BlockMask:
-    return block_mask(plan.visible, plan.unit, device=device)
+@torch.inference_mode(mode=False)  # kept: what is made while measuring must serve training too
+def mask_of(plan: Layout, device: torch.device) -> Mask | None:
+    """Return who reads whom in a clip, in the form in which a device is fast."""
+    return attention_mask(plan.visible, plan.unit, plan.unit, device=device)
 
 
 Reads = Literal["past", "future", "all"]
@@ -131,7 +121,7 @@ Reads = Literal["past", "future", "all"]
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # kept: a plan made while measuring must serve training too
+@torch.inference_mode(mode=False)
 def layout(units: Units, visible: Visible, *, copies: bool, reads: Reads = "past") -> Layout:
     """The lattice once, or twice with the clean copies in front (teacher forcing)."""
     index = torch.arange(len(units.sizes))
@@ -195,7 +185,7 @@ def velocities(
         sigma=sigma,
         unit=plan.unit.to(device),
         text=text,
-        mask=plan.mask_on(device),
+        mask=mask_of(plan, device),
         offset=offset,
     )
     return output.velocity[:, -tokens.shape[1] :]
@@ -228,7 +218,10 @@ class FlowMatching(Alone):
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), **_on(rng)))]
         dropped = torch.rand(len(batch["text"]), **_on(rng)) < self.config.text_dropout
         words = self.module.without(batch["text"], dropped)
-        return self.scheme_loss(self.clip(batch["latents"], scheme, rng), words, scheme, rng)
+        latents, short = batch["latents"], self.config.short_probability
+        if short and torch.rand((), **_on(rng)) < short:
+            latents = latents[:, :2]
+        return self.scheme_loss(self.clip(latents, scheme, rng), words, scheme, rng)
 
     def clip(
         self,
@@ -281,27 +274,6 @@ class FlowMatching(Alone):
         error = (weight * error).mean(dim=(0, 2))
         per_unit = torch.zeros(len(units.sizes), device=device).index_add(0, unit, error)
         return {"loss": (per_unit / torch.tensor(units.sizes, device=device)).mean()}
-
-
-class Reconstruction(Alone):
-    """Train a codec to give back its input.
-
-    The latents are slightly noisy on the way, so that the decoder forgives what a generator gets
-    wrong.
-    """
-
-    def __init__(self, codec: TinyCodec, *, latent_noise: float):
-        self.module, self.latent_noise = codec, latent_noise
-
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
-        video = batch["video"]
-        decoded, _ = self.module.reconstruct(video, noise_std=self.latent_noise, generator=rng)
-        error = decoded.float() - video
-        # Things are small: the absolute error alone long rests content with blurred ones. With it
-        # the toy codec ended 1.2 dB lower, and one shape in five less was recognised.
-        return {"loss": error.abs().mean() + 4 * error.square().mean()}
 
 
 def _on(rng: torch.Generator) -> dict[str, Any]:

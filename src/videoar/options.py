@@ -285,13 +285,17 @@ class BenchDistill:
     """Kind of unit."""
     batch_size: int = 16
     """Videos per batch."""
+    latent_frames: int = 8
+    """Their length."""
+    size: int = 64
+    """Their height and width in pixels."""
     repeats: int = 5
     """How often each part is timed."""
     threads: int | None = None
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats"):
+        for name in ("batch_size", "latent_frames", "size", "repeats"):
             _check(self, (name, getattr(self, name) >= 1, "1 or more"))
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from videoar.attention import attention_mask
 from videoar.cache import KVCache
 from videoar.flow import clean_of, renoise_step
 from videoar.model import TextContext, VideoTransformer
@@ -69,18 +70,18 @@ def last_step(
             sigma=made.clean.new_zeros(batch, len(units.sizes)),
             unit=own.to(device),
             text=[(key.detach(), value.detach()) for key, value in text],
-            mask=plan.mask[:tokens, :tokens].to(device),
+            mask=attention_mask(plan.visible, own, own, device=device),
         )
     cache.commit(finished.key_values, own)
     rows = chosen[own].nonzero()[:, 0]
-    columns = torch.cat([torch.arange(tokens), tokens + rows])
+    reads = torch.cat([own, plan.unit[tokens + rows]])
     output = student(
         made.before[:, rows],
         coords=coords[rows],
         sigma=made.clean.new_full((batch, 1), made.sigma),
         unit=torch.zeros_like(rows).to(device),
         text=text,
-        mask=plan.mask[tokens + rows][:, columns].to(device),
+        mask=attention_mask(plan.visible, plan.unit[tokens + rows], reads, device=device),
         cache=cache,
     )
     clean = clean_of(made.before[:, rows], output.velocity.float(), made.sigma)

@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from videoar.attention import rope_table
+from videoar.attention import Mask, attention_mask, rope_table
 from videoar.cache import KVCache
 from videoar.flow import add_noise, euler_step, level, unit_noise
 from videoar.model import ModelConfig, Output, TextContext, VideoTransformer
 from videoar.tokens import Known
-from videoar.units import Unit, Units, Visible, token_mask
+from videoar.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
 """(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
@@ -144,7 +144,7 @@ class Sampler:
         self.active: dict[int, Tensor] = {}
         """Tokens of the units in flight, the finished but uncommitted ones included."""
         self._before: dict[int, Tensor] = {}
-        self._mask_of: tuple[tuple[int, ...], Tensor | None] | None = None
+        self._mask_of: tuple[tuple[int, ...], Mask | None] | None = None
         self.passes = 0
         """Forward passes so far."""
 
@@ -254,7 +254,7 @@ class Sampler:
             cache=self.cache,
         )
 
-    def _mask(self, group: list[Unit]) -> Tensor | None:
+    def _mask(self, group: list[Unit]) -> Mask | None:
         """What tokens of this pass may read: cached tokens, then each other. None: everything."""
         key = (self.cache.version, *(unit.index for unit in group))
         if self._mask_of is None or self._mask_of[0] != key:
@@ -262,21 +262,18 @@ class Sampler:
             index = torch.cat([cached, torch.tensor([unit.index for unit in group])])
             wave = torch.tensor([self.units.wave_of(i) for i in index.tolist()])
             visible = self.config.visible.matrix(index, wave)[len(cached) :]
-            mask = None
-            if not visible.all():
-                sizes = torch.tensor([len(unit.cells) for unit in group])
-                row = torch.repeat_interleave(torch.arange(len(group)), sizes)
-                reads = torch.cat([inverse, len(cached) + row])
-                mask = token_mask(visible, row, reads).to(self.device)
-            self._mask_of = key, mask
+            sizes = torch.tensor([len(unit.cells) for unit in group])
+            row = torch.repeat_interleave(torch.arange(len(group)), sizes)
+            reads = torch.cat([inverse, len(cached) + row])
+            self._mask_of = key, attention_mask(visible, row, reads, device=self.device)
         return self._mask_of[1]
 
     def _place_sinks(self, newest: int) -> None:
         """Let the window move on while the sinks stay right before it, as they were in training."""
         visible = self.config.visible
-        if not self.config.moving_sinks:
+        if not (self.config.moving_sinks and visible.sink and visible.window):
             return
-        if not visible.sink or visible.window is None or newest - visible.window < visible.sink:
+        if newest - visible.window < visible.sink:
             return
         window = range(newest - visible.window + 1, newest + 1)
         shift = min(self.units.start_of(index) for index in window) - self._sink_frames
@@ -320,20 +317,17 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where the sampler that gave `state` stood, on whatever device that was."""
         self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
-        state = {
-            name: value.to(self.device) if value.is_floating_point() else value.cpu()
-            for name, value in state.items()
-        }  # not to another dtype: the cache has that of the network
         self._mask_of = None
-        prefix = "cache."
-        self.cache.load_state_dict(
-            {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
-        )
-        self.active = {
-            int(name.removeprefix("active.")): value.to(self.dtype)
-            for name, value in state.items()
-            if name.startswith("active.")
-        }
+
+        def part(prefix: str) -> Iterator[tuple[str, Tensor]]:
+            """Yield what is kept under a prefix; floats on the device, but in their own dtype."""
+            for name, value in state.items():
+                if name.startswith(prefix):
+                    place = self.device if value.is_floating_point() else "cpu"
+                    yield name.removeprefix(prefix), value.to(place)
+
+        self.cache.load_state_dict(dict(part("cache.")))
+        self.active = {int(index): x.to(self.dtype) for index, x in part("active.")}
 
 
 class Guided:

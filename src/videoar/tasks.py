@@ -19,7 +19,7 @@ from videoar.codecs import Codec, TinyCodec, TinyCodecConfig
 from videoar.data import Batches, LatentShards, LatentsInfo, ShardWriter, read_info
 from videoar.metrics import psnr
 from videoar.model import ModelConfig, VideoTransformer
-from videoar.objectives import FlowMatching, FlowMatchingConfig, Reconstruction, TextToVideo
+from videoar.objectives import Alone, FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.pipeline import Sampling, VideoPipeline, from_frames, to_frames
 from videoar.runs import Report
 from videoar.text import PromptEncoder, Prompts, TextEncoder, TextEncoderConfig, Tokenizer
@@ -92,6 +92,27 @@ def load_decoder(task: CodecTask) -> TinyCodec:
         codec = codec.with_decoder(wanted.decoder_channels)
     codec.encoder.requires_grad_(False)
     return codec
+
+
+class Reconstruction(Alone):
+    """Train a codec to give back its input.
+
+    The latents are slightly noisy on the way, so that the decoder forgives what a generator gets
+    wrong.
+    """
+
+    def __init__(self, codec: TinyCodec, *, latent_noise: float):
+        self.module, self.latent_noise = codec, latent_noise
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        video = batch["video"]
+        decoded, _ = self.module.reconstruct(video, noise_std=self.latent_noise, generator=rng)
+        error = decoded.float() - video
+        # Things are small: the absolute error alone long rests content with blurred ones. With it
+        # the toy codec ended 1.2 dB lower, and one shape in five less was recognised.
+        return {"loss": error.abs().mean() + 4 * error.square().mean()}
 
 
 class WorldClips:

@@ -120,17 +120,14 @@ class Assembler:
         finest = [i for i, cell in enumerate(unit.cells) if cell[3] == 0]
         for t, group in itertools.groupby(finest, key=lambda i: unit.cells[i][0]):
             rows = list(group)
-            frame = self._open.setdefault(
-                t,
-                tokens.new_empty(len(tokens), self.units.height, self.units.width, tokens.shape[2]),
-            )
+            shape = len(tokens), self.units.height, self.units.width, tokens.shape[2]
+            frame = self._open.setdefault(t, tokens.new_empty(shape))
             h, w = zip(*(unit.cells[i][1:3] for i in rows), strict=True)
             frame[:, list(h), list(w)] = tokens[:, rows]
         if unit.complete_frames == self.done:
             return None
-        grid = torch.stack(
-            [self._open.pop(t) for t in range(self.done, unit.complete_frames)], dim=1
-        )
+        frames = [self._open.pop(t) for t in range(self.done, unit.complete_frames)]
+        grid = torch.stack(frames, dim=1)
         self.done = unit.complete_frames
         return rearrange(grid, "b t h w (c p q) -> b t c (h p) (w q)", p=self.patch, q=self.patch)
 
