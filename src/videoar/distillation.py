@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -87,18 +88,18 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
+        check_ranges(self, **dict.fromkeys(whole, 1))
+        check_ranges(self, critic_warmup=0, separate_weight=0, guidance_scale=0)
+        for name in ("shift", "score_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a number above 0, as 5.")
         if self.gradient_units is not None and self.gradient_units < 1:
             raise ValueError(f"gradient_units is {self.gradient_units}: use 1 or more, or None.")
-        if self.path_steps % self.num_inference_steps:
+        if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
             raise ValueError(
                 f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
                 f"path of {self.path_steps} steps: make path_steps a multiple of them."
             )
-        if self.critic_warmup < 0:
-            raise ValueError(f"critic_warmup is {self.critic_warmup}: use 0 or more.")
         if not 0 < self.min_sigma < self.max_sigma < 1:
             raise ValueError(
                 f"min_sigma {self.min_sigma} and max_sigma {self.max_sigma} must rise between 0"
@@ -109,6 +110,13 @@ class DistillationConfig:
     def sigmas(self) -> tuple[float, ...]:
         """The noise levels of the student."""
         return sigma_steps(self.num_inference_steps, shift=self.shift)
+
+
+def check_ranges(config: Any, **least: int) -> None:
+    """Raise unless fields of a configuration have at least these values."""
+    for name, low in least.items():
+        if (value := getattr(config, name)) < low:
+            raise ValueError(f"{name} is {value}: use {low} or more.")
 
 
 class Critic(nn.Module):
@@ -161,11 +169,17 @@ class _Taught:
         context: Context,
         schemes: tuple[Scheme, ...],
         config: DistillationConfig,
+        seed: int = 0,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.frozen: tuple[Any, ...] = (self.teacher,)
-        self.context, self.schemes, self.config = context, schemes, config
+        self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
         self.reads: Reads = "all" if context == "full" else "past"
+
+    def drawn(self, step: int) -> torch.Generator:
+        """Random numbers that all batches of a step share, on every rank."""
+        words = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0]) >> 1)
 
     def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
         """Cut a batch by a scheme that is drawn for the whole step."""
@@ -190,11 +204,6 @@ class _Taught:
         return partial(scorer, reads=self.reads)
 
 
-def _drawn(step: int) -> torch.Generator:
-    """Random numbers that all batches of a step share, on every rank."""
-    return torch.Generator().manual_seed(step)
-
-
 class Initialisation(_Taught, Alone):
     """Teach a causal student to jump along the path of a teacher.
 
@@ -214,7 +223,7 @@ class Initialisation(_Taught, Alone):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        clip = self.clip(batch, _drawn(step))
+        clip = self.clip(batch, self.drawn(step))
         if self.config.stage == "trajectories":
             return self._trajectory_loss(clip, rng)
         return self._consistency_loss(clip, rng)
@@ -282,10 +291,10 @@ class DistributionMatching(_Taught):
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
         super().__init__(**taught)
         self.module = Players(student, Critic(critic))
-        if self.context == "clean" and self.config.critic != "causal":
+        if self.context != "full" and self.config.critic != "causal":
             raise ValueError(
-                f"critic is {self.config.critic}, but the teacher reads clean copies of the past: "
-                "use a causal critic, or a teacher that reads everything."
+                f"critic is {self.config.critic}, but the teacher reads the past alone (context "
+                f"{self.context}): use a causal critic, or a teacher that reads everything."
             )
         if self.context == "full" and self.config.unit_sigmas:
             raise ValueError(
@@ -307,7 +316,7 @@ class DistributionMatching(_Taught):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        drawn = _drawn(step)
+        drawn = self.drawn(step)
         clip = self.clip(batch, drawn)
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
         sigmas = (*self.config.sigmas[: last + 1], 0.0)
@@ -371,5 +380,6 @@ class DistributionMatching(_Taught):
             fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), level)
             real = clean_of(x, teach(x, sigma).float(), level)
         loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
+        loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
         apart = (fake - real).detach().square().mean()
         return {"loss": loss, "student_loss": loss, "critic_minus_teacher": apart}

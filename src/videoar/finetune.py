@@ -21,7 +21,7 @@ class FinetuneTask:
 
     latents: Annotated[Path, arg(aliases=["--data.path"])]
     """Folder that `videoar prepare` wrote."""
-    init: str = "toy"
+    init: str = "toy-base"
     """Checkpoint to begin with: a bundled name or a folder."""
     units: tuple[str, ...]
     """Unit schemes, drawn from at every step."""

@@ -41,9 +41,15 @@ class OptimizerConfig:
         check(self, "clip_norm", self.clip_norm > 0, "above 0")
 
 
-def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
-    """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero."""
-    rise = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
+def learning_rate(
+    config: OptimizerConfig, *, step: int, steps: int, moved: int | None = None
+) -> float:
+    """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero.
+
+    `moved` counts the steps of who moves now, if not all have been: the rise is over those.
+    """
+    own = step if moved is None else moved
+    rise = (own + 1) / config.warmup_steps if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * steps
     fall = (steps - step) / decay_steps if decay_steps else 1.0
     return config.learning_rate * max(0.0, min(1.0, rise, fall))

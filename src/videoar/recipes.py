@@ -133,13 +133,15 @@ def toy_short() -> TrainConfig:
 
 
 def toy() -> TrainConfig:
-    """The embedded checkpoint, for every kind of unit, after `toy-short`: `videoar train toy`."""
+    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
     return TrainConfig(
         name="toy",
         out=Path("runs/toy"),
         task=GeneratorTask(
             codec=Path("runs/codec-toy-decoder/checkpoint"),
             latents=Path("runs/world-64"),
+            num_videos=10_000,
+            num_latents=12,
             units=TOY_UNITS,
             model=ModelConfig(
                 num_layers=6,
@@ -152,7 +154,7 @@ def toy() -> TrainConfig:
                 prediction="clean",
             ),
             text=TextEncoderConfig(),
-            flow=FlowMatchingConfig(far_probability=0.3),
+            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
             sampling=Sampling(guidance_scale=3.0),
             init=Path("runs/toy-short/checkpoint"),
         ),
@@ -170,7 +172,10 @@ def toy() -> TrainConfig:
 
 
 def toy_teacher() -> TrainConfig:
-    """A teacher that reads everything, from `toy`: `videoar train toy-teacher`."""
+    """A teacher that reads everything, from `toy-base`: `videoar train toy-teacher`.
+
+    It learns the lattice of multiscale units, too, so that it can teach them.
+    """
     final = toy()
     assert isinstance(final.task, GeneratorTask)
     return replace(
@@ -179,18 +184,17 @@ def toy_teacher() -> TrainConfig:
         out=Path("runs/toy-teacher"),
         task=replace(
             final.task,
-            codec=Path("toy"),
-            latents=Path("runs/world-64-eight"),
-            num_videos=12_000,
-            num_latents=8,
-            units=("full",),
-            flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+            codec=Path("toy-base"),
+            units=("full", "multiscale:4,2,1"),
+            flow=FlowMatchingConfig(
+                context="full", sink_frames=0, far_probability=0.0, short_probability=0.5
+            ),
             sampling=replace(
                 final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
             ),
-            init=Path("toy"),
+            init=Path("toy-base"),
         ),
-        steps=2400,
+        steps=1600,
         batch_size=64,
     )
 
@@ -206,11 +210,11 @@ def toy_start() -> TrainConfig:
         name="toy-start",
         out=Path("runs/toy-start"),
         task=DistillTask(
-            teacher="toy",
+            teacher="toy-base",
             teacher_mask="same",
-            student="toy",
-            latents=Path("runs/world-64-eight"),
-            units=("frame", "chunk:2", "key-detail:4", "cube:1x2x2"),
+            student="toy-base",
+            latents=Path("runs/world-64"),
+            units=TOY_UNITS,
             distillation=DistillationConfig(stage="consistency"),
         ),
         steps=240,
@@ -225,7 +229,7 @@ def toy_start() -> TrainConfig:
 
 
 def toy_dmd() -> TrainConfig:
-    """The second: `videoar distill toy-dmd`, after `toy-start` and `toy-teacher`."""
+    """The bundled `toy`: `videoar distill toy-dmd`, after `toy-start` and `toy-teacher`."""
     start = toy_start()
     assert isinstance(start.task, DistillTask)
     rates = OptimizerConfig(
@@ -240,7 +244,6 @@ def toy_dmd() -> TrainConfig:
             teacher="runs/toy-teacher/checkpoint",
             teacher_mask="full",
             student="runs/toy-start/checkpoint",
-            units=("cube:1x2x2",),
             distillation=DistillationConfig(critic_steps=2, critic_draws=1, critic_warmup=40),
         ),
         steps=460,

@@ -219,8 +219,11 @@ class Log:
         """Write the line of a step and report it; `total` is the number of steps of the run."""
         self._write(row)
         left = timedelta(seconds=round((total - row["step"]) * row["seconds_per_step"]))
+        # Of players who take turns, each has its own; their mean says nothing.
+        losses = [name for name in row if name.endswith("_loss")] or ["loss"]
+        shown = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in losses)
         self.report(
-            f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.4f}"
+            f"step {row['step']:>{len(str(total))}}/{total}  {shown}"
             f"  norm {row['grad_norm']:.2f}  rate {row['learning_rate']:.1e}"
             f"  {row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
             f"  {left} left"
@@ -316,9 +319,10 @@ def measure_matmul_rate(device: str | torch.device, *, precision: str) -> float:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Have a first Ctrl-C only set the event, so that no step is cut in half.
+    """Have a first Ctrl-C, or SIGTERM, only set the event, so that no step is cut in half.
 
-    A second one stops at once. Only a main thread receives signals; elsewhere nothing happens.
+    Schedulers of clusters, and `torchrun` to its processes, send SIGTERM. A second one stops at
+    once. Only a main thread receives signals; elsewhere nothing happens.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -330,11 +334,12 @@ def deferred_interrupt() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         interrupted.set()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _write_json(path: Path, value: Json) -> None:

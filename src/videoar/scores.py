@@ -57,14 +57,14 @@ class Scorer:
             return velocities(self.model, x, sigma, plan, self.text, copies=copies, offset=offset)
         copies = self.copies and (torch.cat([self.copies[0]] * 2), torch.cat([self.copies[1]] * 2))
         twice = torch.cat([x] * 2), torch.cat([sigma] * 2)
-        both = velocities(self.model, *twice, plan, self.text, copies=copies)
+        both = velocities(self.model, *twice, plan, self.text, copies=copies).float()
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
 
 def score(predict: Predict, x: Tensor, sigma: Tensor, *, critic: Critics) -> Tensor:
     """Return the velocity that a critic sees: the mean of its passes."""
-    return torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).mean(0)
+    return torch.stack([predict(x, sigma, reads).float() for reads in PASSES[critic]]).mean(0)
 
 
 def critic_loss(

@@ -15,7 +15,12 @@ from tyro.conf import arg
 from videoar import units
 from videoar.checkpoint import resolve
 from videoar.data import Batches, LatentShards
-from videoar.distillation import DistillationConfig, DistributionMatching, Initialisation
+from videoar.distillation import (
+    DistillationConfig,
+    DistributionMatching,
+    Initialisation,
+    check_ranges,
+)
 from videoar.evaluate import held_out_prompts, judge_whole, make
 from videoar.model import VideoTransformer
 from videoar.objectives import TextToVideo
@@ -53,7 +58,10 @@ class DistillTask:
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
     num_validation: int = 32
-    """Held-out prompts of the procedural world that a validation shows to the judge."""
+    """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, num_validation=1, **({} if self.lora_rank is None else {"lora_rank": 1}))
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTraining":
         if not self.latents.is_dir():
@@ -183,7 +191,7 @@ class StudentTraining:
         check_codec(task.latents, student.codec, checkpoint=task.student)
         self.wording = Wording.of(student.prompt_encoder, task.latents)
         shards = LatentShards(task.latents, tokenize=self.wording.tokenize)
-        self._check_lengths(shards)
+        self._check_clips(shards, teacher)
         self.student = student
         schemes = tuple(map(units.parse, task.units))
         module = self._trainable(student)
@@ -192,6 +200,7 @@ class StudentTraining:
             "context": context,
             "schemes": schemes,
             "config": distillation,
+            "seed": config.seed,
         }
         self.objective: Initialisation | DistributionMatching
         if follower is None:
@@ -208,13 +217,29 @@ class StudentTraining:
         sizes = {name: pipe.transformer for name, pipe in (parts | {"teacher": teacher}).items()}
         report(forecast(sizes, lora=task.lora_rank is not None))
 
-    def _check_lengths(self, shards: LatentShards) -> None:
-        needed = self.task.distillation.clip_frames
+    def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
+        """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
+        task = self.task
+        needed = task.distillation.clip_frames
         shortest = min(clip["frames"] for clip in shards.clips)
         if shortest < needed:
             raise ValueError(
-                f"{self.task.latents} has clips of {shortest} latent frames, but clip_frames is"
+                f"{task.latents} has clips of {shortest} latent frames, but clip_frames is"
                 f" {needed}: prepare longer clips, or lower clip_frames"
+            )
+        trained = teacher.meta.get("config", {}).get("task", {}).get("flow", {}).get("clip_frames")
+        if trained is not None and needed > trained:
+            raise ValueError(
+                f"clip_frames is {needed}, but {task.teacher} was trained on clips of {trained}"
+                f" latent frames: use {trained} or fewer, or another teacher"
+            )
+        stride = teacher.codec.stride[1:]
+        own = teacher.height // stride[0], teacher.width // stride[1]
+        for size in sorted({(clip["height"], clip["width"]) for clip in shards.clips} - {own}):
+            raise ValueError(
+                f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher} makes"
+                f" videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
+                f" {teacher.width}x{teacher.height}"
             )
 
     def _module(self, pipe: VideoPipeline) -> TextToVideo:
@@ -271,19 +296,25 @@ class StudentTraining:
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
-        """Show the student's videos to the judge of the world, and keep a sheet of them."""
+        """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
+
+        `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
+        student freezes or fades.
+        """
         pipe, values, shown = self.pipeline(module), {}, []
-        if not self.of_the_world:
-            return {}
         pipe.codec.to(next(module.parameters()).device)
-        prompts = held_out_prompts(self.task.num_validation, seed=0)
+        count, fps = self.task.num_validation, pipe.sampling.fps
+        prompts = held_out_prompts(count, seed=0) if self.of_the_world else self._captions(count)
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
         for name in self.task.units:
             blocks = np.concatenate(list(make(pipe, name, prompts, num_frames=frames)), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
-            found = judge_whole(iter([blocks]), prompts, fps=pipe.sampling.fps)
-            for key in ("color", "shape", "motion"):
+            pixels = blocks.astype(np.float32) / 255
+            values[f"change/{name}"] = float(np.abs(np.diff(pixels, axis=1)).mean())
+            values[f"contrast/{name}"] = float(pixels.std())
+            found = judge_whole(iter([blocks]), prompts, fps=fps) if self.of_the_world else []
+            for key in ("color", "shape", "motion") if found else ():
                 scores = [video["scores"][key] for video in found]
                 values[f"{key}/{name}"] = float(np.mean(scores))
         folder = self.config.out / "samples"
@@ -291,6 +322,13 @@ class StudentTraining:
         sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
         Image.fromarray(sheet).save(folder / f"step-{step}.png")
         return values
+
+    def _captions(self, count: int) -> list[dict[str, Any]]:
+        """Return prompts of the folder, of what it holds out if it does, each with a seed."""
+        held_out = self.task.latents / "heldout"
+        shards = LatentShards(held_out if held_out.is_dir() else self.task.latents)
+        captions = [caption for clip in shards.clips for caption in clip["captions"][:1]]
+        return [{"prompt": text, "seed": k} for k, text in enumerate((captions or [""])[:count])]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TextToVideo)

@@ -259,7 +259,8 @@ class _Run:
                     f"step {self.step + 1} of {config.out} was not taken, as its {name} is {value}:"
                     " look at its data, or begin in another folder with a lower learning rate"
                 )
-        rate = learning_rate(player.config, step=self.step, steps=config.steps)
+        when = {"step": self.step, "steps": config.steps, "moved": player.steps}
+        rate = learning_rate(player.config, **when)
         player.move(rate)
         self.module.zero_grad(set_to_none=True)  # that of who waits, too
         with torch.no_grad():
