@@ -18,17 +18,22 @@ from videoar.train import TrainConfig, train
 
 def prepare(root: Path) -> Path:
     """Write a teacher that reads everything, a student, latents, and parts that fit neither."""
-    for name, units in (("teacher", ["full"]), ("student", ["frame"]), ("other", ["full"])):
+    roles = {"teacher": "full", "student": "frame", "other": "full", "short": "full"}
+    for name, units in roles.items():
         pipe = tiny_pipeline(seed=int(name == "other"))
         pipe.height = pipe.width = 32
-        pipe.meta = {"units": units}
+        flow = {"clip_frames": 2 if name == "short" else 3, "context": "clean"}
+        pipe.meta = {"units": [units], "config": {"task": {"flow": flow}}}
         pipe.save_pretrained(root / name)
     rng, codec = torch.Generator().manual_seed(0), tiny_pipeline().codec
-    for name, owner in (("latents", codec.fingerprint()), ("foreign", "TinyCodec-of-another")):
+    foreign = "TinyCodec-of-another"
+    folders = {"latents": (None, 4), "foreign": (foreign, 4), "wide": (None, 6)}
+    for name, (owner, width) in folders.items():
+        owner = owner or codec.fingerprint()
         info = LatentsInfo(codec=owner, channels=4, stride=codec.stride, fps=16.0)
         with ShardWriter(root / name, info=info) as writer:
             for number in range(24):
-                latents = torch.randn(3, 4, 4, 4, generator=rng)
+                latents = torch.randn(3, 4, 4, width, generator=rng)
                 writer.add(latents, captions=[f"a ball {number}"])
     return root
 

@@ -5,19 +5,23 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed import config as tiny_run
 from distributed import prepare
+from PIL import Image
 from reference import Oracle
 from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
 from videoar.distillation import Clip, DistillationConfig, DistributionMatching, Initialisation
+from videoar.flow import renoise_step
 from videoar.objectives import TextToVideo, layout
 from videoar.pipeline import VideoPipeline
-from videoar.rollout import last_step, rollout
-from videoar.runs import read_log
+from videoar.rollout import Rollout, last_step, rollout
+from videoar.runs import checkpoints, read_log
+from videoar.sampler import Sampler, SamplerConfig
 from videoar.scores import Scorer, critic_loss, matching_loss, score
 from videoar.text import TextEncoder
 from videoar.tokens import to_tokens
@@ -142,6 +146,45 @@ def test_the_last_step_again_gives_the_same_video(name: str, steps: int) -> None
     torch.testing.assert_close(again, made.clean, atol=5e-5, rtol=1e-4)
 
 
+class _LastLevel:
+    """A network that records gradients in the passes of one noise level alone."""
+
+    def __init__(self, model, sigma: float):
+        self.model, self.sigma, self.config = model, sigma, model.config
+
+    def __call__(self, *args, sigma: Tensor, **inputs):
+        with torch.set_grad_enabled(bool((sigma - self.sigma).abs().min() < 1e-6)):
+            return self.model(*args, sigma=sigma, **inputs)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_last_step_again_has_the_gradients_of_self_forcing(name: str) -> None:
+    """They are those of unit by unit, the last step with gradients and the cache detached.
+
+    Huang et al. 2025, arXiv:2506.08009, algorithm 1.
+    """
+    model, units = tiny_transformer(), Units(parse(name), 4, 3, 4)
+    text = model.encode_text(torch.randn(2, 3, MODEL.text_dim, generator=_rng()))
+    text = [(key.detach(), value.detach()) for key, value in text]
+    sigmas, config = (1.0, 0.8, 0.0), {"step": renoise_step, "sigmas": (1.0, 0.8, 0.0)}
+    made = rollout(model, units, text, sigmas=sigmas, rng=_rng())
+    seeds = torch.randint(2**62, (2,), generator=_rng()).tolist()
+    network = _LastLevel(model, sigmas[-2])
+    sampler = Sampler(network, units, text, SamplerConfig(**config), seeds=seeds)
+    literal = torch.cat([unit.tokens for unit in sampler], dim=1)
+    again = last_step(model, units, text, made, chosen=torch.ones(units.count, dtype=torch.bool))
+    torch.testing.assert_close(again, literal, atol=5e-5, rtol=1e-4)
+    weight, parameters = torch.randn(literal.shape, generator=_rng(5)), list(model.parameters())
+    gradients = [
+        torch.autograd.grad((clean * weight).sum(), parameters, allow_unused=True)
+        for clean in (again, literal)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
 def test_only_chosen_units_carry_gradients() -> None:
     """Memory follows their number; the others are context, as they were made."""
     model, units = tiny_transformer(), Units(parse("cube:1x2x2"), 4, 3, 4)
@@ -174,6 +217,42 @@ def test_each_player_gets_its_own_gradients(loss: str) -> None:
             assert all(name.startswith(moves) for name in grads)
         assert any(grad.abs().sum() > 0 for name, grad in grads.items() if name.startswith(moves))
     assert all(p.grad is None for p in objective.teacher.parameters())
+
+
+def test_exits_follow_the_seed_and_come_equally_often() -> None:
+    """Runs with other seeds are other runs; and every step of the student is trained."""
+
+    def exits(seed: int) -> list[int]:
+        objective = _objective(num_inference_steps=4)
+        objective.seed, made = seed, []
+        objective.made = lambda clip, sigmas, rng: (
+            made.append(len(sigmas)) or Rollout(clip.tokens, clip.tokens, sigmas[-2])
+        )
+        objective.learn = lambda clip, clean, rng: clean.sum()
+        for step in range(400):
+            objective.loss(_batch(), _rng(), step=step * 6)
+        return made
+
+    first, again, second = exits(0), exits(0), exits(1)
+    assert first == again
+    assert first != second
+    counts = torch.bincount(torch.tensor(first + second))[2:]
+    assert len(counts) == 4
+    assert counts.min() > 150
+
+
+def test_the_gradient_of_few_units_is_as_long_as_that_of_all() -> None:
+    """Else the number of units that carry gradients would change the rate of learning."""
+    lengths = {}
+    for chosen in (None, 1):
+        squares = []
+        for step in range(1, 13, 2):
+            objective = _objective(critic_warmup=0, critic_steps=1, gradient_units=chosen)
+            objective.loss(_batch(), _rng(), step=step)["loss"].backward()
+            grads = [p.grad for p in objective.module.student.parameters() if p.grad is not None]
+            squares.append(sum(float(grad.square().sum()) for grad in grads))
+        lengths[chosen] = (sum(squares) / len(squares)) ** 0.5
+    assert 0.8 < lengths[1] / lengths[None] < 4  # one unit of four: the quarter it was is too short
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
@@ -282,7 +361,7 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         if key.startswith("distillation."):
             field = {key.removeprefix("distillation."): value}
             changed = {"distillation": dataclasses.replace(task.distillation, **field)}
-        elif key == "teacher_mask":
+        elif key in ("teacher_mask", "lora_rank", "num_validation"):
             changed = {key: value}
         else:
             changed = {key: root / value if key == "latents" else str(root / value)}
@@ -300,7 +379,13 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         ({"latents": "nothing"}, "there is no folder .*nothing"),
         ({"latents": "foreign"}, "was encoded with the codec"),
         ({"distillation.clip_frames": 9}, "clips of 3 latent frames, but clip_frames is 9"),
-        ({"distillation.path_steps": 5}, "2 steps are not among the sigmas of a path of 5"),
+        ({"distillation.critic_warmup": -1}, "critic_warmup is -1: use 0 or more"),
+        ({"distillation.separate_weight": -1.0}, "separate_weight is -1.0: use 0 or more"),
+        ({"distillation.score_shift": 0.0}, "score_shift is 0.0: use a number above 0"),
+        ({"latents": "wide"}, "clips of 4x6 latents, but .*makes videos of 4x4: .*--sizes 32x32"),
+        ({"teacher": "short"}, "clip_frames is 3, but .*short was trained on clips of 2"),
+        ({"lora_rank": 0}, "lora_rank is 0: use 1 or more"),
+        ({"num_validation": 0}, "num_validation is 0: use 1 or more"),
         ({"distillation.unit_sigmas": True}, "unit_sigmas is set, but a teacher that reads"),
         ({"distillation.gradient_units": 0}, "gradient_units is 0"),
         ({"distillation.min_sigma": 0.99}, "min_sigma 0.99 and max_sigma 0.98"),
@@ -311,6 +396,39 @@ def test_what_does_not_fit_is_refused_before_training(root, tmp_path, changes, m
     with pytest.raises(ValueError, match=message):
         _train_changed(tiny_run(root, tmp_path / "run"), root, changes)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_path_has_the_steps_of_the_student() -> None:
+    """The first stage keeps points of the teacher's path; distribution matching has no path."""
+    steps = {"num_inference_steps": 2, "path_steps": 5}
+    assert DistillationConfig(stage="dmd", **steps)
+    with pytest.raises(ValueError, match="2 steps are not among the sigmas of a path of 5"):
+        DistillationConfig(stage="consistency", **steps)
+
+
+def test_a_teacher_that_is_not_finite_stops_the_run_before_the_step(root, tmp_path) -> None:
+    """Weights that took such a step are lost, and a checkpoint of them is worthless."""
+    pipe = VideoPipeline.from_pretrained(root / "teacher")
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "nan")
+    run = tiny_run(root, tmp_path / "run", accumulate=1, steps=6, save_every=1)
+    task = dataclasses.replace(run.task, teacher=str(tmp_path / "nan"), critic=run.task.teacher)
+    with pytest.raises(FloatingPointError, match=r"step 4 of .* was not taken"):
+        train(dataclasses.replace(run, task=task))
+    assert [folder.name for folder in checkpoints(run.out)] == ["step-3"]
+
+
+def test_validation_shows_videos_of_any_data(root: Path, tmp_path: Path) -> None:
+    """Without the judge of the world there are prompts of the folder, a sheet, and two figures."""
+    run = tiny_run(root, tmp_path / "run", accumulate=1, steps=2, sample_every=2)
+    train(run)
+    (row,) = [row for row in read_log(run.out) if "loss" not in row]
+    for name in run.task.units:
+        assert row[f"validation/contrast/{name}"] > 0
+        assert row[f"validation/change/{name}"] > 0
+    sheet = np.asarray(Image.open(run.out / "samples" / "step-2.png"))
+    assert sheet.std() > 0
 
 
 def test_a_folder_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
@@ -326,8 +444,9 @@ def test_a_folder_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
 def test_a_teacher_of_clean_contexts_needs_a_causal_critic() -> None:
     """Its scores are of one unit given finished ones: another critic's are of something else."""
     assert _objective(context="clean", critic="causal")
-    with pytest.raises(ValueError, match="use a causal critic"):
-        _objective(context="clean", critic="symmetric")
+    for context, critic in itertools.product(("clean", "noisy"), ("full", "symmetric", "separate")):
+        with pytest.raises(ValueError, match="use a causal critic"):
+            _objective(context=context, critic=critic)
 
 
 def test_a_causal_teacher_and_critic_may_score_units_at_their_own_sigmas() -> None:

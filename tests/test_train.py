@@ -141,12 +141,12 @@ def _assert_same(left, right):
     assert [name for name, value in left.items() if not torch.equal(value, right[name])] == []
 
 
-def _interrupt_at(step):
+def _interrupt_at(step, number=signal.SIGINT):
     """Return a report that presses Ctrl-C when this step is logged or validated."""
 
     def report(line):
         if line.startswith((f"step {step:>2}/", f"step {step}  validation")):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     return report
 
@@ -181,10 +181,13 @@ def test_killed_run_resumes_bit_for_bit(finished, tmp_path):
 
 
 def test_interrupted_run_keeps_every_step(finished, tmp_path):
-    """Ctrl-C saves at once and the run goes on exactly; otherwise stopping would waste work."""
+    """Ctrl-C saves at once and the run goes on exactly; otherwise stopping would waste work.
+
+    So does SIGTERM, which schedulers of clusters send.
+    """
     config = _make_config(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train(config, report=_interrupt_at(9))
+        train(config, report=_interrupt_at(9, signal.SIGTERM))
     assert checkpoints(config.out)[-1].name == "step-9"
     # Between two lines of the log, so that the sums of the line to come must survive.
     with pytest.raises(KeyboardInterrupt):
