@@ -166,7 +166,10 @@ def test_without_a_length_four_seconds_are_added(run: Run) -> None:
     [
         (("--image", "none.png"), "no file none.png"),
         (("--image", "text.png"), "text.png is no picture"),
-        (("--image", "thin.png"), "thin.png is 8x64 pixels: use sides of 16 or more"),
+        (
+            ("--image", "thin.png"),
+            "thin.png cannot be used: absurd size: 8x64, but sides of 16 or more",
+        ),
         (("--image", "cat.png", "--video", "clip.mkv"), "choose one"),
         (("--image", "cat.png", "--fit", "stretch"), "fit"),
         (("--image", "cat.png", "--keep", "1"), "name a video"),

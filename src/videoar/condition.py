@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from videoar.frames import Unusable, check_size, read, upright
+from videoar.sources import Source
 from videoar.video import Frames, Picture
-
-MIN_SIDE, MAX_PIXELS = 16, 2**26
 
 Fit = Literal["crop", "letterbox"]
 """How another shape is brought to the model's: cut at the sides, or shown whole between bars."""
@@ -25,27 +25,13 @@ def read_image(path: str | Path) -> Picture:
         raise ValueError(f"there is no file {path}; give the path of a picture")
     try:
         with Image.open(path) as image:
-            _check_size(path, *image.size)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, of which Pillow would cut the upper half
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            upright = upright.convert("RGBA")
-            black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
-            return np.asarray(Image.alpha_composite(black, upright).convert("RGB"))
-    except ValueError:
-        raise
+            return upright(image)
+    except Unusable as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise ValueError(
             f"{path} is no picture that can be read ({error}); convert it to PNG or JPEG"
         ) from error
-
-
-def _check_size(name: object, width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is {width}x{height} pixels: use sides of {MIN_SIDE} or more and at most"
-            f" {MAX_PIXELS / 1e6:.0f} million pixels"
-        )
 
 
 def read_clip(
@@ -53,20 +39,11 @@ def read_clip(
 ) -> Frames:
     """Read the beginning of a video file at a rate and size.
 
-    Args:
-        path: Of the file.
-        fps: Frames per second of the result; frames are chosen by their timestamps.
-        height: Of the result.
-        width: Of the result.
-        fit: See `Fit`.
-        seconds: What is read; None: all.
+    Frames are chosen by their timestamps; without `seconds`, all of them.
 
     Raises:
         ValueError: it cannot be read, or is shorter than that.
     """
-    from videoar.frames import Unusable, read
-    from videoar.sources import Source
-
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no file {path}; give the path of a video")
@@ -109,21 +86,21 @@ def beginning(
         image: uint8, `height width 3`, or one such per video of the batch.
         video: uint8, `frames height width 3`, or one such per video of the batch.
         batch: Videos that begin so.
-        height: Of the model.
+        height: Of the model, as is the width.
         width: Of the model.
         stride: Frames per latent frame: `1 + stride * k` frames are kept, the rest is dropped.
-        fit: See `Fit`.
+        fit: Whether the sides are cut, or bars added.
 
     Returns:
-        The beginning of all videos, or of each; None if nothing is given.
+        One beginning for all videos, or one for each; None if nothing is given.
     """
     if image is not None and video is not None:
         raise ValueError("image and video both say how the video begins: give one of them.")
     if image is None and video is None:
         return None
-    name, axes = (
-        ("video", "frames height width 3") if image is None else ("image", "height width 3")
-    )
+    name, axes = "image", "height width 3"
+    if image is None:
+        name, axes = "video", f"frames {axes}"
     given, single = np.asarray(video if image is None else image), len(axes.split())
     if given.dtype != np.uint8 or given.ndim not in (single, single + 1) or given.shape[-1] != 3:
         raise ValueError(
@@ -138,7 +115,7 @@ def beginning(
             f"{name} has shape {given.shape} (videos, frames, height, width, 3), but {batch} "
             "videos are to be made: give one frame or more, for all of them or for each."
         )
-    _check_size(name, given.shape[3], given.shape[2])
+    check_size(given.shape[3], given.shape[2])
     if fit not in ("crop", "letterbox"):
         raise ValueError(f"fit is {fit!r}: use crop or letterbox.")
     kept = 1 + (given.shape[1] - 1) // stride * stride

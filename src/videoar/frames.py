@@ -9,16 +9,15 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
-from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from videoar.sources import PICTURES, Source, name_problem
@@ -34,23 +33,21 @@ SHRINK = Interpolation.AREA | Interpolation.FULL_CHR_H_INT
 ENLARGE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 UNTAGGED = 2  # FFmpeg's number of the unspecified colour matrix
 MAX_GAP = 10  # seconds; what timestamps skip beyond that was never filmed
+ROUNDING = 1e-6  # of a frame: moments half-way between two frames fall to the same side
 
 
 class Unusable(ValueError):
     """Why a source, or what is left of it, cannot be used; never a fault of the program."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Raw:
-    """A frame of a source, before it is resized."""
+class _Raw(NamedTuple):
+    """A frame as it is decoded; most are never looked at, so all else is found out later."""
 
-    time: Fraction
-    duration: Fraction
-    width: float
-    """Shape of the upright picture on a screen with square pixels."""
-    height: float
-    scaled: Callable[[int, int], Picture]
-    """The upright picture at a width and height."""
+    time: float
+    duration: float
+    frame: av.VideoFrame
+    aspect: float
+    """Width of a sample on the screen, of its height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +59,6 @@ class Shown:
     picture: Picture
     cut: bool
     """Whether it does not go on from the frame before."""
-
-
-class _Part(io.RawIOBase):
-    """The bytes of a member of a tar, as a file."""
-
-    def __init__(self, source: Source) -> None:
-        self._file, self._source, self._at = open(source.path, "rb"), source, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._source.size)[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._source.offset + self._at)
-        count = max(0, min(len(buffer), self._source.size - self._at))
-        data = self._file.read(count)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def read(
@@ -121,18 +86,17 @@ def read(
     Raises:
         Unusable: what comes next cannot be used; frames before that are right.
     """
-    rate = Fraction(fps).limit_denominator(1001)  # 23.976 is meant as 24000/1001
     if source.kind == "pictures":
-        raws = _sequence(source, Fraction(picture_fps or fps).limit_denominator(1001))
+        raws = _sequence(source, _rate(picture_fps or fps))
     elif source.name.lower().endswith(".webp"):
         raws = _animation(source)
     else:
         raws = _decode(source)
-    size, last, picture = None, None, None
-    for moment, raw, cut in _resample(_limited(raws, max_seconds), rate):
-        size = size or _choose(sizes, raw)
+    size, last, picture, scaler = None, None, None, VideoReformatter()
+    for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
+        size = size or _choose(sizes, *_shape(raw))
         if raw is not last:
-            before, picture = picture, _fit(raw, *size)
+            before, picture = picture, _fit(raw, *size, scaler)
             if scene_cut is not None and before is not None:
                 change = np.abs(picture.astype(np.int16) - before).mean() / 255
                 cut = cut or bool(change > scene_cut)
@@ -141,66 +105,80 @@ def read(
         last = raw
 
 
-def _limited(raws: Iterator[Raw], max_seconds: float) -> Iterator[Raw]:
-    count, first = 0, None
-    for raw in raws:
-        first = raw.time if first is None else first
-        if raw.time - first > max_seconds:
-            raise Unusable(f"longer than {max_seconds:g} s: the rest is not used")
-        yield raw
-        count += 1
-    if count < 2:
-        raise Unusable("a single frame" if count else "no frame that can be decoded")
+def _rate(fps: float) -> float:
+    return float(Fraction(fps).limit_denominator(1001))  # 23.976 is meant as 24000/1001
 
 
-def _resample(raws: Iterator[Raw], fps: Fraction) -> Iterator[tuple[float, Raw, bool]]:
+def _resample(
+    raws: Iterator[_Raw], fps: float, max_seconds: float
+) -> Iterator[tuple[float, _Raw, bool]]:
     """Yield moment, frame and whether time jumped, for every frame at the new rate."""
-    shot, last, begin = 0, None, None
-
-    def number(raw: Raw) -> int:
-        nonlocal shot, last
-        if last is not None and not -1 <= raw.time - last <= MAX_GAP:
-            shot += 1
-        last = raw.time
-        return shot
-
-    for _, run in itertools.groupby(raws, key=number):
-        held = first = next(run)
-        begin = first.time if begin is None else begin
-        slot = 0
-        for raw in itertools.chain(run, [None]):
-            end = held.time + min(held.duration, MAX_GAP) if raw is None else raw.time
-            until = max(slot, math.floor((end - first.time) * fps + Fraction(1, 2)))
+    begin = start = 0.0  # of the source, and of what goes on without a jump
+    held, slot, count = None, 0, 0
+    for raw in itertools.chain(raws, [None]):
+        jump = held is None or raw is None or not -1 <= raw.time - held.time <= MAX_GAP
+        if raw is None and count < 2:
+            raise Unusable("a single frame" if count else "no frame that can be decoded")
+        if raw is not None and count and raw.time - begin > max_seconds:
+            raise Unusable(f"longer than {max_seconds:g} s: the rest is not used")
+        if held is not None:
+            end = held.time + min(held.duration, MAX_GAP) if jump else raw.time
+            until = max(slot, math.floor((end - start) * fps + 0.5 + ROUNDING))
             for k in range(slot, until):
-                yield float(first.time - begin + k / fps), held, k == 0
-            held, slot = raw or held, until
+                yield start - begin + k / fps, held, k == 0
+            slot = until
+        if jump and raw is not None:
+            start, slot = raw.time, 0
+            begin = begin if count else start
+        held, count = raw, count + 1
 
 
-def _choose(sizes: Sequence[tuple[int, int]], raw: Raw) -> tuple[int, int]:
+def _shape(raw: _Raw) -> tuple[float, float]:
+    """Return the width and height of the upright picture on a screen with square pixels."""
+    width, height = raw.frame.width * raw.aspect, float(raw.frame.height)
+    return (height, width) if _turns(raw) % 2 else (width, height)
+
+
+def _turns(raw: _Raw) -> int:
+    """Return by how many quarters the picture is to be turned."""
+    return round(raw.frame.rotation / 90)
+
+
+def _choose(sizes: Sequence[tuple[int, int]], width: float, height: float) -> tuple[int, int]:
     """Return the size whose shape is nearest, of which the crop leaves most."""
 
     def distance(size: tuple[int, int]) -> float:
-        return abs(math.log(size[0] / size[1] / (raw.width / raw.height)))
+        return abs(math.log(size[0] / size[1] / (width / height)))
 
     best = min(sizes, key=distance)
     if (kept := math.exp(-distance(best))) < MIN_KEPT:
         raise Unusable(
-            f"absurd size: {raw.width:.0f}x{raw.height:.0f} cropped to the shape of"
+            f"absurd size: {width:.0f}x{height:.0f} cropped to the shape of"
             f" {best[0]}x{best[1]} leaves {kept:.0%} of the picture"
         )
     return best
 
 
-def _fit(raw: Raw, width: int, height: int) -> Picture:
+def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Picture:
     """Scale a frame so that it covers the size, and crop what stands over at both sides."""
-    scale = max(width / raw.width, height / raw.height)
-    wide = max(width, round(raw.width * scale))
-    high = max(height, round(raw.height * scale))
+    frame, (wide, high) = raw.frame, _shape(raw)
+    scale = max(width / wide, height / high)
+    wide, high = max(width, round(wide * scale)), max(height, round(high * scale))
     left, top = (wide - width) // 2, (high - height) // 2
-    return raw.scaled(wide, high)[top : top + height, left : left + width]
+    turns = _turns(raw)
+    columns, rows = (high, wide) if turns % 2 else (wide, high)
+    # Untagged videos are in the matrix of their time: BT.709 since there is HD.
+    hd = frame.colorspace == UNTAGGED and frame.height >= 720
+    matrix, flags = Colorspace.ITU709 if hd else None, SHRINK
+    if 1.5 * columns >= frame.width:
+        flags = ENLARGE
+    # Planes take half the time of packed pixels, and the result is the same.
+    small = scaler.reformat(frame, columns, rows, "gbrp", matrix, None, flags, threads=1)
+    return np.rot90(small.to_ndarray(), turns)[top : top + height, left : left + width]
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raise if a picture is too small to show anything or too large to be read."""
     if not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
         raise Unusable(
             f"absurd size: {width}x{height}, but sides of {MIN_SIDE} or more and at most"
@@ -208,32 +186,35 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _open(source: Source, stack: contextlib.ExitStack) -> Any:
-    file = stack.enter_context(_Part(source)) if source.offset else source.path
-    return stack.enter_context(av.open(file, options={"format_whitelist": DEMUXERS}))
+def _open(source: Source) -> Any:
+    path, end = source.path, source.offset + source.size
+    if source.offset:  # a member of a tar
+        path = f"subfile,,start,{source.offset},end,{end},,:{path}"
+    return av.open(path, options={"format_whitelist": DEMUXERS})
 
 
-def _decode(source: Source) -> Iterator[Raw]:
+def _decode(source: Source) -> Iterator[_Raw]:
     """Yield the frames of a container."""
     seconds = 0.0
     try:
-        with contextlib.ExitStack() as stack:
-            container = _open(source, stack)
-            pictured = [s for s in container.streams.video if not _is_cover(s)]
-            if not pictured:
-                raise Unusable("audio only" if container.streams.audio else "not a video")
-            stream = pictured[0]
-            if stream.codec_context is None:
-                raise Unusable("its codec is not known")
-            _check_size(stream.codec_context.width, stream.codec_context.height)
-            stream.codec_context.thread_count = 1  # one process per core decodes
-            first = None
-            for raw in _frames_of(container, stream):
-                first = raw.time if first is None else first
-                seconds = float(raw.time + raw.duration - first)
-                yield raw
+        with _open(source) as container:
+            stream = _pictured(container)
+            step, unit = 1 / float(stream.average_rate or 25), float(stream.time_base)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            time, first = -step, None
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    if first is not None:
+                        raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
+                    continue  # a recording may begin between two key frames
+                time = time + step if frame.pts is None else frame.pts * unit
+                first = time if first is None else first
+                duration = frame.duration * unit or step
+                seconds = time + duration - first
+                check_size(frame.width, frame.height)
+                yield _Raw(time, duration, frame, aspect)
             alone = len(container.streams) == 1  # else the length may be that of the sound
-            declared = float(stream.duration * stream.time_base if stream.duration else 0)
+            declared = (stream.duration or 0) * unit
             declared = declared or (container.duration or 0) * alone / av.time_base
             if seconds < 0.9 * declared - 1:
                 raise Unusable(f"cut short: it ends after {seconds:.1f} of {declared:.1f} s")
@@ -244,70 +225,60 @@ def _decode(source: Source) -> Iterator[Raw]:
         raise Unusable(f"cannot be read: {error.strerror}") from error
 
 
-def _is_cover(stream: Any) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+def _pictured(container: Any) -> Any:
+    """Return the stream of pictures, ready to be decoded."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise Unusable("audio only" if container.streams.audio else "not a video")
+    if streams[0].codec_context is None:
+        raise Unusable("its codec is not known")
+    check_size(streams[0].codec_context.width, streams[0].codec_context.height)
+    streams[0].codec_context.thread_count = 1  # one process per core decodes
+    return streams[0]
 
 
-def _frames_of(container: Any, stream: Any) -> Iterator[Raw]:
-    reformatter, step = VideoReformatter(), Fraction(1, stream.average_rate or 25)
-    time, good = -step, False
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            if good:
-                raise Unusable(f"damaged after {float(time):.1f} s (a frame is incomplete)")
-            continue  # a recording may begin between two key frames
-        good = True
-        time = time + step if frame.pts is None else frame.pts * frame.time_base
-        duration = frame.duration * frame.time_base if frame.duration else step
-        _check_size(frame.width, frame.height)
-        aspect, turns = stream.sample_aspect_ratio or 1, round(frame.rotation / 90)
-        width, height = float(frame.width * aspect), float(frame.height)
-        if turns % 2:
-            width, height = height, width
-
-        def scaled(wide: int, high: int, frame: Any = frame, turns: int = turns) -> Picture:
-            if turns % 2:
-                wide, high = high, wide
-            # Untagged videos are in the matrix of their time: BT.709 since there is HD.
-            hd = frame.colorspace == UNTAGGED and frame.height >= 720
-            source = Colorspace.ITU709 if hd else None
-            scaler = SHRINK if 1.5 * wide < frame.width else ENLARGE
-            small = reformatter.reformat(frame, wide, high, "rgb24", source, None, scaler)
-            return np.rot90(small.to_ndarray(), turns)
-
-        yield Raw(time=time, duration=duration, width=width, height=height, scaled=scaled)
+def upright(image: Image.Image) -> Picture:
+    """Return a picture as viewers show it: turned as its camera says, transparency on black."""
+    check_size(*image.size)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would cut the upper half
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGBA")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(black, image).convert("RGB"))
 
 
-def _of_image(image: Image.Image, *, time: Fraction, duration: Fraction) -> Raw:
-    _check_size(*image.size)
-    whole = image.convert("RGB")
-
-    def scaled(wide: int, high: int) -> UInt8[np.ndarray, "rows columns 3"]:
-        return np.asarray(whole.resize((wide, high), Image.Resampling.BICUBIC))
-
-    width, height = whole.size
-    return Raw(time=time, duration=duration, width=width, height=height, scaled=scaled)
+def _still(image: Image.Image, time: float, duration: float) -> _Raw:
+    return _Raw(time, duration, av.VideoFrame.from_ndarray(upright(image), "rgb24"), 1.0)
 
 
-def _animation(source: Source) -> Iterator[Raw]:
-    """Yield the frames of an animated WebP, which FFmpeg does not read."""
-    time = Fraction(0)
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
     try:
-        with Image.open(io.BufferedReader(_Part(source))) as image:
-            _check_size(*image.size)
-            for number in range(getattr(image, "n_frames", 1)):
-                image.seek(number)
-                image.load()
-                duration = Fraction(round(image.info.get("duration", 0)) or 100, 1000)
-                yield _of_image(image, time=time, duration=duration)
-                time += duration
+        yield
     except Unusable:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
-        raise Unusable(f"damaged after {float(time):.1f} s ({error})") from error
+        raise Unusable(f"damaged {where} ({error})") from error
 
 
-def _sequence(source: Source, fps: Fraction) -> Iterator[Raw]:
+def _animation(source: Source) -> Iterator[_Raw]:
+    """Yield the frames of an animated WebP, which FFmpeg does not read."""
+    time = 0.0
+    with _readable("after 0.0 s"), open(source.path, "rb") as file:
+        file.seek(source.offset)
+        with Image.open(io.BytesIO(file.read(source.size))) as image:
+            for number in range(getattr(image, "n_frames", 1)):
+                with _readable(f"after {time:.1f} s"):
+                    image.seek(number)
+                    image.load()
+                    duration = (round(image.info.get("duration", 0)) or 100) / 1000
+                    yield _still(image, time, duration)
+                    time += duration
+
+
+def _sequence(source: Source, fps: float) -> Iterator[_Raw]:
     """Yield the pictures of a folder in the order of their numbers."""
 
     def numbers(name: str) -> list[tuple[int, int | str]]:
@@ -317,15 +288,8 @@ def _sequence(source: Source, fps: Fraction) -> Iterator[Raw]:
     names = [n for n in os.listdir(source.path) if Path(n).suffix.lower() in PICTURES]
     names = [name for name in names if not name_problem(name)]
     for number, name in enumerate(sorted(names, key=numbers)):
-        try:
-            with Image.open(os.path.join(source.path, name)) as image:
-                _check_size(*image.size)
-                upright = ImageOps.exif_transpose(image)
-                yield _of_image(upright, time=number / fps, duration=1 / fps)
-        except Unusable:
-            raise
-        except Exception as error:  # see above
-            raise Unusable(f"damaged at {name} ({error})") from error
+        with _readable(f"at {name}"), Image.open(os.path.join(source.path, name)) as image:
+            yield _still(image, number / fps, 1 / fps)
 
 
 def cut(
@@ -358,10 +322,8 @@ def cut(
 
 def duration(source: Source) -> float:
     """Return the seconds that the header of a source promises; 0 if it does not say."""
-    if source.kind == "pictures" or source.name.lower().endswith(".webp"):
-        return 0.0
     try:
-        with contextlib.ExitStack() as stack:
-            return (_open(source, stack).duration or 0) / av.time_base
+        with _open(source) as container:
+            return (container.duration or 0) / av.time_base
     except (av.FFmpegError, OSError):
         return 0.0
