@@ -155,7 +155,7 @@ class ShardWriter:
 
     A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`,
     and into `text` the rows of their captions if an encoder of text is too large to train with.
-    Files appear under their names when complete; a folder without `latents.json` is unfinished.
+    `latents.json` comes last: a folder without it is unfinished.
     """
 
     def __init__(
@@ -227,10 +227,8 @@ class ShardWriter:
     def _flush(self, shape: torch.Size) -> None:
         clips = self._open.pop(shape)
         name = f"shard-{self._num_shards:05d}.safetensors"
-        partial = self.folder / f".{name}.partial"
         stacked = {key: torch.stack([tensors[key] for tensors, _ in clips]) for key in clips[0][0]}
-        save_file(stacked, partial)
-        os.replace(partial, self.folder / name)
+        save_file(stacked, self.folder / name)
         self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
         self._num_shards += 1
 
@@ -240,9 +238,9 @@ class ShardWriter:
         mean, square = self._sums / max(self._values_per_channel, 1)
         std = (square - mean.square()).clamp_min(0).sqrt()
         info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
-        lines = [json.dumps(line, ensure_ascii=False) for line in self._index]
-        _write_text(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines))
-        _write_text(self.folder / INFO_NAME, json.dumps({"format": FORMAT} | info, indent=2) + "\n")
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._index)
+        (self.folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
+        write_json(self.folder / INFO_NAME, {"format": FORMAT} | info)
 
 
 class LatentShards:
@@ -319,9 +317,10 @@ class LatentShards:
         return {"latents": latents, "text": self.tokenize(captions)}
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is complete as soon as it exists."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -345,14 +344,13 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                clip = json.loads(line)
-                _ = clip["shard"], clip["row"], clip["captions"][0]
+                clips.append(json.loads(line))
+                _ = clips[-1]["shard"], clips[-1]["row"], clips[-1]["captions"][0]
             except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
                 raise ValueError(
                     f"line {number} of {path} does not describe a clip with shard, row and"
                     " captions: prepare the latents again"
                 ) from error
-            clips.append(clip)
     return clips
 
 

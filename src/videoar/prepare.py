@@ -28,10 +28,10 @@ from torch import Tensor
 
 from videoar.checkpoint import resolve
 from videoar.codecs import Codec
-from videoar.data import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
+from videoar.data import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter, write_json
 from videoar.formats import load_codec, surroundings
 from videoar.options import Prepare
-from videoar.parts import begin, read_done, read_parts, write_json
+from videoar.parts import begin, read_done, read_parts
 from videoar.processes import Event, Pool
 from videoar.sources import Listing, Source, list_sources
 from videoar.umt5 import UMT5PromptEncoder
@@ -161,7 +161,7 @@ def _make_parts(
             within.pop(key, None)
             finished += sizes[key]
         if event.kind == "lost":
-            write_json(work / f"{key}.json", {"clips": 0, "parts": 0, "note": event.value})
+            write_json(work / f"{key}.json", {"clips": 0, "note": event.value})
         share = (finished + sum(within.values())) / total
         new = (clips - old, share - before / total)
         show(Progress(share, clips, time.perf_counter() - started, *new))
