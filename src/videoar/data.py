@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT, MAX_SHARD_BYTES = 1, 256 << 20
 EMPTY_TEXT = "empty-text.safetensors"
 """The rows of the empty prompt, if rows are stored."""
 INFO_NAME = "latents.json"
@@ -81,24 +81,19 @@ class Batches:
             raise ValueError(
                 f"{most}, but one batch takes {per_step}: add samples or lower batch_size"
             )
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.prefetch = prefetch
-        self._order: tuple[int, Int[np.ndarray, "batches samples"]] | None = None
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
+        self._order = (-1, np.zeros((0, 0), np.int64))  # epoch, batches x samples
         self._ready: dict[int, Future[dict[str, Any]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def indices(self, step: int) -> list[int]:
         """Return which samples this rank takes at `step`."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = self._order = (epoch, self._batches_of(epoch))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._batches_of(epoch))
         start = self.rank * self.batch_size
-        return order[1][position, start : start + self.batch_size].tolist()
+        return self._order[1][position, start : start + self.batch_size].tolist()
 
     def _batches_of(self, epoch: int) -> Int[np.ndarray, "batches samples"]:
         """Permute the samples and fill batches; one stands where its last sample does."""
@@ -164,16 +159,13 @@ class ShardWriter:
         *,
         info: LatentsInfo,
         clips_per_shard: int = 1024,
-        max_shard_bytes: int = 256 << 20,
         dtype: torch.dtype = torch.float16,
     ) -> None:
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.info = info
-        self.clips_per_shard, self.max_shard_bytes = clips_per_shard, max_shard_bytes
-        self.dtype = dtype
+        self.folder, self.info, self.dtype = folder, info, dtype
+        self.clips_per_shard = clips_per_shard
         self._open: dict[torch.Size, list[tuple[dict[str, Tensor], dict[str, Any]]]] = {}
         self._index: list[dict[str, Any]] = []
         self._num_shards = 0
@@ -216,12 +208,17 @@ class ShardWriter:
         self._sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         self._values_per_channel += stored.numel() // self.info.channels
         frames, _, height, width = stored.shape
-        line = {"captions": list(captions), "frames": frames, "height": height, "width": width}
+        line: dict[str, Any] = {"captions": list(captions)}
+        line |= {"frames": frames, "height": height, "width": width}
+        tensors = {"latents": stored}
+        if extra:
+            line["extra"] = extra
+        if text is not None:
+            tensors["text"] = text.to(self.dtype)
         clips = self._open.setdefault(stored.shape, [])
-        tensors = {"latents": stored} | ({} if text is None else {"text": text.to(self.dtype)})
-        clips.append((tensors, line | ({"extra": extra} if extra else {})))
+        clips.append((tensors, line))
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if len(clips) >= min(self.clips_per_shard, max(1, self.max_shard_bytes // size)):
+        if len(clips) >= min(self.clips_per_shard, max(1, MAX_SHARD_BYTES // size)):
             self._flush(stored.shape)
 
     def _flush(self, shape: torch.Size) -> None:
@@ -259,28 +256,21 @@ class LatentShards:
         tokenize: Callable[[list[str]], Int[Tensor, "batch words"]] | None = None,
         max_memory_bytes: int = 2 << 30,
     ) -> None:
-        self.folder = folder
-        self.tokenize = tokenize
-        self.info = read_info(folder)
+        self.folder, self.tokenize, self.info = folder, tokenize, read_info(folder)
         self.clips = _read_index(folder / INDEX_NAME)
         names = {clip["shard"] for clip in self.clips}
         # Both a tensor and a slice of a mapped file return one clip when indexed by a row.
-        self._shards: dict[str, dict[str, Any]] = {
-            name: _map_shard(folder / name) for name in names
-        }
-        counts = {name: shard["latents"].get_shape()[0] for name, shard in self._shards.items()}
+        self._shards: dict[str, dict[str, Any]] = {n: _map_shard(folder / n) for n in names}
         for clip in self.clips:
-            num_rows = counts[clip["shard"]]
+            num_rows = self._shards[clip["shard"]]["latents"].get_shape()[0]
             if not 0 <= clip["row"] < num_rows:
                 raise ValueError(
                     f"{folder / INDEX_NAME} names row {clip['row']} of {clip['shard']}, which has"
                     f" {num_rows} rows: prepare the latents again"
                 )
         if sum((folder / name).stat().st_size for name in names) <= max_memory_bytes:
-            self._shards = {
-                name: {key: rows[:] for key, rows in shard.items()}
-                for name, shard in self._shards.items()
-            }
+            for name, shard in self._shards.items():
+                self._shards[name] = {key: rows[:] for key, rows in shard.items()}
 
     def __len__(self) -> int:
         return len(self.clips)

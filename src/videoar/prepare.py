@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,14 @@ class Progress:
     share: float
     """Of the bytes of all videos."""
     clips: int
-    seconds: float
-    """Since this run began."""
-    new_clips: int
-    new_share: float
-    """Of this run, which may have found some done."""
+    rate: float
+    """Clips per second in this run, which may have found some done."""
+    left: float
+    """Seconds."""
 
     def __str__(self) -> str:
-        rate = self.new_clips / max(self.seconds, 1e-9)
-        left = self.seconds * (1 - self.share) / self.new_share if self.new_share else 0.0
-        shown = f"{int(left // 3600)}:{int(left // 60) % 60:02}:{int(left) % 60:02} left"
-        return f"{self.share:.0%}  {self.clips} clips  {rate:.1f} clips/s  {shown}"
+        left = timedelta(seconds=int(self.left))
+        return f"{self.share:.0%}  {self.clips} clips  {self.rate:.1f} clips/s  {left} left"
 
 
 def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: None) -> Json:
@@ -84,8 +82,8 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     listing = list_sources(videos, captions=config.captions)
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
-    digest = hashlib.sha256("".join(source.key for source in listing.sources).encode())
-    sources = {"sources": digest.hexdigest()[:16]}
+    digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
+    sources = {"sources": digest[:16]}
     if (folder / INFO_NAME).exists():
         _claim(folder / ABOUT, about | sources)
         shutil.rmtree(folder / WORK, ignore_errors=True)
@@ -96,7 +94,11 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
     _make_parts(config, listing, work, show)
-    encoder = frozen_text(Path(config.codec), device=config.device)
+    encoder = surroundings(Path(config.codec)).get("text")
+    if isinstance(encoder, UMT5PromptEncoder):
+        encoder.device = config.device
+    else:
+        encoder = None  # it is trained along
     info = LatentsInfo(
         codec=about["codec"],
         channels=codec.latent_channels,
@@ -142,29 +144,28 @@ def _claim(path: Path, about: Json) -> None:
 def _make_parts(
     config: Prepare, listing: Listing, work: Path, show: Callable[[Progress], None]
 ) -> None:
-    sizes = {source.key: source.size for source in listing.sources}
     todo = [source for source in listing.sources if not (work / f"{source.key}.json").exists()]
     for key in {source.key for source in todo} & held_out(listing.sources, share=config.held_out):
         (work / f"{key}.heldout").touch()
-    total = max(1, sum(sizes.values()))
-    before = total - sum(source.size for source in todo)
+    total = max(1, sum(source.size for source in listing.sources))
+    finished = before = total - sum(source.size for source in todo)
     clips = old = sum(read_done(s, work)["clips"] for s in set(listing.sources) - set(todo))
     engine = _on_ray if config.engine == "ray" else _on_this_machine
-    finished, within, started = before, dict[str, float](), time.perf_counter()
+    within, started = dict[Source, float](), time.perf_counter()
     # Long ones first: no process should begin the longest when the others are done.
     for event in engine(config, sorted(todo, key=lambda s: -s.size), work):
-        key = event.job.key
+        source = event.job
         if event.kind == "beat":
             clips += 1
-            within[key] = event.value * sizes[key]
+            within[source] = event.value * source.size
         else:
-            within.pop(key, None)
-            finished += sizes[key]
+            within.pop(source, None)
+            finished += source.size
         if event.kind == "lost":
-            write_json(work / f"{key}.json", {"clips": 0, "note": event.value})
-        share = (finished + sum(within.values())) / total
-        new = (clips - old, share - before / total)
-        show(Progress(share, clips, time.perf_counter() - started, *new))
+            write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
+        done, seconds = finished + sum(within.values()), time.perf_counter() - started
+        left = seconds * (total - done) / max(done - before, 1)
+        show(Progress(done / total, clips, (clips - old) / max(seconds, 1e-9), left))
 
 
 def held_out(sources: Iterable[Source], *, share: float) -> set[str]:
@@ -174,10 +175,13 @@ def held_out(sources: Iterable[Source], *, share: float) -> set[str]:
     return {source.key for source in order[:count]}
 
 
-def _on_this_machine(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
-    workers = min(config.workers or os.cpu_count() or 1, len(todo))
+def _pool(config: Prepare, work: Path, workers: int) -> Pool:
     start = partial(begin, config, work)
-    with Pool(start, workers=workers, timeout=config.timeout, preload=__name__) as pool:
+    return Pool(start, workers=workers, timeout=config.timeout, preload=__name__)
+
+
+def _on_this_machine(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
+    with _pool(config, work, min(config.workers or os.cpu_count() or 1, len(todo))) as pool:
         yield from pool.run(todo)
 
 
@@ -185,8 +189,7 @@ class _RayWorker:
     """An actor with a process of its own that may be given up."""
 
     def __init__(self, config: Prepare, work: Path) -> None:
-        start = partial(begin, config, work)
-        self.pool = Pool(start, workers=1, timeout=config.timeout, preload=__name__)
+        self.pool = _pool(config, work, 1)
 
     def __call__(self, batch: Json) -> Json:
         events = [list(self.pool.run([pickle.loads(job)])) for job in batch["job"]]
@@ -197,9 +200,8 @@ def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
     try:
         import ray.data
     except ImportError as error:
-        raise ValueError(
-            "engine is ray, which is not installed: `pip install videoar[dist]`"
-        ) from (error)
+        message = "engine is ray, which is not installed: `pip install videoar[dist]`"
+        raise ValueError(message) from error
     if not todo:
         return
     cores = int(ray.available_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count()
@@ -215,23 +217,11 @@ def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
         yield from pickle.loads(row["events"])
 
 
-def frozen_text(checkpoint: Path, *, device: str) -> UMT5PromptEncoder | None:
-    """Return a checkpoint's text encoder if it is one that is not trained along."""
-    text = surroundings(checkpoint).get("text")
-    if not isinstance(text, UMT5PromptEncoder):
-        return None
-    text.device = device
-    return text
-
-
 def _rows(sources: list[Source], encoder: UMT5PromptEncoder | None) -> Iterator[Tensor | None]:
     """Encode the first caption of every video, some at a time: each takes 4 MB and more."""
     for start in range(0, len(sources), TEXTS_AT_A_TIME):
-        chosen = sources[start : start + TEXTS_AT_A_TIME]
-        if encoder is None:
-            yield from (None for _ in chosen)
-        else:
-            yield from encoder.encode([source.captions[0] for source in chosen])
+        captions = [source.captions[0] for source in sources[start : start + TEXTS_AT_A_TIME]]
+        yield from [None] * len(captions) if encoder is None else encoder.encode(captions)
 
 
 def _join(
@@ -250,28 +240,27 @@ def _join(
     done = {source: read_done(source, work) for source in listing.sources}
     used = [source for source, record in done.items() if record["clips"]]
     if not used:
-        rejected = _write_rejected(folder, listing, done)
+        rejected = _write_rejected(folder / REJECTED, listing, done)
         raise ValueError(
             f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
         )
     out = {source for source in used if (work / f"{source.key}.heldout").exists()}
     out = set() if len(out) == len(used) else out
     shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
-    sizes, num_frames = {"clips": Counter[str](), HELD_OUT: Counter[str]()}, 0
+    sizes, kept_sizes, num_frames = Counter[str](), Counter[str](), 0
     with ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
-        rejected = _write_rejected(folder, listing, done)
+        rejected = _write_rejected(folder / REJECTED, listing, done)
         if encoder is not None:
             save_file({"rows": encoder.encode([""])[0]}, folder / EMPTY_TEXT)
         for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
-            table = sizes[HELD_OUT if source in out else "clips"]
+            table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}
                 if source in out:
                     extra["source"] = f"{table.total():06d}.mkv"
                     shutil.copyfile(clip.pixels, apart / extra["source"])
-                target = other if source in out else writer
                 target.add(clip.latents, captions=source.captions, extra=extra, text=rows)
                 frames, _, height, width = clip.latents.shape
                 length = 1 + (frames - 1) * info.stride[0]
@@ -286,25 +275,24 @@ def _join(
             "videos": len(done),
             "used": len(used),
             "rejected": dict(reasons.most_common()),
-            "clips": sizes["clips"].total(),
-            "held_out_clips": sizes[HELD_OUT].total(),
+            "clips": sizes.total(),
+            "held_out_clips": kept_sizes.total(),
             "seconds": num_frames / info.fps,
-            "frames_of_sizes": dict(sorted((sizes["clips"] + sizes[HELD_OUT]).items())),
+            "frames_of_sizes": dict(sorted((sizes + kept_sizes).items())),
         }
         write_json(folder / STATISTICS, statistics)
         write_json(folder / ABOUT, about)
     return statistics
 
 
-def _write_rejected(folder: Path, listing: Listing, done: dict[Source, Json]) -> dict[str, str]:
+def _write_rejected(path: Path, listing: Listing, done: dict[Source, Json]) -> dict[str, str]:
     """Write a line for all that is not used, and for what is used in part; return the reasons."""
-    clips = {source.name: record["clips"] for source, record in done.items() if record["clips"]}
-    notes = {source.name: record["note"] for source, record in done.items() if record["note"]}
-    rejected = dict(sorted((listing.rejected | notes).items()))
-    with (folder / REJECTED).open("w", encoding="utf-8") as file:
-        for name, reason in rejected.items():
-            line = {"file": name, "reason": reason}
-            if name in clips:
-                line |= {"clips_before": clips[name]}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return rejected
+    lines = {name: {"file": name, "reason": why} for name, why in listing.rejected.items()}
+    for source, record in done.items():
+        if record["note"]:
+            before = {"clips_before": record["clips"]} if record["clips"] else {}
+            lines[source.name] = {"file": source.name, "reason": record["note"], **before}
+    lines = dict(sorted(lines.items()))
+    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines.values())
+    path.write_text(text, encoding="utf-8")
+    return {name: line["reason"] for name, line in lines.items()}

@@ -65,8 +65,8 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in list(self._workers):
-            self._end(worker)
+        while self._workers:
+            self._end(self._workers[0])
 
     def run(self, jobs: Iterable[Any]) -> Iterator[Event]:
         """Do jobs side by side, and yield what is heard of them as it comes.
@@ -84,11 +84,11 @@ class Pool:
                 if worker.deadline == math.inf and queue:
                     worker.job, worker.deadline = queue.popleft(), time.monotonic() + self.timeout
                     worker.connection.send(worker.job)
-            for worker, message in self._listen():
-                job, (kind, value) = worker.job, message
+            for worker, (kind, value) in self._listen():
+                job = worker.job
                 if kind == "error":
                     raise value
-                if kind == "died":
+                if kind == "lost":
                     self._end(worker)
                     if job is None:
                         raise ChildProcessError("a process died before it began: look at memory")
@@ -97,12 +97,12 @@ class Pool:
                         queue.appendleft(job)
                         continue
                     value = value or f"its process died twice (code {worker.process.exitcode})"
-                if kind == "done":
-                    worker.job = None
-                idle = kind in ("done", "ready")
-                worker.deadline = math.inf if idle else time.monotonic() + self.timeout
+                if kind == "beat":
+                    worker.deadline = time.monotonic() + self.timeout
+                else:
+                    worker.job, worker.deadline = None, math.inf
                 if job is not None:
-                    yield Event(job, "lost" if kind == "died" else kind, value)
+                    yield Event(job, kind, value)
 
     def _begin(self) -> None:
         ours, theirs = self._context.Pipe()
@@ -121,9 +121,9 @@ class Pool:
                 try:
                     yield worker, worker.connection.recv()
                 except (EOFError, ConnectionResetError):
-                    yield worker, ("died", None)
+                    yield worker, ("lost", None)
             elif time.monotonic() > worker.deadline:
-                yield worker, ("died", f"no progress in {self.timeout:g} s")
+                yield worker, ("lost", f"no progress in {self.timeout:g} s")
 
     def _end(self, worker: _Worker) -> None:
         worker.process.kill()
