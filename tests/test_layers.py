@@ -57,7 +57,6 @@ FLOORS = (
         "compare",
         "evaluate",
         "heldout",
-        "benchmark",
         "measure",
         "bench_distill",
         "bench_prepare",
@@ -98,7 +97,7 @@ NEIGHBOURS = {
     "evaluate": {"pipeline", "tasks"},
     "bench_distill": {"measure", "optim", "pipeline", "runs", "wording"},
     "bench_prepare": {"prepare"},
-    "measure": {"benchmark", "pipeline", "runs"},
+    "measure": {"pipeline", "runs"},
     "demo": {"describe"},
     "cli": {"app", "demo", "output", "describe"},
 }

@@ -235,6 +235,7 @@ def draw_units(args: options.DrawUnits) -> int:
             check_output(folder / file, overwrite=args.force)
     from videoar import describe, drawing
     from videoar.pipeline import Sampling
+    from videoar.tables import cells, columns
     from videoar.units import Units, parse
 
     size = (args.frames, args.height, args.width)
@@ -246,7 +247,7 @@ def draw_units(args: options.DrawUnits) -> int:
         visible = sampling.visible(units)
         rows.append(describe.partition(name, units, visible, steps=args.steps))
     _say("{} x {} x {} tokens, {} steps per unit".format(*size, args.steps))
-    _say(describe.table(rows))
+    _say(columns(cells(rows)))
     if folder is None:
         return 0
     folder.mkdir(exist_ok=True)
@@ -294,9 +295,9 @@ def prepare(args: options.Prepare) -> int:
 
 def bench(args: options.Bench) -> int:
     """Measure speed."""
-    from videoar import benchmark
+    from videoar import measure
 
-    _say(benchmark.run(args, _say).to_markdown())
+    _say(measure.tables(args, measure.run(args, _say)))
     return 0
 
 

@@ -7,35 +7,35 @@ fields of `Sampling` that follow its name, as in `toy?guidance_scale=1&num_infer
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from videoar.checkpoint import resolve
 from videoar.evaluate import (
     CLEAN,
+    HEADLINE,
+    Clips,
     fingerprint,
     held_out_prompts,
     judge_ends,
     judge_whole,
-    load_parts,
-    make,
-    save,
+    judged,
 )
 from videoar.metrics import bootstrap_interval, frechet_distance, frechet_interval
 from videoar.options import Compare
 from videoar.pipeline import VideoPipeline, from_frames
 from videoar.sampling import Sampling
-from videoar.tables import markdown
+from videoar.tables import load, markdown, save
 from videoar.tasks import load_codec
 
 Json = dict[str, Any]
-JUDGED = ("color", "shape", "motion", "all")
 LONG = " (long)"
+KEPT = ("prompt", "seed", "scores", "features", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Entry:
         return entry
 
 
-def features(frames: UInt8[np.ndarray, "batch frames height width 3"]) -> Float[np.ndarray, "b c"]:
+def features(frames: Clips) -> Float[np.ndarray, "b c"]:
     """Describe videos by the encoder of the bundled codec, a fixed network that saw no generator.
 
     Per latent channel: its mean and deviation over all places, and its mean change in time.
@@ -76,38 +76,27 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
     entries = [Entry.read(text) for text in config.entries]
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("two entries have one name: write NAME=CHECKPOINT with other names")
-    parts = load_parts(config.out)
+    parts = load(config.out, "parts", kind="evaluation")
     save(config.out, {"parts": parts})
-    prompts = held_out_prompts(config.num_prompts, seed=config.seed)
     settings = {"num_prompts": config.num_prompts, "seeds": config.seeds, "seed": config.seed}
     settings |= {"seconds": config.seconds, "units": config.units}
-    for name, checkpoint in _jobs(entries):
+    made = [(entry.name, checkpoint) for entry in entries for checkpoint in entry.checkpoints]
+    for name, checkpoint in ((CLEAN, "toy"), *made):
         path, _, given = checkpoint.partition("?")
-        key, weights = f"{name} {checkpoint}", fingerprint(resolve(path))
-        wanted = settings | {"weights": weights}
-        for suffix, count in (("", config.num_prompts), (LONG, config.long_prompts)):
-            length = config.long_seconds if suffix else config.seconds
-            asked = wanted | {"long": [count, length]} if suffix else wanted
-            if not count or parts.get(key + suffix, {}).get("settings") == asked:
+        folder = resolve(path)
+        kinds: Json = {"": settings | {"weights": fingerprint(folder)}}
+        if config.long_prompts and name != CLEAN:
+            kinds[LONG] = kinds[""] | {"long": [config.long_prompts, config.long_seconds]}
+        for suffix, asked in kinds.items():
+            key = f"{name} {checkpoint}{suffix}"
+            if parts.get(key, {}).get("settings") == asked:
                 continue
-            pipe = VideoPipeline.from_pretrained(resolve(path))
-            pipe.sampling = with_fields(pipe.sampling, given)
-            units = config.units or pipe.sampling.units
-            assert isinstance(units, str)
-            reference = name == CLEAN
             started = time.perf_counter()
-            seeds = range(1 if suffix or reference else config.seeds)
-            found = [
-                _videos(pipe, CLEAN if reference else units, prompts[:count], config, seed, suffix)
-                for seed in seeds
-            ]
-            about: Json = {"settings": asked, "units": units, "steps": _steps(pipe)}
-            about["passes_per_second"] = _passes(pipe, units)
-            parts[key + suffix] = about | {
-                "videos": [video for videos in found for video in videos]
-            }
+            pipe = VideoPipeline.from_pretrained(folder)
+            pipe.sampling = with_fields(pipe.sampling, given)
+            parts[key] = {"settings": asked} | _part(pipe, config, name, suffix)
             save(config.out, {"parts": parts})
-            report(f"{key}{suffix}: {time.perf_counter() - started:.0f} s")
+            report(f"{key}: {time.perf_counter() - started:.0f} s")
     text = _tables(entries, parts, config)
     save(config.out, {"parts": parts, "tables": text})
     return text
@@ -130,36 +119,37 @@ def with_fields(sampling: Sampling, given: str) -> Sampling:
     return replace(sampling, **changes)
 
 
-def _jobs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
-    yield CLEAN, "toy"
-    for entry in entries:
-        yield from ((entry.name, checkpoint) for checkpoint in entry.checkpoints)
+def _part(pipe: VideoPipeline, config: Compare, name: str, suffix: str) -> Json:
+    """Make and judge short or long videos, and say how they were made."""
+    sampling, units = pipe.sampling, config.units or pipe.sampling.units
+    assert isinstance(units, str)
+    count, seconds, judge = config.num_prompts, config.seconds, _judge_and_describe
+    if suffix:
+        count, seconds, judge = config.long_prompts, config.long_seconds, judge_ends
+    prompts = [
+        prompt | {"seed": prompt["seed"] + 1_000_003 * seed}
+        for seed in range(1 if suffix or name == CLEAN else config.seeds)
+        for prompt in held_out_prompts(count, seed=config.seed)
+    ]
+    how = {"num_frames": round(seconds * sampling.fps), "batch_size": config.batch_size}
+    batches = judged(pipe, CLEAN if name == CLEAN else units, prompts, judge, **how)
+    steps = sampling.num_inference_steps if sampling.sigmas is None else len(sampling.sigmas) - 1
+    return {
+        "units": units,
+        "steps": steps,
+        "passes_per_second": _passes(pipe, units),
+        "videos": [
+            {key: video[key] for key in KEPT if key in video}
+            for videos in batches
+            for video in videos
+        ],
+    }
 
 
-def _videos(
-    pipe: VideoPipeline, units: str, prompts: list[Json], config: Compare, seed: int, suffix: str
-) -> list[Json]:
-    """Make the videos of all prompts with one seed of noise, and judge them."""
-    fps, videos = pipe.sampling.fps, []
-    frames = round((config.long_seconds if suffix else config.seconds) * fps)
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        batch = [prompt | {"seed": prompt["seed"] + 1_000_003 * seed} for prompt in batch]
-        made = make(pipe, units, batch, num_frames=frames)
-        if suffix:
-            videos += judge_ends(made, batch, fps=fps)
-            continue
-        clips = np.concatenate(list(made), axis=1)
-        described = features(clips).tolist()
-        judged = judge_whole(iter([clips]), batch, fps=fps)
-        videos += [one | {"features": two} for one, two in zip(judged, described, strict=True)]
-    keep = ("prompt", "seed", "scores", "features", "first", "last")
-    return [{key: video[key] for key in keep if key in video} for video in videos]
-
-
-def _steps(pipe: VideoPipeline) -> int:
-    sigmas = pipe.sampling.sigmas
-    return pipe.sampling.num_inference_steps if sigmas is None else len(sigmas) - 1
+def _judge_and_describe(blocks: Iterable[Clips], prompts: list[Json], *, fps: int) -> list[Json]:
+    clips = np.concatenate(list(blocks), axis=1)
+    found = zip(judge_whole(iter([clips]), prompts, fps=fps), features(clips).tolist(), strict=True)
+    return [video | {"features": described} for video, described in found]
 
 
 def _passes(pipe: VideoPipeline, units: str) -> float:
@@ -171,49 +161,43 @@ def _passes(pipe: VideoPipeline, units: str) -> float:
     return generation.stats.passes * twice * fps / frames
 
 
-def _by_prompt(videos: list[list[Json]], key: str, scores: str = "scores") -> list[float]:
+def _by_prompt(parts: list[Json], key: str, scores: str = "scores") -> list[float]:
     """Average a score over all videos of a prompt, in the order of the prompts."""
     found: dict[str, list[float]] = {}
-    for video in (video for each in videos for video in each):
-        found.setdefault(f"{video['prompt']}", []).append(video[scores][key])
+    for video in (video for part in parts for video in part["videos"]):
+        found.setdefault(video["prompt"], []).append(video[scores][key])
     return [float(np.mean(values)) for values in found.values()]
 
 
 def _tables(entries: list[Entry], parts: Json, config: Compare) -> str:
-    real = np.array([video["features"] for video in parts[f"{CLEAN} toy"]["videos"]])
-    columns = [
-        "colour",
-        "shape",
-        "motion",
-        "all right",
-        "Frechet",
-        "diversity",
-        "steps",
-        "passes/s",
-    ]
-    rows = [["videos of", *columns]]
-    minus, drift = [["minus the first", *columns[:4]]], [["last - first 4 s", *columns[:4]]]
-    first: dict[str, list[float]] = {}
-    ceiling = [video["scores"] for video in parts[f"{CLEAN} toy"]["videos"]]
-    rows.append([CLEAN, *(_cell([s[key] for s in ceiling]) for key in JUDGED), "", "", "", ""])
+    reference = parts[f"{CLEAN} toy"]["videos"]
+    real = np.array([video["features"] for video in reference])
+    judged = list(HEADLINE.values())
+    rows = [["videos of", *judged, "Frechet", "diversity", "steps", "passes/s"]]
+    minus, drift = [["minus the first", *judged]], [["last - first 4 s", *judged]]
+    ceiling = [_cell([video["scores"][key] for video in reference]) for key in HEADLINE]
+    rows.append([CLEAN, *ceiling, "", "", "", ""])
+    first: list[list[float]] = []
     for entry in entries:
         own = [parts[f"{entry.name} {checkpoint}"] for checkpoint in entry.checkpoints]
-        videos = [part["videos"] for part in own]
-        scores = {key: _by_prompt(videos, key) for key in JUDGED}
-        cells = [_cell(values) for values in scores.values()]
-        cells += [_distance(own, real), _diversity(own, config.seeds), str(own[0]["steps"])]
-        rows.append([entry.name, *cells, f"{own[0]['passes_per_second']:.1f}"])
+        scores = [_by_prompt(own, key) for key in HEADLINE]
+        cells = [_distance(own, real), _diversity(own, config.seeds), str(own[0]["steps"])]
+        cells.append(f"{own[0]['passes_per_second']:.1f}")
+        rows.append([entry.name, *map(_cell, scores), *cells])
         if first:
-            pairs = [np.subtract(scores[key], first[key]) for key in JUDGED]
-            minus.append([entry.name, *(_cell(values) for values in pairs)])
+            minus.append([entry.name, *map(_cell, np.subtract(scores, first))])
         first = first or scores
         if config.long_prompts:
-            long = [parts[f"{entry.name} {path}{LONG}"]["videos"] for path in entry.checkpoints]
-            ends = [[_by_prompt(long, key, end) for key in JUDGED] for end in ("last", "first")]
-            pairs = [np.subtract(a, b) for a, b in zip(*ends, strict=True)]
-            drift.append([entry.name, *(_cell(values) for values in pairs)])
+            long = [parts[f"{entry.name} {path}{LONG}"] for path in entry.checkpoints]
+            last = [_by_prompt(long, key, "last") for key in HEADLINE]
+            changes = np.subtract(last, [_by_prompt(long, key, "first") for key in HEADLINE])
+            drift.append([entry.name, *map(_cell, changes)])
     tables = [table for table in (rows, minus, drift) if len(table) > 1]
     return "\n\n".join(markdown(table) for table in tables) + "\n"
+
+
+def _cell(values: Sequence[float] | Float[np.ndarray, " values"]) -> str:
+    return f"{bootstrap_interval(values).times(100):.1f}"
 
 
 def _distance(parts: list[Json], real: Float[np.ndarray, "videos features"]) -> str:
@@ -233,11 +217,4 @@ def _diversity(parts: list[Json], seeds: int) -> str:
         described = np.array([video["features"] for video in part["videos"]])
         first, second = described.reshape(seeds, -1, described.shape[1])[:2]
         apart += np.linalg.norm(first - second, axis=1).tolist()
-    return _cell(apart, scale=1)
-
-
-def _cell(values: Any, scale: float = 100) -> str:
-    found = bootstrap_interval(values)
-    digits = 1 if scale == 100 else 2
-    low, mean, high = (f"{scale * v:.{digits}f}" for v in (found.low, found.mean, found.high))
-    return f"{mean} [{low}, {high}]"
+    return f"{bootstrap_interval(apart):.2f}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from videoar import describe
 from videoar.options import KINDS, Demo
+from videoar.tables import cells, columns
 from videoar.video import decode_frames, read_video, side_by_side
 
 DEMO_PROMPT = "a small red ball bounces up and down on a black background"
@@ -41,7 +42,7 @@ def run(args: Demo, report: Callable[[str], None]) -> None:
     clips = iter(lambda: list(itertools.islice(frames, size)), [])
     long_enough = (np.stack(clip) for clip in clips if len(clip) > size // 2)
     rows[-1]["seen"] = describe.seen(long_enough, fps=videos[0].fps)
-    report(f"\n{describe.table(rows)}\n\n{minute} and {out / 'units.webp'} are ready")
+    report(f"\n{columns(cells(rows))}\n\n{minute} and {out / 'units.webp'} are ready")
 
 
 def _generate_apart(

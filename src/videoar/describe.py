@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +17,11 @@ from videoar.codecs import Codec
 from videoar.formats import CODECS, Origin, as_dtype, surroundings
 from videoar.model import ModelConfig
 from videoar.sampling import Sampling
+from videoar.tables import cells, columns
 from videoar.text import Prompts
 from videoar.units import Units, Visible, parse
 
 MIB = 2**20
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay rows of cells out in columns."""
-    lines = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def checkpoint(
@@ -73,7 +64,8 @@ def checkpoint(
         for name, part in sorted(tensors.items())
     ]
     history = _history(meta | ({} if stated is None else {"sampling": stated}))
-    return f"{origin.source}\n\n{table(components)}\n\n{about}\n{history}\n\n{memory}".rstrip()
+    table = columns(cells(components))
+    return f"{origin.source}\n\n{table}\n\n{about}\n{history}\n\n{memory}".rstrip()
 
 
 def _tensors(part: Codec | Prompts) -> Iterable[Tensor]:
@@ -147,7 +139,7 @@ def _memory(
         f"memory for {seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
         f"weights {weights / MIB:.2f} MiB, {decoding}, and keys and values "
-        f"(twice that with guidance)\n{table(rows)}"
+        f"(twice that with guidance)\n{columns(cells(rows))}"
     )
 
 

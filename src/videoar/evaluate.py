@@ -7,11 +7,9 @@ its words may be: one thing on a background has only 1,536 combinations of attri
 
 import hashlib
 import itertools
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +20,10 @@ from jaxtyping import UInt8
 
 from videoar import world
 from videoar.checkpoint import resolve
-from videoar.metrics import Interval, bootstrap_interval, drift_slopes, paired_interval
+from videoar.metrics import Interval, bootstrap_interval, properties, slope
 from videoar.options import WINDOW_SECONDS, Evaluate
 from videoar.pipeline import VideoPipeline, from_frames, to_frames
-from videoar.tables import markdown
+from videoar.tables import load, markdown, save
 from videoar.tasks import HELD_OUT, scene_of
 from videoar.units import parse
 
@@ -53,8 +51,7 @@ class Row:
 
     def cells(self, columns: Iterable[str]) -> list[str]:
         """Return some of the scores as `mean [low, high]`, in hundredths."""
-        found = [self.scores[column] for column in columns]
-        return [f"{100 * s.mean:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in found]
+        return [f"{self.scores[column].times(100):.1f}" for column in columns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +61,6 @@ class Report:
     parts: Json
     """By kind: the settings, and each video's prompt, scores and what the judge saw."""
     rows: tuple[Row, ...]
-
-    def to_json(self) -> Json:
-        """Return plain JSON values."""
-        return asdict(self)
 
     def to_markdown(self) -> str:
         """Return a table of few columns, made for a README, and then all tables; in hundredths."""
@@ -91,7 +84,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> Report:
     """
     for name in config.units:
         parse(name)
-    folder, parts = resolve(config.checkpoint), load_parts(config.out)
+    folder, parts = resolve(config.checkpoint), load(config.out, "parts", kind="evaluation")
     save(config.out, {"parts": parts})  # fails now if it must fail
     pipe = VideoPipeline.from_pretrained(folder)
     names = ("num_inference_steps", "shift", "guidance_scale")
@@ -103,13 +96,13 @@ def run(config: Evaluate, report: Callable[[str], None]) -> Report:
     for name in config.units:  # what is wrong with one kind is said before the others take hours
         pipe.generate(["a ball"], num_frames=1 + fps, seeds=[0], units=name)
 
-    short, long = (CLEAN, CODEC, *config.units), [name + LONG for name in config.units]
-    lengths = dict.fromkeys(short, (config.num_prompts, round(config.seconds * fps)))
+    lengths = dict.fromkeys((CLEAN, CODEC, *config.units), (config.num_prompts, config.seconds))
     if config.long_prompts:
-        lengths |= dict.fromkeys(long, (config.long_prompts, round(config.long_seconds * fps)))
+        long = (f"{name}{LONG}" for name in config.units)
+        lengths |= dict.fromkeys(long, (config.long_prompts, config.long_seconds))
     jobs = {}
-    for name, (count, frames) in lengths.items():
-        settings = shared | {"num_prompts": count, "num_frames": frames}
+    for name, (count, seconds) in lengths.items():
+        settings = shared | {"num_prompts": count, "num_frames": round(seconds * fps)}
         if name not in parts:
             jobs[name] = settings
             continue
@@ -119,48 +112,40 @@ def run(config: Evaluate, report: Callable[[str], None]) -> Report:
                     f"{config.out} holds {name} with {key} = {value}, but {settings.get(key)} is "
                     "asked for: keep the old value, or name another file."
                 )
-    total = sum(math.prod(lengths[name]) for name in jobs)
+    total = sum(settings["num_prompts"] * settings["num_frames"] for settings in jobs.values())
     done, started = 0, time.perf_counter()
     for name, settings in jobs.items():
-        (count, frames), videos = lengths[name], []
-        prompts = held_out_prompts(count, seed=config.seed)
-        for start in range(0, count, config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            judge = judge_ends if name in long else judge_whole
-            videos += judge(make(pipe, name, batch, num_frames=frames), batch, fps=fps)
+        judge, key = (judge_ends, "last") if name.endswith(LONG) else (judge_whole, "scores")
+        frames, videos = settings["num_frames"], []
+        prompts = held_out_prompts(settings["num_prompts"], seed=config.seed)
+        how = {"num_frames": frames, "batch_size": config.batch_size}
+        for batch in judged(pipe, name, prompts, judge, **how):
+            videos += batch
             done += len(batch) * frames
             left = (time.perf_counter() - started) * (total / done - 1)
             report(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
         parts[name] = {"settings": settings, "videos": videos}
         save(config.out, {"parts": parts})
-        means = _row("", name, videos, "last" if name in long else "scores").scores
+        means = _row("", name, [video[key] for video in videos]).scores
         report(f"{name}: {', '.join(f'{key} {100 * s.mean:.1f}' for key, s in means.items())}")
-    result = Report(
-        parts={name: parts[name] for name in (*short, *long) if name in parts},
-        rows=tuple(tabulate(parts, units=config.units)),
-    )
-    save(config.out, result.to_json() | {"parts": parts})
+    result = Report(parts=parts, rows=tuple(tabulate(parts, units=config.units)))
+    save(config.out, asdict(result))
     return result
 
 
-def load_parts(path: Path | None) -> Json:
-    """Return the finished parts in the file of an evaluation; none if there is no such file."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it first")
-    if path is None or not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["parts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no evaluation: name another file.") from error
-
-
-def save(path: Path | None, value: Json) -> None:
-    """Replace the file as a whole, so that it is complete at any moment."""
-    if path is not None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+def judged(
+    pipe: VideoPipeline,
+    name: str,
+    prompts: list[Json],
+    judge: Callable[..., list[Json]],
+    *,
+    num_frames: int,
+    batch_size: int,
+) -> Iterator[list[Json]]:
+    """Make the videos of all prompts, batch by batch, and yield what a judge says of each batch."""
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield judge(make(pipe, name, batch, num_frames=num_frames), batch, fps=pipe.sampling.fps)
 
 
 def fingerprint(folder: Path) -> str:
@@ -219,7 +204,7 @@ def judge_ends(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> lis
 
     No more than two windows of frames are kept, however long the videos are.
     """
-    size = round(WINDOW_SECONDS * fps)
+    size, half = round(WINDOW_SECONDS * fps), WINDOW_SECONDS / 2
     ends: dict[str, Clips] = {}
     values: list[dict[str, list[float]]] = [{} for _ in prompts]
     for window in windows(blocks, size=size):
@@ -227,13 +212,11 @@ def judge_ends(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> lis
         ends = {"first": ends.get("first", window), "last": last}
         if window.shape[1] == size:
             for known, clip in zip(values, window, strict=True):
-                drift = drift_slopes(clip, fps=fps, window_seconds=WINDOW_SECONDS / 2)
-                for name, two in drift.values.items():
+                for name, two in properties(clip, fps=fps, window_seconds=half).items():
                     known.setdefault(name, []).extend(two)
     videos = []
     for i, (prompt, known) in enumerate(zip(prompts, values, strict=True)):
-        minutes = (np.arange(len(known["motion"])) + 0.5) * WINDOW_SECONDS / 120
-        slopes = {name: float(np.polyfit(minutes, v, 1)[0]) for name, v in known.items()}
+        slopes = {name: slope(v, window_seconds=half) for name, v in known.items()}
         found = {end: look(clips[i], prompt, fps=fps) for end, clips in ends.items()}
         scores, seen = ({end: found[end][key] for end in found} for key in ("scores", "seen"))
         videos.append(prompt | scores | {"seen": seen, "slopes": slopes, "values": known})
@@ -255,43 +238,41 @@ def windows(blocks: Iterator[Clips], *, size: int) -> Iterator[Clips]:
 
 def tabulate(parts: Json, *, units: Sequence[str]) -> Iterator[Row]:
     """Yield the lines of all tables."""
-    videos = {name: part["videos"] for name, part in parts.items()}
+
+    def scores(name: str, key: str = "scores") -> list[dict[str, float]]:
+        return [video[key] for video in parts[name]["videos"]]
+
     table = "Right, in %, with 95 % intervals over prompts"
-    means = {name: _row(table, name, videos[name], "scores") for name in (CLEAN, CODEC, *units)}
+    means = {name: _row(table, name, scores(name)) for name in (CLEAN, CODEC, *units)}
     yield from means.values()
     for ceiling in (CODEC, CLEAN):
         best = {key: means[ceiling].scores[key].mean for key in COMPARED}
-        for name in units:
-            scores = {  # the ceiling is taken as exact; a judge who is always wrong has none
-                key: Interval(**{end: v / best[key] for end, v in vars(s).items()})
-                for key, s in means[name].scores.items()
-                if best.get(key)
-            }
-            yield replace(means[name], table=f"In % of the score of {ceiling}", scores=scores)
-    first = [video["scores"] for video in videos[units[0]]]
+        for name in units:  # the ceiling is taken as exact; a judge who is always wrong has none
+            own = means[name].scores
+            shares = {key: own[key].times(1 / best[key]) for key in COMPARED if best[key]}
+            yield replace(means[name], table=f"In % of the score of {ceiling}", scores=shares)
+    table = f"Minus {units[0]} with the same prompts and seeds, in points"
     for name in units[1:]:
-        scores = [video["scores"] for video in videos[name]]
-        table = f"Minus {units[0]} with the same prompts and seeds, in points"
-        yield _difference(table, name, scores, first)
-    long = {name: videos[name] for name in (f"{name}{LONG}" for name in units) if name in videos}
+        yield _difference(table, name, scores(name), scores(units[0]))
+    long = [f"{name}{LONG}" for name in units if f"{name}{LONG}" in parts]
     for table, key in (
         (f"The first {WINDOW_SECONDS:g} s of the long videos", "first"),
         (f"The last {WINDOW_SECONDS:g} s of the long videos", "last"),
         ("Change per minute, times 100", "slopes"),
     ):
-        yield from (_row(table, name, both, key) for name, both in long.items())
-    for name, both in long.items():
-        last, first = ([video[end] for video in both] for end in ("last", "first"))
-        yield _difference("Last minus first window of the same video, in points", name, last, first)
+        yield from (_row(table, name, scores(name, key)) for name in long)
+    table = "Last minus first window of the same video, in points"
+    for name in long:
+        yield _difference(table, name, scores(name, "last"), scores(name, "first"))
 
 
-def _row(table: str, name: str, videos: list[Json], key: str) -> Row:
-    columns = {c: [video[key][c] for video in videos] for c in videos[0][key]}
-    scores = {column: bootstrap_interval(values) for column, values in columns.items()}
-    return Row(table=table, name=name, num_videos=len(videos), scores=scores)
+def _row(table: str, name: str, scores: Sequence[Mapping[str, float]]) -> Row:
+    means = {key: bootstrap_interval([one[key] for one in scores]) for key in scores[0]}
+    return Row(table=table, name=name, num_videos=len(scores), scores=means)
 
 
-def _difference(table: str, name: str, first: list[Json], second: list[Json]) -> Row:
-    pairs = {key: ([a[key] for a in first], [b[key] for b in second]) for key in COMPARED}
-    scores = {key: paired_interval(a, b) for key, (a, b) in pairs.items()}
-    return Row(table=table, name=name, num_videos=len(first), scores=scores)
+def _difference(
+    table: str, name: str, first: list[dict[str, float]], second: list[dict[str, float]]
+) -> Row:
+    pairs = zip(first, second, strict=True)  # what makes a prompt easy for both cancels
+    return _row(table, name, [{key: a[key] - b[key] for key in COMPARED} for a, b in pairs])

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from videoar.checkpoint import resolve
 from videoar.data import LatentShards
-from videoar.evaluate import save
-from videoar.metrics import Interval, bootstrap_interval, psnr, ssim
+from videoar.metrics import Interval, Values, bootstrap_interval, psnr, ssim
 from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
 from videoar.options import Evaluate
 from videoar.pipeline import VideoPipeline, to_frames
+from videoar.tables import markdown, save
 from videoar.tasks import check_codec
 from videoar.units import parse
 from videoar.video import read_video
@@ -45,20 +44,15 @@ class Report:
     def to_markdown(self) -> str:
         """Return the tables."""
         videos = len({clip["file"] for clip in self.clips})
-        lines = [f"{len(self.clips)} held-out clips of {videos} videos, 95 % intervals:", ""]
-        lines += ["| codec | mean |", "| --- | --- |"]
-        for (name, mean), unit in zip(self.reconstruction.items(), (" dB", ""), strict=True):
-            lines.append(f"| {name.upper()} | {_cell(mean)}{unit} |")
-        if self.losses:
-            lines += ["", "| units | loss | minus the first |", "| --- | --- | --- |"]
+        text = [f"{len(self.clips)} held-out clips of {videos} videos, 95 % intervals:"]
+        quality, similarity = (f"{mean:.4g}" for mean in self.reconstruction.values())
+        text += [markdown([["codec", "mean"], ["PSNR", f"{quality} dB"], ["SSIM", similarity]])]
+        rows = [["units", "loss", "minus the first"]]
         for name, loss in self.losses.items():
             minus = self.differences.get(name)
-            lines.append(f"| {name} | {_cell(loss)} | {_cell(minus) if minus else ''} |")
-        return "\n".join(lines) + "\n"
-
-
-def _cell(value: Interval) -> str:
-    return f"{value.mean:.4g} [{value.low:.4g}, {value.high:.4g}]"
+            rows.append([name, f"{loss:.4g}", f"{minus:.4g}" if minus else ""])
+        text += [markdown(rows)]
+        return "\n\n".join(text) + "\n"
 
 
 @torch.no_grad()
@@ -94,19 +88,16 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
         report("all held-out clips are of one video: intervals say nothing of other videos")
         files = [str(number) for number in range(len(clips))]
 
-    def interval(values: list[float]) -> Interval:
+    def interval(values: Values) -> Interval:
         return bootstrap_interval(values, clusters=files)
 
-    losses = {name: [clip["losses"][name] for clip in clips] for name in clips[0]["losses"]}
-    first = next(iter(losses.values()), [])
+    losses = {name: np.array([clip["losses"][name] for clip in clips]) for name in config.units}
+    first = losses[config.units[0]]
     result = Report(
         clips=clips,
         reconstruction={key: interval([c[key] for c in clips]) for key in ("psnr", "ssim")},
         losses={name: interval(values) for name, values in losses.items()},
-        differences={
-            name: interval((np.array(values) - first).tolist())
-            for name, values in list(losses.items())[1:]
-        },
+        differences={name: interval(losses[name] - first) for name in config.units[1:]},
     )
     save(config.out, asdict(result))
     return result
@@ -115,39 +106,28 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
 def _scores(
     pipe: VideoPipeline, wording: Wording, shards: LatentShards, config: Evaluate
 ) -> Iterator[Json]:
-    rng = np.random.default_rng(config.seed)
-    loss_of = _losses(TextToVideo(pipe.transformer, wording.module), pipe.sampling.shift, config)
+    rng, schemes = np.random.default_rng(config.seed), {name: parse(name) for name in config.units}
+    objective = FlowMatching(
+        TextToVideo(pipe.transformer, wording.module),
+        schemes=tuple(schemes.values()),
+        config=FlowMatchingConfig(shift=pipe.sampling.shift),
+    )
     for index, about in enumerate(shards.clips):
         extra, batch = about["extra"], shards.get([index], rng)
         source = read_video(shards.folder / extra["source"]).frames
         decoded = to_frames(pipe.codec.decode(batch["latents"])[0])
+        latents, words = (
+            batch[key].expand(DRAWS, *batch[key].shape[1:]) for key in ("latents", "text")
+        )
+        losses = {}
+        for name, scheme in schemes.items():
+            seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
+            clip = objective.clip(latents, scheme, seeds)
+            losses[name] = float(objective.scheme_loss(clip, words, scheme, seeds)["loss"])
         yield {
             "file": extra["file"],
             "start": extra["start"],
             "psnr": min(psnr(source, decoded), LOSSLESS),
             "ssim": ssim(source, decoded),
-            "losses": loss_of(batch["latents"], batch["text"], index),
+            "losses": losses,
         }
-
-
-def _losses(
-    module: TextToVideo, shift: float, config: Evaluate
-) -> Callable[[Tensor, Tensor, int], dict[str, float]]:
-    """Return what gives the loss of a clip by kind of unit."""
-    schemes = {name: parse(name) for name in config.units}
-    flow = FlowMatchingConfig(shift=shift)
-    objective = FlowMatching(module, schemes=tuple(schemes.values()), config=flow)
-
-    def loss_of(latents: Tensor, words: Tensor, index: int) -> dict[str, float]:
-        losses = {}
-        for name, scheme in schemes.items():
-            seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
-            draws = latents.expand(DRAWS, -1, -1, -1, -1)
-            clips = objective.clip(draws, scheme, seeds)
-            found = objective.scheme_loss(
-                clips, words.expand(DRAWS, *words.shape[1:]), scheme, seeds
-            )
-            losses[name] = float(found["loss"])
-        return losses
-
-    return loss_of

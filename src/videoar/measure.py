@@ -1,17 +1,21 @@
-"""One measurement of speed, in a process of its own: what `videoar.benchmark` starts.
+"""Speed and memory of generation, end to end: from a prompt to a closed video file.
 
-A request comes as JSON on the standard input, the answer goes as JSON to the standard output.
+Every kind of unit runs in a fresh process, so that its peak of memory is its own and its start is a
+real one. What a figure includes stands in the report, and so does what a cache is worth: the same
+sampling with the prefix recomputed in every pass.
 """
 
 import itertools
-import json
+import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +25,209 @@ from jaxtyping import Float
 from torch import Tensor
 
 from videoar import runs
-from videoar.benchmark import MARK_SECONDS, SPAN_SECONDS, Run
+from videoar.checkpoint import resolve
 from videoar.flow import euler_step, unit_noise
 from videoar.model import Output, VideoTransformer
 from videoar.options import Bench
 from videoar.pipeline import Generation, VideoPipeline
 from videoar.sampler import Network, Sampler
-from videoar.units import token_mask
+from videoar.tables import cells, load, markdown, save
+from videoar.units import parse, token_mask
 from videoar.video import VideoWriter
 
 Json = dict[str, Any]
+MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
+INCLUDED = (
+    "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
+    "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
+    "[lowest, highest], no warm-up. {seconds:g} s of video, {num_inference_steps} steps per unit, "
+    "{hardware}."
+)
 
 
-def main() -> None:
-    """Do the job that is asked for on the standard input."""
-    request = json.load(sys.stdin)
-    try:
-        config = Bench(**request["config"] | {"units": tuple(request["config"]["units"])})
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        job = {"measure": measure, "measure_flat": measure_flat}[request["job"]]
-        answer = job(config, request["started"])
-    except ValueError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer))
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One generated file; the parts of its time need not add up to all of it."""
+
+    frames: int
+    wall_seconds: float
+    model_seconds: float
+    decode_seconds: float
+    write_seconds: float
+    first_frame_seconds: float
+    passes: int
+    units: int
+    tokens: int
+    """Tokens that went through the network, cache writes included."""
+    flops: float
+    """Of the network, counting the keys that may be read."""
+    cache_tokens: int
+    """Most tokens the cache held."""
+    cache_bytes: int
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, end to end."""
+        return self.frames / self.wall_seconds
 
 
-def measure(config: Bench, started: float) -> Json:
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """All that was measured of one kind of unit."""
+
+    name: str
+    runs: tuple[Run, ...]
+    start_seconds: float
+    """From the start of the process to the first frames: interpreter, imports, loading, text."""
+    load_seconds: float
+    """Of the weights."""
+    peak_bytes: int
+    """Peak memory of the process after these runs."""
+    window_frames: int | None
+    """Latent frames that a unit may read; None: all."""
+    matmul_rate: float
+    """Floating-point operations per second of a large matrix product on this machine."""
+    hardware: str
+    uncached: Json | None
+    """What `measure_uncached` returns."""
+    flat: Json | None = None
+    """What `measure_flat` returns."""
+
+
+def run(config: Bench, report: Callable[[str], None]) -> list[Row]:
+    """Measure every kind of unit, with a line of report for each.
+
+    Raises:
+        ValueError: the checkpoint or an argument does not fit.
+        ChildProcessError: a measurement died, for instance for want of memory.
+    """
+    for name in config.units:
+        parse(name)
+    load(config.out, "benchmark", kind="benchmark")  # fails now if it must fail
+    folder, rows = resolve(config.checkpoint), []
+    for name in config.units:
+        one = replace(config, units=(name,), checkpoint=str(folder))
+        row = _apart(measure, one, time.time())
+        if config.long_seconds:
+            row = replace(row, flat=_apart(measure_flat, one))
+        rows.append(row)
+        report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
+    about = asdict(replace(config, out=None))
+    save(config.out, {"benchmark": {"config": about, "rows": [asdict(row) for row in rows]}})
+    return rows
+
+
+def _apart(job: Callable[..., Any], *args: object) -> Any:
+    """Run a job in a fresh process."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(job, *args).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a measurement died: is there too little memory?") from error
+
+
+def tables(config: Bench, rows: Sequence[Row]) -> str:
+    """Return the tables, and what their figures include."""
+    text = [INCLUDED.format(**vars(config), hardware=rows[0].hardware)]
+    text += [markdown(cells([speed_cells(row) for row in rows]))]
+    if flat := [flat_cells(row.name, row.flat) for row in rows if row.flat]:
+        text += [f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:"]
+        text += [markdown(cells(flat))]
+    if uncached := [uncached_cells(row.name, row.uncached) for row in rows if row.uncached]:
+        text += ["The network alone, with a cache and without; both read the whole prefix:"]
+        text += [markdown(cells(uncached))]
+    return "\n\n".join(text) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return the median and the range."""
+    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+def speed_cells(row: Row) -> dict[str, str]:
+    """Return the cells of the table of speed, by column."""
+    first, names = row.runs[0], ("model_seconds", "decode_seconds", "write_seconds")
+    seconds = [statistics.median(getattr(run, name) for run in row.runs) for name in names]
+    rate = first.flops / seconds[0]
+    return {
+        "units": row.name,
+        "frames/s": _spread([run.fps for run in row.runs]),
+        "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
+        "passes": str(first.passes),
+        "units made": str(first.units),
+        "tokens/pass": f"{first.tokens / first.passes:.1f}",
+        "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
+        "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
+        "window (latent frames)": str(row.window_frames or "all"),
+        "first frame (s)": _spread([run.first_frame_seconds for run in row.runs]),
+        "from start (s)": f"{row.start_seconds:.2f}",
+        "peak memory": f"{row.peak_bytes / 2**20:.0f} MiB",
+        "GFLOP/s": f"{rate / 1e9:.1f}",
+        "of a matmul": f"{rate / row.matmul_rate:.0%}",
+    }
+
+
+def flat_cells(name: str, flat: Json) -> dict[str, str]:
+    """Return the cells of the table of long videos, by column."""
+    cost, early, late = flat["cost"], flat["early_bytes"], flat["late_bytes"]
+    return {
+        "units": name,
+        **{f"at {at:g} s": f"{value:.3f}" for at, value in zip(flat["seconds"], cost, strict=True)},
+        "last / first": f"{cost[-1] / cost[0]:.3f}",
+        "peak memory at 20 s": f"{early / 2**20:.0f} MiB",
+        "at the end": f"{late / 2**20:.0f} MiB",
+        "end / 20 s": f"{late / early:.3f}",
+    }
+
+
+def uncached_cells(name: str, both: Json) -> dict[str, str]:
+    """Return the cells of the comparison with no cache, by column."""
+    cached, uncached = both["cached_seconds"], both["uncached_seconds"]
+    return {
+        "units": name,
+        "video (s)": f"{both['seconds']:g}",
+        "with cache (s)": f"{cached:.2f}",
+        "prefix recomputed (s)": f"{uncached:.2f}",
+        "ratio": f"{uncached / cached:.1f}",
+        "largest difference": f"{both['max_difference']:.0e}",
+    }
+
+
+def load_pipeline(config: Bench) -> VideoPipeline:
+    """Load the checkpoint, to be used with the threads that are asked for."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return VideoPipeline.from_pretrained(config.checkpoint)
+
+
+def measure(config: Bench, started: float) -> Row:
     """Generate the video of one kind several times; then measure the machine, and use no cache.
 
     `started` is when this process was started, on the clock `time.time`.
     """
     before = time.perf_counter()
-    pipe = VideoPipeline.from_pretrained(config.checkpoint)
+    pipe = load_pipeline(config)
     load_seconds, begun = time.perf_counter() - before, time.time()
     done = [generate(pipe, config, seconds=config.seconds)[0] for _ in range(config.repeats)]
-    return {
-        "runs": [asdict(run) for run in done],
-        "start_seconds": begun - started + done[0].first_frame_seconds,
-        "load_seconds": load_seconds,
-        "peak_bytes": peak_bytes(),  # before anything else takes memory
-        "window_frames": pipe.sampling.window_frames,
-        "matmul_rate": runs.measure_matmul_rate("cpu", precision="float32"),
-        "hardware": runs.hardware("cpu"),
-        "uncached": measure_uncached(pipe, config) if config.uncached_seconds else None,
-    }
+    return Row(
+        name=config.units[0],
+        runs=tuple(done),
+        start_seconds=begun - started + done[0].first_frame_seconds,
+        load_seconds=load_seconds,
+        peak_bytes=peak_bytes(),  # before anything else takes memory
+        window_frames=pipe.sampling.window_frames,
+        matmul_rate=runs.measure_matmul_rate("cpu", precision="float32"),
+        hardware=runs.hardware("cpu"),
+        uncached=measure_uncached(pipe, config) if config.uncached_seconds else None,
+    )
 
 
-def measure_flat(config: Bench, started: float) -> Json:
+def measure_flat(config: Bench) -> Json:
     """Generate one long video; return what its seconds cost, and the peak of memory on the way."""
-    pipe = VideoPipeline.from_pretrained(config.checkpoint)
+    pipe = load_pipeline(config)
     clock = generate(pipe, config, seconds=config.long_seconds)[1]
-    frames, times, peaks = (list(column) for column in zip(*clock, strict=True))
+    frames, times, peaks = zip(*clock, strict=True)
     fps = pipe.sampling.fps
     seconds = np.arange(1, config.long_seconds // MARK_SECONDS + 1) * MARK_SECONDS
     return {
@@ -217,7 +372,3 @@ def peak_bytes() -> int:
             return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    main()

@@ -59,9 +59,14 @@ class Interval:
     low: float
     high: float
 
-    def excludes(self, value: float) -> bool:
-        """Tell whether a value, such as no difference, lies outside."""
-        return not self.low <= value <= self.high
+    def __format__(self, spec: str) -> str:
+        """Write `mean [low, high]`, all numbers in one format."""
+        mean, low, high = (format(value, spec) for value in vars(self).values())
+        return f"{mean} [{low}, {high}]"
+
+    def times(self, factor: float) -> "Interval":
+        """Return the interval of values that are so many times as large."""
+        return Interval(**{name: factor * value for name, value in vars(self).items()})
 
 
 def bootstrap_interval(
@@ -107,18 +112,6 @@ def bootstrap_interval(
     return Interval(mean=float(scores.mean()), low=float(low), high=float(high))
 
 
-def paired_interval(first: Values, second: Values) -> Interval:
-    """Return the 95 % interval of the mean of `first - second`, scores of the same prompts.
-
-    What makes a prompt easy for both cancels, so far fewer videos show a difference than two
-    separate intervals would need.
-    """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"{len(a)} scores cannot be paired with {len(b)}; use the same prompts")
-    return bootstrap_interval(a - b)
-
-
 def frechet_distance(
     first: Float[np.ndarray, "videos features"], second: Float[np.ndarray, "others features"]
 ) -> float:
@@ -151,37 +144,27 @@ def frechet_interval(
     return max(0.0, float(found + low - middle)), float(found + high - middle)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How properties of a long video change: one value per window, and a straight line through."""
-
-    seconds: list[float]
-    """Middle of each window."""
-    values: dict[str, list[float]]
-    """By property: its mean in each window."""
-    slopes: dict[str, float]
-    """By property: its change per minute."""
-
-
-def drift_slopes(frames: Frames, *, fps: float, window_seconds: float = 5.0) -> Drift:
-    """Measure how a video that should be stationary drifts; a rest that fills no window is left.
+def properties(frames: Frames, *, fps: float, window_seconds: float) -> dict[str, list[float]]:
+    """Return the mean of properties in every window of a video; a rest that fills none is left.
 
     Brightness and contrast are mean and deviation of the luma in [0, 1]; sharpness the mean
     gradient of the luma per contrast; colourfulness after Hasler and Süsstrunk 2003; flicker the
     mean change of brightness from frame to frame; motion the mean change of a pixel.
     """
     size = round(window_seconds * fps)
-    num_windows = len(frames) // size if size > 1 else 0
-    if num_windows < 2:
+    starts = range(0, len(frames) - size + 1, size)
+    windows = [_window_properties(frames[start : start + size]) for start in starts]
+    return {name: [window[name] for window in windows] for name in windows[0]}
+
+
+def slope(values: Values, *, window_seconds: float) -> float:
+    """Return the change per minute of a straight line through one value per window: a drift."""
+    if len(values) < 2:
         raise ValueError(
-            f"{len(frames)} frames at {fps} per second hold {num_windows} windows of "
-            f"{window_seconds} s; a slope needs 2, so take a longer video or shorter windows"
+            f"{len(values)} windows of {window_seconds} s have no slope; it needs 2, so take a"
+            " longer video or shorter windows"
         )
-    windows = [_window_properties(frames[k * size : (k + 1) * size]) for k in range(num_windows)]
-    seconds = (np.arange(num_windows) + 0.5) * size / fps
-    values = {name: [window[name] for window in windows] for name in windows[0]}
-    slopes = {name: float(np.polyfit(seconds / 60, v, 1)[0]) for name, v in values.items()}
-    return Drift(seconds=seconds.tolist(), values=values, slopes=slopes)
+    return float(np.polyfit(np.arange(len(values)) * window_seconds / 60, values, 1)[0])
 
 
 def _window_properties(frames: Frames) -> dict[str, float]:
@@ -191,7 +174,7 @@ def _window_properties(frames: Frames) -> dict[str, float]:
     gradient = np.abs(np.diff(luma, axis=1)).mean() + np.abs(np.diff(luma, axis=2)).mean()
     opponents = np.stack([x[..., 0] - x[..., 1], (x[..., 0] + x[..., 1]) / 2 - x[..., 2]])
     spread = np.hypot(*opponents.std((2, 3))) + 0.3 * np.hypot(*opponents.mean((2, 3)))
-    properties = {
+    means = {
         "brightness": brightness.mean(),
         "contrast": contrast.mean(),
         "sharpness": gradient / max(contrast.mean(), 1e-6),
@@ -199,4 +182,4 @@ def _window_properties(frames: Frames) -> dict[str, float]:
         "flicker": np.abs(np.diff(brightness)).mean(),
         "motion": np.abs(np.diff(x, axis=0)).mean(),
     }
-    return {name: float(value) for name, value in properties.items()}
+    return {name: float(value) for name, value in means.items()}
