@@ -16,7 +16,6 @@ from videoar.measure import (
     flat_cells,
     generate,
     measure_uncached,
-    peak_bytes,
     speed_cells,
     tables,
     uncached_cells,
@@ -24,6 +23,7 @@ from videoar.measure import (
     without_cache,
 )
 from videoar.options import Bench
+from videoar.output import peak_bytes
 from videoar.pipeline import VideoPipeline
 from videoar.units import Visible, parse
 

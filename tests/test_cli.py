@@ -255,11 +255,11 @@ def test_ctrl_c_leaves_a_playable_file(checkpoint: str, tmp_path: Path) -> None:
 
 def test_progress_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     """A long generation says how long it will take, in plain lines when no terminal reads them."""
-    progress = output.Progress(160, fps=16)
-    progress.update(1)
+    progress, line = output.Progress(sys.stderr, every=5), output.how_far(80, 8, total=160, fps=16)
+    progress.show(line)
     assert capsys.readouterr().err == ""
-    progress.started, progress.shown = progress.started - 8, progress.shown - 8
-    progress.update(80)
+    progress.shown -= 8
+    progress.show(line)
     assert capsys.readouterr().err == "5.0 of 10.0 s, 10.0 frames/s, 8 s left\n"
 
 

@@ -58,10 +58,11 @@ FLOORS = (
         "evaluate",
         "heldout",
         "measure",
+        "output",
         "bench_distill",
         "bench_prepare",
     },
-    {"app", "cli", "demo", "output", "describe"},
+    {"app", "cli", "demo", "describe"},
     {"__main__"},
 )
 # Neighbours on one floor that know each other, in one direction. Each line was a decision.
@@ -97,9 +98,10 @@ NEIGHBOURS = {
     "evaluate": {"pipeline", "tasks"},
     "bench_distill": {"measure", "optim", "pipeline", "runs", "wording"},
     "bench_prepare": {"prepare"},
-    "measure": {"pipeline", "runs"},
+    "output": {"pipeline"},
+    "measure": {"output", "pipeline", "runs"},
     "demo": {"describe"},
-    "cli": {"app", "demo", "output", "describe"},
+    "cli": {"app", "demo", "describe"},
 }
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
 SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")

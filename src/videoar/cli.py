@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"videoar {__version__}")
             return 0
         command, args = parse(words)
-        return command(args)
+        return command(args) or 0
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
-def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
+def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read a command line: the function of the command, and its options.
 
     Raises:
@@ -160,7 +160,16 @@ def generate(args: options.Generate) -> int:
         groups = f"1 + {pipe.codec.stride[0]} * k"
         _say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
     writer = output.open_output(target, num_frames=num_frames, fps=fps)
-    figures, interrupted = output.write(generation, writer, started=started, fps=fps)
+    with output.Progress(sys.stderr, every=5.0) as show:
+        figures, interrupted = output.write(
+            generation,
+            writer,
+            started=started,
+            fps=fps,
+            show=lambda frames, seconds: show(
+                output.how_far(frames, seconds, total=num_frames, fps=fps)
+            ),
+        )
     if not figures["frames"]:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
         return 130
@@ -173,7 +182,7 @@ def generate(args: options.Generate) -> int:
     return 130 if interrupted else 0
 
 
-def train(args: options.Train, *, config: Any = None) -> int:
+def train(args: options.Train, *, config: Any = None) -> None:
     """Train a recipe, export a run, or list the recipes."""
     from videoar import recipes
 
@@ -182,7 +191,7 @@ def train(args: options.Train, *, config: Any = None) -> int:
         chosen = recipes.DISTILLATIONS if distils else recipes.RECIPES
         for name, recipe in chosen.items():
             _say(f"{name:<18} {(recipe.__doc__ or '').splitlines()[0]}")
-        return 0
+        return
     from videoar import formats
     from videoar import train as training
 
@@ -193,10 +202,9 @@ def train(args: options.Train, *, config: Any = None) -> int:
     formats.check_device(config.device)
     folder = training.export(config) if args.export else training.train(config, report=_say)
     _say(f"the checkpoint is in {folder}")
-    return 0
 
 
-def convert(args: options.Convert) -> int:
+def convert(args: options.Convert) -> None:
     """Convert a checkpoint."""
     _check_folder(args.target)
     from videoar import formats
@@ -205,10 +213,9 @@ def convert(args: options.Convert) -> int:
     how = {"format": args.format, "preset": args.preset, "dtype": args.dtype}
     for line in formats.convert(origin, args.target, **how, overwrite=args.force):
         _say(line)
-    return 0
 
 
-def info(args: options.Info) -> int:
+def info(args: options.Info) -> None:
     """Describe a checkpoint and forecast its memory."""
     _check_positive(args, "seconds", "window")
     from videoar import describe, formats
@@ -216,10 +223,9 @@ def info(args: options.Info) -> int:
     origin = formats.Origin.find(args.checkpoint, base=args.base, lora=args.lora)
     asked = {name: getattr(args, name) for name in ("seconds", "window", "preset", "dtype")}
     _say(describe.checkpoint(origin, **asked))
-    return 0
 
 
-def draw_units(args: options.DrawUnits) -> int:
+def draw_units(args: options.DrawUnits) -> None:
     """Print partitions as a table, and draw them."""
     _check_positive(args, "steps")
     if not args.schemes:
@@ -249,7 +255,7 @@ def draw_units(args: options.DrawUnits) -> int:
     _say("{} x {} x {} tokens, {} steps per unit".format(*size, args.steps))
     _say(columns(cells(rows)))
     if folder is None:
-        return 0
+        return
     folder.mkdir(exist_ok=True)
     if len(names) == 1:
         title = "{} on {} x {} x {}".format(name, *size)
@@ -257,31 +263,15 @@ def draw_units(args: options.DrawUnits) -> int:
         drawing.mask(units, visible, title=title).save(folder / "mask.png")
     drawing.save_animation(drawing.filling(lattices, steps=args.steps), folder / files[-1])
     _say(f"drawn in {folder}: {', '.join(files)}")
-    return 0
 
 
-def prepare(args: options.Prepare) -> int:
-    """Prepare videos, with a bar on a terminal and else a line every ten seconds."""
+def prepare(args: options.Prepare) -> None:
+    """Prepare videos."""
     from videoar import prepare as preparation
+    from videoar.output import Progress
 
-    if not sys.stdout.isatty():
-        said = time.monotonic()
-
-        def show(progress: preparation.Progress) -> None:
-            nonlocal said
-            if time.monotonic() > said + 10:
-                said = time.monotonic()
-                _say(str(progress))
-
+    with Progress(sys.stdout, every=10.0) as show:
         statistics = preparation.run(args, show)
-    else:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        with Progress(BarColumn(), TextColumn("{task.description}")) as bar:
-            task = bar.add_task("loading", total=1.0)
-            statistics = preparation.run(
-                args, lambda at: bar.update(task, completed=at.share, description=str(at))
-            )
     _say(
         "{clips} clips to train on and {held_out_clips} held out, {seconds:.0f} s, of {used} of"
         " {videos} videos".format(**statistics)
@@ -290,65 +280,58 @@ def prepare(args: options.Prepare) -> int:
         _say(f"  {count} x {reason}")
     _say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
     _say(f"videoar train finetune --data.path {args.latents} --task.init {args.codec}")
-    return 0
 
 
-def bench(args: options.Bench) -> int:
+def bench(args: options.Bench) -> None:
     """Measure speed."""
     from videoar import measure
 
     _say(measure.tables(args, measure.run(args, _say)))
-    return 0
 
 
-def bench_prepare(args: options.BenchPrepare) -> int:
+def bench_prepare(args: options.BenchPrepare) -> None:
     """Measure the speed of preparation."""
     from videoar import bench_prepare as benchmark
 
     _say(benchmark.run(args, _say))
-    return 0
 
 
-def bench_distill(args: options.BenchDistill) -> int:
+def bench_distill(args: options.BenchDistill) -> None:
     """Measure the parts of distillation."""
     from videoar import bench_distill as benchmark
 
     _say(benchmark.run(args, _say))
-    return 0
 
 
-def evaluate(args: options.Evaluate) -> int:
+def evaluate(args: options.Evaluate) -> None:
     """Measure faithfulness and drift."""
     if args.data is not None:
         from videoar import heldout
 
         _say(heldout.run(args, args.data, _say).to_markdown())
-        return 0
-    from videoar import evaluate as evaluation
+    else:
+        from videoar import evaluate as evaluation
 
-    _say(evaluation.run(args, _say).to_markdown())
-    return 0
+        _say(evaluation.run(args, _say).to_markdown())
 
 
-def compare(args: options.Compare) -> int:
+def compare(args: options.Compare) -> None:
     """Compare checkpoints."""
     from videoar import compare as comparison
 
     _say(comparison.run(args, _say))
-    return 0
 
 
-def demo(args: options.Demo) -> int:
+def demo(args: options.Demo) -> None:
     """Show every kind of unit."""
     _check_positive(args, "seconds")
     _check_folder(args.out)
     from videoar import demo as demonstration
 
     demonstration.run(args, _say)
-    return 0
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "generate": (options.Generate, generate),
     "train": (options.Train, train),
     "distill": (options.Distill, train),

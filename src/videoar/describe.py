@@ -15,10 +15,9 @@ from videoar import world
 from videoar.checkpoint import build_empty
 from videoar.codecs import Codec
 from videoar.formats import CODECS, Origin, as_dtype, surroundings
-from videoar.model import ModelConfig
+from videoar.interop import Found
 from videoar.sampling import Sampling
 from videoar.tables import cells, columns
-from videoar.text import Prompts
 from videoar.units import Units, Visible, parse
 
 MIB = 2**20
@@ -35,23 +34,20 @@ def checkpoint(
     """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
     meta, parts, memory = origin.meta, surroundings(origin.home), ""
     kinds = {name: type(part).__name__ for name, part in parts.items()}
-    tensors = {name: list(_tensors(part)) for name, part in parts.items()}
+    tensors: dict[str, list[Tensor]] = {
+        name: list(part.parameters() if isinstance(part, Codec) else part.tensors())
+        for name, part in parts.items()
+    }
     about, stated = "format    videoar", None
     if "transformer" in meta.get("components", ["transformer"]):
-        found = origin.transformer()
-        stated, wanted = origin.sampling(preset), as_dtype(dtype)
-        kinds = {"transformer": "VideoTransformer", **kinds}
-        tensors = {"transformer": list(found.weights.values()), **tensors}
+        found, stated = origin.transformer(), origin.sampling(preset)
+        kinds["transformer"] = "VideoTransformer"
+        tensors["transformer"] = list(found.weights.values())
         about = f"format    {found.format}"
-        sizes = [t.numel() * (wanted or t.dtype).itemsize for t in found.weights.values()]
+        how = {"window_frames": window} if window is not None else {}
+        trained, dtype = meta.get("units"), as_dtype(dtype)
         memory = _memory(
-            origin,
-            found.config,
-            parts.get("codec"),
-            weights=sum(sizes),
-            itemsize=(wanted or found.dtype).itemsize,
-            stated=dict(stated),
-            length=(seconds, window),
+            found, parts.get("codec"), trained, stated | how, seconds=seconds, dtype=dtype
         )
     components = [
         {
@@ -66,10 +62,6 @@ def checkpoint(
     history = _history(meta | ({} if stated is None else {"sampling": stated}))
     table = columns(cells(components))
     return f"{origin.source}\n\n{table}\n\n{about}\n{history}\n\n{memory}".rstrip()
-
-
-def _tensors(part: Codec | Prompts) -> Iterable[Tensor]:
-    return part.parameters() if isinstance(part, Codec) else part.tensors()
 
 
 def _history(meta: dict[str, Any]) -> str:
@@ -96,20 +88,18 @@ def _history(meta: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _memory(
-    origin: Origin,
-    config: ModelConfig,
+    found: Found,
     codec: Codec | None,
-    *,
-    weights: int,
-    itemsize: int,
+    trained: list[str] | None,
     stated: dict[str, Any],
-    length: tuple[float, int | None],
+    *,
+    seconds: float,
+    dtype: torch.dtype | None,
 ) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
-    (seconds, window), height, width = length, stated.pop("height"), stated.pop("width")
+    height, width, config = stated.pop("height"), stated.pop("width"), found.config
     sampling = Sampling(**stated)
-    if window is not None:
-        sampling = replace(sampling, window_frames=window)
+    weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())
     stride, decoding = (4, 8, 8), "a decoder"
     if codec is not None:
         # On the meta device: nothing is computed, however large the frames are.
@@ -120,21 +110,22 @@ def _memory(
         bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())
         own = sum(parameter.nbytes for parameter in codec.parameters())
         decoding = f"decoder {own / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
+    itemsize = (dtype or found.dtype).itemsize
     token = 2 * config.num_layers * config.hidden_size * itemsize / MIB
     frames = 1 + math.ceil((max(1, round(seconds * sampling.fps)) - 1) / stride[0])
     rows = []
-    for name in origin.meta.get("units") or [sampling.units]:
-        patches = (side * config.patch for side in stride[1:])
-        rows_columns = [n // p for n, p in zip((height, width), patches, strict=True)]
-        units = Units(parse(name), frames, *rows_columns)
+    for name in trained or [str(sampling.units)]:
+        lattice = (height // stride[1] // config.patch, width // stride[2] // config.patch)
+        units = Units(parse(name), frames, *lattice)
         cached = cached_tokens(units, replace(sampling, units=name).visible(units))
-        row = {
-            "units": name,
-            "per latent frame": f"{sum(units.sizes) * token / frames:.3f} MiB",
-            "in the window": f"{cached * token:.2f} MiB, {cached} tokens",
-            "without a window": f"{cached_tokens(units, Visible()) * token:.2f} MiB",
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "units": name,
+                "per latent frame": f"{sum(units.sizes) * token / frames:.3f} MiB",
+                "in the window": f"{cached * token:.2f} MiB, {cached} tokens",
+                "without a window": f"{cached_tokens(units, Visible()) * token:.2f} MiB",
+            }
+        )
     return (
         f"memory for {seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"

@@ -7,15 +7,13 @@ sampling with the prefix recomputed in every pass.
 
 import itertools
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from videoar.checkpoint import resolve
 from videoar.flow import euler_step, unit_noise
 from videoar.model import Output, VideoTransformer
 from videoar.options import Bench
+from videoar.output import peak_bytes, write
 from videoar.pipeline import Generation, VideoPipeline
 from videoar.sampler import Network, Sampler
 from videoar.tables import cells, load, markdown, save
@@ -284,30 +283,22 @@ def generate(
     Returns:
         What it cost, and after every write: frames so far, time, peak memory.
     """
-    started, written, clock, first = time.perf_counter(), 0.0, [], 0.0
+    started, clock = time.perf_counter(), []
     generation = start(pipe, config, seconds=seconds)
-    sampler, stats = generation.sampler, generation.stats
+    sampler, fps = generation.sampler, pipe.sampling.fps
     counted = sampler.network = Counted(sampler.network, pipe.transformer)
+
+    def tick(frames: int, seconds: float) -> None:
+        clock.append((frames, seconds, peak_bytes()))
+
     with tempfile.TemporaryDirectory() as folder:
-        with VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps) as writer:
-            for frames in generation:
-                before = time.perf_counter()
-                first = first or before - started
-                writer.write(frames[0])
-                after = time.perf_counter()
-                written += after - before
-                clock.append((stats.frames, after - started, peak_bytes()))
-            before = time.perf_counter()
-        ended = time.perf_counter()
-    values: Json = vars(stats) | {
-        "wall_seconds": ended - started,
-        "write_seconds": written + ended - before,
-        "first_frame_seconds": first,
-        "tokens": counted.tokens,
-        "flops": counted.flops,
-        "cache_bytes": sampler.cache.num_bytes,
-    }
-    return Run(**values), clock
+        writer = VideoWriter(Path(folder) / "video.mp4", fps=fps)
+        found, interrupted = write(generation, writer, started=started, fps=fps, show=tick)
+    if interrupted:
+        raise KeyboardInterrupt
+    found |= {"wall_seconds": found["seconds"], "cache_bytes": sampler.cache.num_bytes}
+    found |= {"tokens": counted.tokens, "flops": counted.flops}
+    return Run(**{field.name: found[field.name] for field in fields(Run)}), clock
 
 
 def measure_uncached(pipe: VideoPipeline, config: Bench) -> Json:
@@ -361,14 +352,3 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
             x = euler_step(x, output.velocity[:, -size:], sigma, after, x)
         tokens.append(x)
     return torch.cat(tokens, dim=1)
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held."""
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="ascii").splitlines() if status.is_file() else []:
-        # The peak of `getrusage` counts the process that started this one, too.
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,15 +4,16 @@ Nothing here knows of options; the command line calls it.
 """
 
 import os
+import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from videoar.measure import peak_bytes
 from videoar.pipeline import Generation
 from videoar.video import STREAMS, Video, VideoWriter
 
@@ -53,30 +54,38 @@ class Pictures:
 
 
 def write(
-    generation: Generation, writer: VideoWriter | Pictures, *, started: float, fps: int
+    generation: Generation,
+    writer: VideoWriter | Pictures,
+    *,
+    started: float,
+    fps: float,
+    show: Callable[[int, float], None],
 ) -> tuple[dict[str, Any], bool]:
     """Write the frames of one video as they come, until the end or Ctrl-C.
 
+    The work began when the clock `time.perf_counter` showed `started`; `show` gets the frames and
+    the seconds since then after every write.
+
     Returns:
-        What was done and what it took since `started`, on the clock `time.perf_counter`; and
-        whether the user stopped it.
+        What was done and what it took; and whether the user stopped it.
     """
     stats, interrupted = generation.stats, False
-    start_seconds, write_seconds, closing = None, 0.0, None
-    progress = Progress(generation.num_frames or 0, fps=fps)
+    first_frame_seconds = start_seconds = closing = None
+    write_seconds = 0.0
     try:
         with writer:
             for batch in generation:
                 before = time.perf_counter()
-                start_seconds = start_seconds or process_seconds()
+                if first_frame_seconds is None:
+                    first_frame_seconds, start_seconds = before - started, process_seconds()
                 writer.write(batch[0])
-                write_seconds += time.perf_counter() - before
-                progress.update(stats.frames)
+                after = time.perf_counter()
+                write_seconds += after - before
+                show(stats.frames, after - started)
             closing = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
     ended = time.perf_counter()
-    progress.close()
     frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
     return vars(stats) | {
         "frames": frames,
@@ -84,6 +93,7 @@ def write(
         "fps": frames / (ended - started),
         "seconds": ended - started,
         "write_seconds": write_seconds + (ended - closing if closing else 0.0),
+        "first_frame_seconds": first_frame_seconds,
         "start_seconds": start_seconds,
         "peak_bytes": peak_bytes(),
     }, interrupted
@@ -92,29 +102,43 @@ def write(
 class Progress:
     """A line that rewrites itself on a terminal, and is repeated now and then elsewhere."""
 
-    def __init__(self, total: int, *, fps: int) -> None:
-        self.total, self.fps, self.live = total, fps, sys.stderr.isatty()
-        self.started = self.shown = time.perf_counter()
+    def __init__(self, file: Any, *, every: float) -> None:
+        self.file, self.live = file, file.isatty()
+        self.every, self.shown = 0.2 if self.live else every, time.perf_counter()
 
-    def update(self, frames: int) -> None:
+    def __enter__(self) -> Callable[[object], None]:
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:  # make room for other lines
+            print("\r\033[K", end="", file=self.file, flush=True)
+
+    def show(self, line: object) -> None:
         """Show how far it is, unless that was done a moment ago."""
-        now = time.perf_counter()
-        if now - self.shown < (0.2 if self.live else 5.0):
-            return
-        self.shown = now
-        rate = frames / (now - self.started)
-        line = (
-            f"{frames / self.fps:.1f} of {self.total / self.fps:.1f} s, {rate:.1f} frames/s, "
-            f"{(self.total - frames) / rate:.0f} s left"
-        )
-        sys.stderr.write(f"\r\033[K{line}" if self.live else f"{line}\n")
-        sys.stderr.flush()
+        if time.perf_counter() > self.shown + self.every:
+            self.shown = time.perf_counter()
+            start, end = ("\r\033[K", "") if self.live else ("", "\n")
+            print(f"{start}{line}", end=end, file=self.file, flush=True)
 
-    def close(self) -> None:
-        """Make room for other lines."""
-        if self.live:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+
+def how_far(frames: int, seconds: float, *, total: int, fps: int) -> str:
+    """Say how far a generation is after some seconds."""
+    rate = frames / seconds
+    return (
+        f"{frames / fps:.1f} of {total / fps:.1f} s, {rate:.1f} frames/s, "
+        f"{(total - frames) / rate:.0f} s left"
+    )
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii").splitlines() if status.is_file() else []:
+        # The peak of `getrusage` counts the process that started this one, too.
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def process_seconds() -> float | None:
