@@ -59,7 +59,7 @@ def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Ben
 @pytest.fixture(scope="module")
 def rows(config: Bench) -> list[Row]:
     """One benchmark in real processes that several tests look at."""
-    return measure.run(config, lambda line: None)
+    return measure.measure_all(config, lambda line: None)
 
 
 def test_frames_per_second_are_end_to_end(rows: list[Row]) -> None:
@@ -220,17 +220,17 @@ def test_bad_requests_are_one_sentence(config: Bench, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{field} is"):
             replace(config, **{field: value})
     with pytest.raises(ValueError, match="Unknown units"):
-        measure.run(replace(config, units=("cubes",)), lambda line: None)
+        measure.measure_all(replace(config, units=("cubes",)), lambda line: None)
     with pytest.raises(ValueError, match="no checkpoint is called"):
-        measure.run(replace(config, checkpoint="nowhere"), lambda line: None)
+        measure.measure_all(replace(config, checkpoint="nowhere"), lambda line: None)
     foreign = tmp_path / "notes.json"
     foreign.write_text("my notes")
     with pytest.raises(ValueError, match="holds no benchmark"):
-        measure.run(replace(config, out=foreign), lambda line: None)
+        measure.measure_all(replace(config, out=foreign), lambda line: None)
     assert foreign.read_text() == "my notes"
 
 
 def test_errors_come_back_from_the_process(config: Bench) -> None:
     """What only the pipeline can refuse arrives as the same sentence, not as a traceback."""
     with pytest.raises(ValueError, match="The prompt has 5000 characters"):
-        measure.run(replace(config, prompt="a" * 5000, out=None), lambda line: None)
+        measure.measure_all(replace(config, prompt="a" * 5000, out=None), lambda line: None)

@@ -164,7 +164,7 @@ def test_shares_and_differences_are_those_of_the_scores() -> None:
 
 def test_the_tables_hold_every_row(report: Report) -> None:
     """Behind the first table the markdown has one line per row, with as many cells as columns."""
-    _, _, details = report.to_markdown().partition("\n\n")
+    _, _, details = str(report).partition("\n\n")
     lines = [line for line in details.splitlines() if line.startswith("|")]
     tables = {row.table for row in report.rows}
     assert len(lines) == len(report.rows) + 2 * len(tables)
@@ -173,7 +173,7 @@ def test_the_tables_hold_every_row(report: Report) -> None:
 
 def test_the_first_table_fits_a_readme(report: Report) -> None:
     """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
-    head, rule, *lines = report.to_markdown().partition("\n\n")[0].splitlines()
+    head, rule, *lines = str(report).partition("\n\n")[0].splitlines()
     assert head == "| units | colour | shape | motion | all right |"
     assert rule == "|---|---|---|---|---|".replace("---", " --- ")
     kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]

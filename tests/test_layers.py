@@ -93,7 +93,7 @@ NEIGHBOURS = {
     "recipes": {"finetune", "optim", "students", "tasks", "train", "pipeline"},
     "parts": {"pipeline"},
     "prepare": {"parts"},
-    "heldout": {"evaluate", "pipeline", "tasks", "wording"},
+    "heldout": {"pipeline", "tasks", "wording"},
     "compare": {"evaluate", "pipeline", "tasks"},
     "evaluate": {"pipeline", "tasks"},
     "bench_distill": {"measure", "optim", "pipeline", "runs", "wording"},

@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it: help and refusals are inst
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
     return functools.partial(train, config=config), kind(recipe=recipe, export=export)
 
 
-def _say(line: str) -> None:
+def _say(line: object) -> None:
     print(line, flush=True)
 
 
@@ -282,44 +283,18 @@ def prepare(args: options.Prepare) -> None:
     _say(f"videoar train finetune --data.path {args.latents} --task.init {args.codec}")
 
 
-def bench(args: options.Bench) -> None:
-    """Measure speed."""
-    from videoar import measure
+def measuring(module: str) -> Callable[[Any], None]:
+    """Return the command that runs a module of measurements and prints its tables."""
 
-    _say(measure.tables(args, measure.run(args, _say)))
+    def command(args: Any) -> None:
+        _say(importlib.import_module(f"videoar.{module}").run(args, _say))
 
-
-def bench_prepare(args: options.BenchPrepare) -> None:
-    """Measure the speed of preparation."""
-    from videoar import bench_prepare as benchmark
-
-    _say(benchmark.run(args, _say))
-
-
-def bench_distill(args: options.BenchDistill) -> None:
-    """Measure the parts of distillation."""
-    from videoar import bench_distill as benchmark
-
-    _say(benchmark.run(args, _say))
+    return command
 
 
 def evaluate(args: options.Evaluate) -> None:
-    """Measure faithfulness and drift."""
-    if args.data is not None:
-        from videoar import heldout
-
-        _say(heldout.run(args, args.data, _say).to_markdown())
-    else:
-        from videoar import evaluate as evaluation
-
-        _say(evaluation.run(args, _say).to_markdown())
-
-
-def compare(args: options.Compare) -> None:
-    """Compare checkpoints."""
-    from videoar import compare as comparison
-
-    _say(comparison.run(args, _say))
+    """Measure faithfulness and drift, or reconstruction and loss on videos."""
+    measuring("evaluate" if args.data is None else "heldout")(args)
 
 
 def demo(args: options.Demo) -> None:
@@ -339,10 +314,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "info": (options.Info, info),
     "units": (options.DrawUnits, draw_units),
     "prepare": (options.Prepare, prepare),
-    "bench": (options.Bench, bench),
-    "bench prepare": (options.BenchPrepare, bench_prepare),
-    "bench distill": (options.BenchDistill, bench_distill),
+    "bench": (options.Bench, measuring("measure")),
+    "bench prepare": (options.BenchPrepare, measuring("bench_prepare")),
+    "bench distill": (options.BenchDistill, measuring("bench_distill")),
     "evaluate": (options.Evaluate, evaluate),
-    "compare": (options.Compare, compare),
+    "compare": (options.Compare, measuring("compare")),
     "demo": (options.Demo, demo),
 }

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Report:
     """By kind: the settings, and each video's prompt, scores and what the judge saw."""
     rows: tuple[Row, ...]
 
-    def to_markdown(self) -> str:
+    def __str__(self) -> str:
         """Return a table of few columns, made for a README, and then all tables; in hundredths."""
         text = []
         for table, group in itertools.groupby(self.rows, key=lambda row: row.table):
@@ -129,7 +129,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> Report:
         means = _row("", name, [video[key] for video in videos]).scores
         report(f"{name}: {', '.join(f'{key} {100 * s.mean:.1f}' for key, s in means.items())}")
     result = Report(parts=parts, rows=tuple(tabulate(parts, units=config.units)))
-    save(config.out, asdict(result))
+    save(config.out, result)
     return result
 
 

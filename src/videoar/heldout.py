@@ -5,8 +5,6 @@ resemble each other: intervals draw whole videos.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,39 +27,15 @@ DRAWS = 4  # of noise levels and noise, per clip and kind
 LOSSLESS = 100.0  # dB; a mean of infinite ones would be none
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Means over held-out clips with 95 % intervals, and the scores of every clip."""
-
-    clips: list[Json]
-    reconstruction: dict[str, Interval]
-    """`psnr` in dB and `ssim`, of decoded latents against the source."""
-    losses: dict[str, Interval]
-    """By kind of unit."""
-    differences: dict[str, Interval]
-    """Of the losses to that of the first kind, on the same clips."""
-
-    def to_markdown(self) -> str:
-        """Return the tables."""
-        videos = len({clip["file"] for clip in self.clips})
-        text = [f"{len(self.clips)} held-out clips of {videos} videos, 95 % intervals:"]
-        quality, similarity = (f"{mean:.4g}" for mean in self.reconstruction.values())
-        text += [markdown([["codec", "mean"], ["PSNR", f"{quality} dB"], ["SSIM", similarity]])]
-        rows = [["units", "loss", "minus the first"]]
-        for name, loss in self.losses.items():
-            minus = self.differences.get(name)
-            rows.append([name, f"{loss:.4g}", f"{minus:.4g}" if minus else ""])
-        text += [markdown(rows)]
-        return "\n\n".join(text) + "\n"
-
-
 @torch.no_grad()
-def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
-    """Measure a checkpoint on what `data` holds out.
+def run(config: Evaluate, report: Callable[[str], None]) -> str:
+    """Measure a checkpoint on what `config.data` holds out, and return the tables.
 
     Raises:
         ValueError: the folder holds nothing out, or is of another codec.
     """
+    data = config.data
+    assert data is not None
     if config.out is not None and config.out.exists():
         raise ValueError(f"{config.out} exists already: name another file")
     for name in config.units:
@@ -84,23 +58,25 @@ def run(config: Evaluate, data: Path, report: Callable[[str], None]) -> Report:
         clips.append(clip)
         report(f"{len(clips)}/{len(shards)}  PSNR {clip['psnr']:.1f} dB  {clip['file']}")
     files = [clip["file"] for clip in clips]
-    if len(set(files)) < 2:
+    if (videos := len(set(files))) < 2:
         report("all held-out clips are of one video: intervals say nothing of other videos")
         files = [str(number) for number in range(len(clips))]
 
     def interval(values: Values) -> Interval:
         return bootstrap_interval(values, clusters=files)
 
+    quality, similarity = (interval([clip[key] for clip in clips]) for key in ("psnr", "ssim"))
     losses = {name: np.array([clip["losses"][name] for clip in clips]) for name in config.units}
-    first = losses[config.units[0]]
-    result = Report(
-        clips=clips,
-        reconstruction={key: interval([c[key] for c in clips]) for key in ("psnr", "ssim")},
-        losses={name: interval(values) for name, values in losses.items()},
-        differences={name: interval(losses[name] - first) for name in config.units[1:]},
-    )
-    save(config.out, asdict(result))
-    return result
+    first = config.units[0]
+    means = {name: interval(values) for name, values in losses.items()}
+    minus = {name: interval(losses[name] - losses[first]) for name in config.units[1:]}
+    found = {"clips": clips, "reconstruction": {"psnr": quality, "ssim": similarity}}
+    save(config.out, found | {"losses": means, "differences": minus})
+    about = f"{len(clips)} held-out clips of {videos} videos, 95 % intervals:"
+    codec = [["codec", "mean"], ["PSNR", f"{quality:.4g} dB"], ["SSIM", f"{similarity:.4g}"]]
+    units = [["units", "loss", "minus the first"], [first, f"{means[first]:.4g}", ""]]
+    units += [[name, f"{means[name]:.4g}", f"{change:.4g}"] for name, change in minus.items()]
+    return f"{about}\n\n{markdown(codec)}\n\n{markdown(units)}\n"
 
 
 def _scores(

@@ -7,13 +7,14 @@ sampling with the prefix recomputed in every pass.
 
 import itertools
 import multiprocessing
+import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ class Row:
     """What `measure_flat` returns."""
 
 
-def run(config: Bench, report: Callable[[str], None]) -> list[Row]:
+def run(config: Bench, report: Callable[[str], None]) -> str:
+    """Measure every kind of unit, and return the tables."""
+    return tables(config, measure_all(config, report))
+
+
+def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     """Measure every kind of unit, with a line of report for each.
 
     Raises:
@@ -111,15 +117,15 @@ def run(config: Bench, report: Callable[[str], None]) -> list[Row]:
             row = replace(row, flat=_apart(measure_flat, one))
         rows.append(row)
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
-    about = asdict(replace(config, out=None))
-    save(config.out, {"benchmark": {"config": about, "rows": [asdict(row) for row in rows]}})
+    save(config.out, {"benchmark": {"config": replace(config, out=None), "rows": rows}})
     return rows
 
 
 def _apart(job: Callable[..., Any], *args: object) -> Any:
     """Run a job in a fresh process."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    spawn, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches both processes, and it is this one that says so.
+    with ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=quiet) as pool:
         try:
             return pool.submit(job, *args).result()
         except BrokenProcessPool as error:

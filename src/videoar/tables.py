@@ -39,8 +39,9 @@ def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
 
 
 def save(path: Path | None, value: Any) -> None:
-    """Replace the file as a whole, so that it is complete at any moment."""
+    """Replace the file as a whole, so that it is complete at any moment; dataclasses are dicts."""
     if path is not None:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, allow_nan=False, default=vars)
+        partial.write_text(f"{text}\n", encoding="utf-8")
         os.replace(partial, path)
