@@ -1,7 +1,6 @@
 """Prompts survive the tokenizer, and padding never reaches what a prompt means."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert PAD not in ids
-    assert TOKENIZER.count(text) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +55,12 @@ def test_hostile_text_comes_back_from_its_tokens(text: str) -> None:
 
 def test_words_of_the_corpus_are_single_tokens() -> None:
     """Merges are learned: else prompts would be bytes, and long."""
-    assert TOKENIZER.count("a small green ball moves right") == 6
+    assert len(TOKENIZER.encode("a small green ball moves right")) == 6
 
 
-def test_training_and_saving_give_the_same_tokenizer(tmp_path: Path) -> None:
+def test_training_and_saving_give_the_same_tokenizer() -> None:
     """Ids are an interface to trained weights; if they moved, a checkpoint would talk nonsense."""
-    TOKENIZER.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.from_json(TOKENIZER.to_json())
     again = Tokenizer.train(CORPUS, vocab_size=300)
     for other in (loaded, again):
         assert other.to_json() == TOKENIZER.to_json()

@@ -16,7 +16,6 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -26,7 +25,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -41,13 +39,14 @@ FORMAT = 1
 META = "videoar.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+AGAIN = "copy or download the checkpoint again"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a checkpoint."""
+    """One part of a checkpoint; call it to write it into a folder."""
 
     module: nn.Module
     """Its state dict is what is saved."""
@@ -56,23 +55,24 @@ class Component:
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names of further files and their text, such as `tokenizer.json`."""
 
+    def __call__(self, folder: Path) -> None:
+        fields = {"class": type(self.module).__name__, **dataclasses.asdict(self.config)}
+        save_weights(folder / WEIGHTS, self.module.state_dict(), fields)
+        for name, content in self.texts.items():
+            (folder / name).write_text(content, encoding="utf-8")
 
-def save_component(
-    folder: Path, module: nn.Module, config: Any, *, texts: Mapping[str, str] = MappingProxyType({})
-) -> None:
-    """Write a module, its config and further text files by name into a folder."""
+
+def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors, which must not share memory, and their `config.json` beside them."""
     # Serialise first: a config that is no JSON must not leave half a component.
-    fields = {"class": type(module).__name__, **dataclasses.asdict(config)}
-    text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
-    tensors = _tensors_of(module)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / WEIGHTS)
+    partial = file.with_name(f"{file.name}.partial")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, file)
+    (file.parent / CONFIG).write_text(text, encoding="utf-8")
 
 
 def load_component(
@@ -81,25 +81,22 @@ def load_component(
     *,
     device: torch.device | str = "cpu",
 ) -> ModuleT:
-    """Build what `save_component` wrote, with the weights in the precision they have there.
+    """Build what a `Component` wrote, with the weights in the precision they have there.
 
     `classes` gives the module class and its config class for each class name that may occur.
     """
-    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
-    for file in (config_file, weights_file):
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    for file in (config, weights):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
-    values = read_json(config_file)
+    values = read_json(config)
     name = values.pop("class", None)
     if name not in classes:
-        raise ValueError(
-            f"{config_file} names class {name!r}; only {', '.join(sorted(classes))} fits here"
-        )
+        known = ", ".join(sorted(classes))
+        raise ValueError(f"{config} names class {name!r}; only {known} fits here")
     module_class, config_class = classes[name]
-    config = build_config(config_class, values, file=config_file)
-    weights = read_safetensors(weights_file, device=device)
-    module = build_empty(module_class, config)
-    assign_weights(module, weights, file=weights_file)
+    module = build_empty(module_class, build_config(config_class, values, file=config))
+    assign_weights(module, read_safetensors(weights, device=device), file=weights)
     return module
 
 
@@ -121,8 +118,26 @@ def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
 
 
 def assign_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
-    """Make tensors those of a module, strictly and without a copy."""
-    _check_weights(module, weights, file=file)
+    """Make tensors those of a module, strictly and without a copy.
+
+    Raises:
+        ValueError: in one sentence, which are missing, unexpected or wrongly shaped.
+    """
+    wanted, kind = module.state_dict(), type(module).__name__
+    remedy = "configuration and weights must come from the same checkpoint"
+    wrong = []
+    if missing := [key for key in wanted if key not in weights]:
+        wrong.append(f"lacks {len(missing)} of the {len(wanted)} tensors of {kind}{_list(missing)}")
+    if unexpected := [key for key in weights if key not in wanted]:
+        wrong.append(f"has {len(unexpected)} that {kind} does not know{_list(unexpected)}")
+    if wrong:
+        raise ValueError(f"{file} {' and '.join(wrong)}; {remedy}")
+    for key, tensor in wanted.items():
+        needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
+        if shape != needed:
+            raise ValueError(
+                f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
+            )
     module.load_state_dict(weights, strict=True, assign=True)
     for buffer, tensor in module.named_buffers():
         assert not tensor.is_meta, f"buffer {buffer} is not saved: compute it in forward"
@@ -141,16 +156,15 @@ class _NoInitialValues(TorchFunctionMode):
 
 def save_checkpoint(
     folder: Path,
-    components: Mapping[str, Component | Callable[[Path], None]],
+    components: Mapping[str, Callable[[Path], None]],
     meta: Mapping[str, Any],
     *,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is complete the moment it appears under its name.
 
-    Each component gets a sub-folder of its name, into which a callable writes what it likes; `meta`
-    goes into `videoar.json`. `overwrite` replaces a checkpoint of this name; nothing but a
-    checkpoint is ever replaced.
+    Each component writes into a sub-folder of its name; `meta` goes into `videoar.json`.
+    `overwrite` replaces a checkpoint of this name; nothing but a checkpoint is ever replaced.
     """
     own = {"format": FORMAT, "components": sorted(components)}
     versions = {"videoar": __version__, "python": platform.python_version()}
@@ -160,11 +174,7 @@ def save_checkpoint(
     text = json.dumps({**own, "versions": versions, **meta, **own}, indent=2) + "\n"
     with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
         for name, component in components.items():
-            if isinstance(component, Component):
-                module, config, texts = component.module, component.config, component.texts
-                save_component(partial / name, module, config, texts=texts)
-            else:
-                component(partial / name)
+            component(partial / name)
         (partial / META).write_text(text, encoding="utf-8")
     return folder
 
@@ -206,8 +216,7 @@ def load_meta(folder: Path) -> dict[str, Any]:
     version = meta.get("format")
     if type(version) is not int or version < 1:
         raise ValueError(
-            f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; copy or download "
-            "the checkpoint again"
+            f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
         )
     if version > FORMAT:
         raise ValueError(
@@ -261,25 +270,14 @@ def _assets() -> Path:
     return Path(str(files("videoar").joinpath("assets")))
 
 
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict as separate contiguous tensors; safetensors cannot hold shared ones."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
-    placed = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors.items())
-    placed = [place for place in placed if place[1] > place[0]]
-    for (_, end, name), (start, _, other) in itertools.pairwise(placed):
-        assert end <= start, f"{name} and {other} share memory: save one and tie them in __init__"
-    return tensors
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
-    remedy = "copy or download the checkpoint again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-        raise ValueError(f"{file} is not JSON ({error}); {remedy}") from error
+        raise ValueError(f"{file} is not JSON ({error}); {AGAIN}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {remedy}")
+        raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {AGAIN}")
     return values
 
 
@@ -294,15 +292,12 @@ def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> A
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(
-                f"{file} lacks the field {name!r}, which {config_class.__name__} needs; "
-                "copy or download the checkpoint again"
+                f"{file} lacks the field {name!r}, which {config_class.__name__} needs; {AGAIN}"
             )
     hints = typing.get_type_hints(config_class)
-    arguments = {
-        name: _from_json(value, hints[name], name=name, file=file) for name, value in values.items()
-    }
+    given = {k: _from_json(value, hints[k], name=k, file=file) for k, value in values.items()}
     try:
-        return config_class(**arguments)
+        return config_class(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not make a {config_class.__name__}: {error}") from error
 
@@ -324,35 +319,13 @@ def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
     return value
 
 
-def _check_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
-    """Raise one sentence for missing, unexpected or wrongly shaped tensors."""
-    wanted, kind = module.state_dict(), type(module).__name__
-    remedy = "configuration and weights must come from the same checkpoint"
-    wrong = []
-    if missing := [key for key in wanted if key not in weights]:
-        wrong.append(f"lacks {len(missing)} of the {len(wanted)} tensors of {kind}{_list(missing)}")
-    if unexpected := [key for key in weights if key not in wanted]:
-        wrong.append(f"has {len(unexpected)} that {kind} does not know{_list(unexpected)}")
-    if wrong:
-        raise ValueError(f"{file} {' and '.join(wrong)}; {remedy}")
-    for key, tensor in wanted.items():
-        needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
-        if shape != needed:
-            raise ValueError(
-                f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
-            )
-
-
 def _list(keys: list[str]) -> str:
     """Write keys in brackets, those of several layers as one."""
     alike: dict[str, list[str]] = {}
     for key in keys:
         alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key, count=1), []).append(key)
-    names = (
-        repr(same[0]) if len(same) == 1 else f"{name!r} x {len(same)}"
-        for name, same in alike.items()
-    )
-    return f" ({', '.join(names)})"
+    counted = [f"{name!r} x {len(k)}" if k[1:] else repr(k[0]) for name, k in alike.items()]
+    return f" ({', '.join(counted)})"
 
 
 def library(name: str) -> Any:

@@ -3,28 +3,29 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from videoar import interop, umt5, wan
 from videoar.checkpoint import (
     CONFIG,
     META,
+    Component,
     load_component,
     load_meta,
     read_json,
     replaced_folder,
     resolve,
     save_checkpoint,
-    save_component,
+    save_weights,
 )
 from videoar.codecs import Codec, PatchCodec, PatchCodecConfig, TinyCodec, TinyCodecConfig
 from videoar.interop import Found
 from videoar.text import PromptEncoder, Prompts
+from videoar.weights import split_entry
 
 Format = Literal["videoar", "diffusers", "wan"]
 CODECS = {
@@ -51,11 +52,9 @@ class Origin:
         cls, name: str | Path, *, base: str | Path | None = None, lora: str | Path | None = None
     ) -> "Origin":
         """Find a bundled checkpoint, a folder, a file, or a Hugging Face repository."""
-        path, mark, entry = str(name).rpartition("#")
-        if mark and Path(path).expanduser().is_file():
-            found = Path(path).expanduser()
-            source = found.with_name(f"{found.name}#{entry}")
-        else:
+        source = Path(name).expanduser()
+        found = split_entry(source)[0]
+        if not found.is_file():
             source = found = resolve(name)
         home = found if base is None else resolve(base)
         return cls(source=source, home=home, lora=None if lora is None else Path(lora))
@@ -154,13 +153,17 @@ def convert(
     """
     found = origin.transformer()
     if dtype is not None:
-        weights = dict(found.build(dtype=as_dtype(dtype)).state_dict())
-        found = Found(weights, found.config, found.file, found.format)
+        found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
     parts = {} if format == "wan" else surroundings(origin.home)
     sampling = origin.sampling(preset)
     report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
     if format == "videoar":
-        components = _components(found, parts)
+        transformer = Component(module=found.build(), config=found.config)
+        components: dict[str, Any] = {"transformer": transformer}
+        if "codec" in parts:
+            components["codec"] = Component(module=parts["codec"], config=parts["codec"].config)
+        if "text" in parts:
+            components["text"] = parts["text"].save
         meta = {**origin.meta, "origin": found.format, "sampling": sampling}
         save_checkpoint(target, components, meta, overwrite=overwrite)
     elif format == "diffusers":
@@ -171,21 +174,6 @@ def convert(
             interop.save_wan(folder, found)
     names = ", ".join(["transformer", *parts])
     return [*report, f"{target}: {format}, {names}; every tensor was matched"]
-
-
-def _components(found: Found, parts: Mapping[str, Any]) -> dict[str, Any]:
-    def save_codec(folder: Path) -> None:
-        save_component(folder, parts["codec"], parts["codec"].config)
-
-    def save_transformer(folder: Path) -> None:
-        save_component(folder, found.build(), found.config)
-
-    components: dict[str, Any] = {"transformer": save_transformer}
-    if "codec" in parts:
-        components["codec"] = save_codec
-    if "text" in parts:
-        components["text"] = parts["text"].save
-    return components
 
 
 def _write_diffusers(
@@ -203,7 +191,6 @@ def _write_diffusers(
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
     scheduler = {"_class_name": index["scheduler"][1], "num_train_timesteps": 1000, "shift": shift}
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     codec, text = parts.get("codec"), parts.get("text")
     for part, kind in ((codec, wan.WanCodec), (text, umt5.UMT5PromptEncoder)):
         if part is not None and not isinstance(part, kind):
@@ -214,21 +201,18 @@ def _write_diffusers(
     if isinstance(codec, wan.WanCodec):
         index["vae"] = ["diffusers", "AutoencoderKLWan"]
         stated = {"_class_name": "AutoencoderKLWan", **asdict(codec.config)}
-        _write_json(folder / "vae" / CONFIG, stated)
-        weights = {name: tensor.contiguous() for name, tensor in codec.vae.state_dict().items()}
-        file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-        save_file(weights, file, metadata={"format": "pt"})
+        save_weights(folder / "vae" / interop.FILE, codec.vae.state_dict(), stated)
     if isinstance(text, umt5.UMT5PromptEncoder):
-        text.save_as(folder / "text_encoder", folder / "tokenizer")
+        text.save(folder, encoder="text_encoder")
         index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
         stated = read_json(text.tokenizer / "tokenizer_config.json")
         index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
+    written: dict[str, dict[str, Any]] = {"model_index.json": index}
     if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
-        shutil.copytree(home / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+        shutil.copytree(home / "scheduler", folder / "scheduler")
         index |= {key: read_json(stated)[key] for key in ("tokenizer", "scheduler")}
-    _write_json(folder / "model_index.json", index)
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    else:
+        (folder / "scheduler").mkdir()
+        written["scheduler/scheduler_config.json"] = scheduler
+    for name, values in written.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 Everything becomes a dictionary of tensors under our names, which are those of diffusers.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from videoar.checkpoint import (
+    CONFIG,
     META,
     assign_weights,
     build_config,
     build_empty,
     load_component,
     read_json,
+    save_weights,
 )
 from videoar.model import ModelConfig, VideoTransformer
 from videoar.weights import Weights, read_file, read_weights, split_entry, unwrap
 
-DIFFUSERS, WAN = "diffusers", "original Wan"
+FILE = "diffusion_pytorch_model.safetensors"
 # Put before and between names by FSDP, activation checkpointing, torch.compile and DDP.
 INFIXES = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|transformer)\.)+")
@@ -56,18 +56,14 @@ BLOCK = {
 }
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-LORA = re.compile(r"(.+)\.lora_(A|B|down|up)(?:\.[\w-]+)?\.weight")
+LORA = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.[\w-]+)?\.weight|alpha)")
+SIDES = {"down": "A", "up": "B"}
 # diffusers' config.json, by the fields of ours. What else it holds must have these values.
 FIELDS = {
     "num_attention_heads": "num_heads",
     "attention_head_dim": "head_dim",
     "in_channels": "latent_channels",
-    "text_dim": "text_dim",
-    "freq_dim": "freq_dim",
-    "ffn_dim": "ffn_dim",
-    "num_layers": "num_layers",
-    "eps": "eps",
-}
+} | {name: name for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
 
 
@@ -90,13 +86,10 @@ class Found:
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> VideoTransformer:
         """Build the model; without `dtype` the tensors keep their bits."""
-
-        def place(name: str, tensor: Tensor) -> Tensor:
+        module, placed = build_empty(VideoTransformer, self.config), {}
+        for name, tensor in self.weights.items():
             wide = dtype is not None and KEEP & set(name.split("."))
-            return tensor.to(device, torch.float32 if wide else dtype)
-
-        module = build_empty(VideoTransformer, self.config)
-        placed = {name: place(name, tensor) for name, tensor in self.weights.items()}
+            placed[name] = tensor.to(device, torch.float32 if wide else dtype)
         assign_weights(module, placed, file=self.file)
         return module
 
@@ -128,7 +121,7 @@ def read_transformer(
 
 def stated_head_dim(folder: Path) -> int | None:
     """Read the size of the heads from the config of a folder of any format."""
-    for file in (folder / "transformer" / "config.json", folder / "config.json"):
+    for file in (folder / "transformer" / CONFIG, folder / CONFIG):
         if file.is_file():
             stated = read_json(file)
             if "dim" in stated and "num_heads" in stated:
@@ -150,8 +143,7 @@ def _read_foreign(source: Path, head_dim: int | None) -> Found:
             "be run; use a model of Wan 2.1"
         )
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
-    config_file = folder / "config.json"
-    stated = read_json(config_file) if folder.is_dir() and config_file.is_file() else {}
+    stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     weights, wrappers = unwrap(read_file(folder), entry=entry, file=folder)
     weights, names = our_names(weights)
     config = _config_of(weights, stated, stated_head_dim(folder) or head_dim, file=folder)
@@ -175,8 +167,8 @@ def our_names(weights: Weights) -> tuple[Weights, str]:
     if patch is not None and patch.ndim == 2:  # rCM; Wan's patches have 1 x 2 x 2 latent pixels
         bare["patch_embedding.weight"] = patch.unflatten(1, (-1, 1, 2, 2))
     if not any(".self_attn." in key for key in bare):
-        return bare, DIFFUSERS
-    return _renamed(bare, TOP, BLOCK), WAN
+        return bare, "diffusers"
+    return _renamed(bare, TOP, BLOCK), "original Wan"
 
 
 def wan_names(weights: Weights) -> Weights:
@@ -200,18 +192,17 @@ def merge_lora(weights: Weights, lora: Weights, *, file: Path) -> Weights:
 
     Without `alpha` in the file it is the rank, as in LongLive.
     """
-    parts, names = {}, {}
+    parts: dict[str, Weights] = {}
+    wrong = []
     for key, tensor in lora.items():
         if match := LORA.fullmatch(key):
-            side = "A" if match[2] in ("A", "down") else "B"
-            parts.setdefault(f"{match[1]}.weight", {})[side] = tensor
-        elif key.endswith(".alpha"):
-            parts.setdefault(f"{key.removesuffix('.alpha')}.weight", {})["alpha"] = tensor
+            part = match[2] or "alpha"
+            parts.setdefault(f"{match[1]}.weight", {})[SIDES.get(part, part)] = tensor
         else:
-            names[key] = tensor
+            wrong.append(key)
     renamed = our_names({key: torch.empty(0) for key in parts})[0]
     updates = dict(zip(renamed, parts.values(), strict=True))
-    wrong = [*names, *(k for k, v in updates.items() if k not in weights or not {"A", "B"} <= {*v})]
+    wrong += [key for key, v in updates.items() if key not in weights or not {"A", "B"} <= {*v}]
     if wrong or not updates:
         raise ValueError(
             f"{file} is no LoRA of this model: it has {len(wrong)} tensors that do not belong to "
@@ -226,8 +217,7 @@ def merge_lora(weights: Weights, lora: Weights, *, file: Path) -> Weights:
                 f"{file} updates {key!r} by {tuple(up.shape)} x {tuple(down.shape)}, but its shape "
                 f"is {tuple(weights[key].shape)}; use a LoRA of this model"
             )
-        wide = weights[key].float() + scale * (up @ down)
-        merged[key] = wide.to(weights[key].dtype)
+        merged[key] = (weights[key].float() + scale * (up @ down)).to(weights[key].dtype)
     return merged
 
 
@@ -249,7 +239,7 @@ def _config_of(
                 f"{file}/config.json gives patch_size {patch!r}, but only one frame and a square "
                 "of it, such as [1, 2, 2], can be run; use a text-to-video model of Wan 2.1"
             )
-        return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / "config.json")
+        return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / CONFIG)
     head_dim = head_dim or 128
     if (bias := weights.get("patch_embedding.bias")) is not None and len(bias) % head_dim:
         raise ValueError(
@@ -279,12 +269,9 @@ def plain(found: Found) -> Weights:
     Raises:
         ValueError: the model has learnt what only VideoAR can run.
     """
-    config, default = found.config, ModelConfig()
-    own = [
-        f"{name} {getattr(config, name)}"
-        for name in ("prediction", "rope_theta")
-        if getattr(config, name) != getattr(default, name)
-    ]
+    fields, default = asdict(found.config), asdict(ModelConfig())
+    names = ("prediction", "rope_theta")
+    own = [f"{name} {fields[name]}" for name in names if fields[name] != default[name]]
     weights = dict(found.weights)
     if weights.pop("scale_embedding.weight").any():
         own.append("a trained scale embedding")
@@ -298,38 +285,21 @@ def plain(found: Found) -> Weights:
 
 def save_diffusers(folder: Path, found: Found) -> None:
     """Write `transformer/` of a diffusers folder."""
-    fields = asdict(found.config)
+    fields, patch = asdict(found.config), found.config.patch
     config = {"_class_name": "WanTransformer3DModel", **FIXED}
     config |= {theirs: fields[ours] for theirs, ours in FIELDS.items()}
-    patch = found.config.patch
     config |= {"out_channels": config["in_channels"], "patch_size": [1, patch, patch]}
-    _save(folder, plain(found), config)
+    save_weights(folder / FILE, plain(found), config)
 
 
 def save_wan(folder: Path, found: Found) -> None:
     """Write a folder under the original's names."""
-    config, size = found.config, found.config.hidden_size
-    fields = {
-        "_class_name": "WanModel",
-        "model_type": "t2v",
-        "dim": size,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "in_dim": config.latent_channels,
-        "out_dim": config.latent_channels,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "text_len": 512,
-    }
-    _save(folder, wan_names(plain(found)), fields)
-
-
-def _save(folder: Path, weights: Weights, config: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    fields, channels = asdict(found.config), found.config.latent_channels
+    same = ("eps", "ffn_dim", "freq_dim", "num_heads", "num_layers")
+    config = {"_class_name": "WanModel", "model_type": "t2v", "dim": found.config.hidden_size}
+    config |= {"in_dim": channels, "out_dim": channels, "text_len": 512}
+    config |= {name: fields[name] for name in same}
+    save_weights(folder / FILE, wan_names(plain(found)), config)
 
 
 def offload(model: VideoTransformer, device: torch.device | str) -> None:

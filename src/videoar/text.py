@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from videoar.checkpoint import load_component, save_component
+from videoar.checkpoint import Component, load_component
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
@@ -64,13 +64,6 @@ class Tokenizer:
         """Return the text of a `tokenizer.json`."""
         return self._backend.to_str(pretty=True)
 
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        return cls.from_json(path.read_text(encoding="utf-8"))
-
-    def save(self, path: Path) -> None:
-        path.write_text(self.to_json(), encoding="utf-8")
-
     def fingerprint(self) -> str:
         """Name what the ids mean."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
@@ -79,9 +72,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, padding included."""
         return self._backend.get_vocab_size()
-
-    def count(self, text: str) -> int:
-        return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text).ids
@@ -92,16 +82,18 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, max_tokens: int) -> Int[Tensor, "batch words"]:
         """Return the ids of texts, padded to `max_tokens` columns."""
-        batch = torch.full((len(texts), max_tokens), PAD, dtype=torch.int64)
-        for row, text in zip(batch, texts, strict=True):
-            ids = self.encode(text)
-            if len(ids) > max_tokens:
-                raise ValueError(
-                    f"The prompt that begins with {text[:40]!r} has {len(ids)} tokens, "
-                    f"but the limit is {max_tokens}: shorten it."
-                )
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return batch
+        rows = [check_length(self.encode(text), text, limit=max_tokens) for text in texts]
+        return torch.tensor([ids + [PAD] * (max_tokens - len(ids)) for ids in rows])
+
+
+def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
+    """Return the ids of a prompt; raise if they are more than an encoder takes."""
+    if len(ids) > limit:
+        raise ValueError(
+            f"The prompt that begins with {prompt[:40]!r} has {len(ids)} tokens, "
+            f"but the limit is {limit}: shorten it."
+        )
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +216,12 @@ class PromptEncoder:
         """Load what `save` wrote."""
         classes = {"TextEncoder": (TextEncoder, TextEncoderConfig)}
         encoder = load_component(folder, classes, device=device)
-        return cls(Tokenizer.load(folder / "tokenizer.json"), encoder.eval())
+        words = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return cls(Tokenizer.from_json(words), encoder.eval())
 
     def save(self, folder: Path) -> None:
         texts = {"tokenizer.json": self.tokenizer.to_json()}
-        save_component(folder, self.encoder, self.encoder.config, texts=texts)
+        Component(module=self.encoder, config=self.encoder.config, texts=texts)(folder)
 
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())

@@ -16,11 +16,19 @@ from typing import Any
 
 import tokenizers
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from videoar.checkpoint import assign_weights, build_empty, library, read_json, read_safetensors
-from videoar.text import Rows
+from videoar.checkpoint import (
+    CONFIG,
+    assign_weights,
+    build_empty,
+    library,
+    read_json,
+    read_safetensors,
+)
+from videoar.text import Rows, check_length
 from videoar.weights import Weights, read_weights
 
 MAX_TOKENS = 512
@@ -84,44 +92,37 @@ class UMT5PromptEncoder:
     def encode(self, prompts: list[str]) -> Rows:
         """Encode prompts to 512 rows each; those behind the end of a prompt are zero."""
         cleaned = [clean(prompt) for prompt in prompts]
-        files = {prompt: self._file(prompt) for prompt in cleaned}
-        rows = {prompt: _read_rows(file) for prompt, file in files.items()}
-        if new := [prompt for prompt, found in rows.items() if found is None]:
-            ids = {prompt: self._ids(prompt) for prompt in new}
+        encode = self._words.encode
+        ids = {p: check_length(encode(p).ids, p, limit=MAX_TOKENS) for p in cleaned}
+        files = {prompt: self._file(prompt, row) for prompt, row in ids.items()}
+        rows: dict[str, Tensor] = {}
+        for prompt, file in files.items():
+            # A damaged file is as good as none: it is written anew.
+            with contextlib.suppress(ValueError, OSError):
+                rows[prompt] = read_safetensors(file)["rows"]
+        if new := [prompt for prompt in files if prompt not in rows]:
             model = self.load().to(self.device)
             for prompt in new:
                 # One at a time: the same bits whatever else is in the batch.
                 inputs = torch.tensor([ids[prompt]], device=self.device)
-                found = model(inputs).last_hidden_state[0].cpu()
-                rows[prompt] = found
-                _write_rows(files[prompt], found)
-        padded = [
-            torch.cat([found, found.new_zeros(MAX_TOKENS - len(found), found.shape[1])])
-            for found in map(rows.get, cleaned)
-            if found is not None
-        ]
-        return torch.stack(padded)
+                rows[prompt] = model(inputs).last_hidden_state[0].cpu()
+                _write_rows(files[prompt], rows[prompt])
+        found = [rows[prompt] for prompt in cleaned]
+        return torch.stack([F.pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in found])
+
+    def _stats(self) -> dict[str, os.stat_result]:
+        parts = sorted(self.encoder.iterdir()) if self.encoder.is_dir() else [self.encoder]
+        return {part.name: part.stat() for part in parts}
 
     def fingerprint(self) -> str:
         """Name what the rows mean: the sizes of the encoder's files, and its words."""
-        parts = self.encoder.iterdir() if self.encoder.is_dir() else [self.encoder]
-        about = repr(sorted((part.name, part.stat().st_size) for part in parts)).encode()
+        about = repr([(name, stat.st_size) for name, stat in self._stats().items()]).encode()
         about += (self.tokenizer / "tokenizer.json").read_bytes()
         return f"umT5-{hashlib.sha256(about).hexdigest()[:12]}"
 
-    def _ids(self, prompt: str) -> list[int]:
-        ids = self._words.encode(prompt).ids
-        if len(ids) > MAX_TOKENS:
-            raise ValueError(
-                f"The prompt that begins with {prompt[:40]!r} has {len(ids)} tokens, "
-                f"but the limit is {MAX_TOKENS}: shorten it."
-            )
-        return ids
-
-    def _file(self, prompt: str) -> Path:
-        parts = self.encoder.iterdir() if self.encoder.is_dir() else [self.encoder]
-        stats = sorted((part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts)
-        key = json.dumps([prompt, self._ids(prompt), stats, str(self.dtype)])
+    def _file(self, prompt: str, ids: list[int]) -> Path:
+        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats().items()]
+        key = json.dumps([prompt, ids, stats, str(self.dtype)])
         return self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def weights(self) -> Weights:
@@ -138,10 +139,8 @@ class UMT5PromptEncoder:
     def load(self) -> Any:
         """Build the encoder; its tensors stay mapped unless another `dtype` was asked for."""
         transformers, weights = library("transformers"), self.weights()
-        if self.encoder.is_dir():
-            stated = read_json(self.encoder / "config.json")
-        else:
-            stated = _t5_config(weights, self.encoder)
+        whole = self.encoder.is_dir()
+        stated = read_json(self.encoder / CONFIG) if whole else _t5_config(weights, self.encoder)
         with _said(self.encoder):
             model = build_empty(transformers.UMT5EncoderModel, transformers.UMT5Config(**stated))
         if self.dtype is not None:
@@ -149,19 +148,15 @@ class UMT5PromptEncoder:
         assign_weights(model, weights, file=self.encoder)
         return model.eval()
 
-    def save(self, folder: Path) -> None:
-        """Write encoder and tokenizer into sub-folders."""
-        self.save_as(folder / "encoder", folder / "tokenizer")
-
-    def save_as(self, encoder: Path, tokenizer: Path) -> None:
+    def save(self, folder: Path, encoder: str = "encoder") -> None:
         """Copy encoder and tokenizer; the original's file becomes a folder of transformers."""
         # Loaded in any case: that shows whether it is whole.
         model = UMT5PromptEncoder(self.encoder, self.tokenizer).load()
-        shutil.copytree(self.tokenizer, tokenizer)
+        shutil.copytree(self.tokenizer, folder / "tokenizer")
         if self.encoder.is_dir():
-            shutil.copytree(self.encoder, encoder)
+            shutil.copytree(self.encoder, folder / encoder)
         else:
-            model.save_pretrained(encoder)
+            model.save_pretrained(folder / encoder)
 
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters, mapped: for counting."""
@@ -183,13 +178,6 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()
 
 
-def _read_rows(file: Path) -> Tensor | None:
-    # A damaged file is as good as none: it is written anew.
-    with contextlib.suppress(ValueError, OSError):
-        return read_safetensors(file)["rows"]
-    return None
-
-
 def _write_rows(file: Path, rows: Tensor) -> None:
     with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,34 +187,28 @@ def _write_rows(file: Path, rows: Tensor) -> None:
 
 
 def _t5_names(weights: Weights) -> Weights:
-    renamed = {}
-    for key, tensor in weights.items():
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", key)
-        name = {"token_embedding.weight": TIED[1], "norm.weight": "encoder.final_layer_norm.weight"}
-        if match:
-            renamed[f"encoder.block.{match[1]}.{_T5.get(match[2], match[2])}.weight"] = tensor
-        else:
-            renamed[name.get(key, key)] = tensor
-    return renamed
+    names = {"token_embedding.weight": TIED[1], "norm.weight": "encoder.final_layer_norm.weight"}
+    for key in weights:
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", key):
+            names[key] = f"encoder.block.{match[1]}.{_T5.get(match[2], match[2])}.weight"
+    return {names.get(key, key): tensor for key, tensor in weights.items()}
 
 
 def _t5_config(weights: Weights, file: Path) -> dict[str, Any]:
     """Read the sizes of an encoder from its shapes."""
-    block = "encoder.block.0.layer."
     layers = {key.split(".")[2] for key in weights if key.startswith("encoder.block")}
+    parts = ("pos_embedding.embedding", "attn.q", "ffn.gate.0")
     try:
-        buckets, heads = weights[f"{block}0.SelfAttention.relative_attention_bias.weight"].shape
-        inner, size = weights[f"{block}0.SelfAttention.q.weight"].shape
-        ffn = len(weights[f"{block}1.DenseReluDense.wi_0.weight"])
+        bias, query, gate = (weights[f"encoder.block.0.{_T5[part]}.weight"] for part in parts)
     except KeyError as error:
         raise ValueError(f"{file} is no umT5 encoder: it lacks {error}; use Wan's") from error
     return {
         "vocab_size": len(weights[TIED[1]]),
-        "d_model": size,
-        "d_kv": inner // heads,
-        "d_ff": ffn,
+        "d_model": query.shape[1],
+        "d_kv": len(query) // bias.shape[1],
+        "d_ff": len(gate),
         "num_layers": len(layers),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
+        "num_heads": bias.shape[1],
+        "relative_attention_num_buckets": len(bias),
         "feed_forward_proj": "gated-gelu",
     }

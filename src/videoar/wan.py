@@ -11,14 +11,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from videoar.checkpoint import assign_weights, build_config, build_empty, library, read_json
+from videoar.checkpoint import (
+    CONFIG,
+    assign_weights,
+    build_config,
+    build_empty,
+    library,
+    read_json,
+)
 from videoar.codec_layers import Memory
-from videoar.codecs import Codec, Latents, Padded, TinyCodec, TinyCodecConfig, Video
+from videoar.codecs import Codec, Latents, TinyCodec, TinyCodecConfig, Video
 from videoar.weights import read_weights
 
 # Where the codec lies: in a folder of diffusers, of the original.
 CODECS = ("vae", "*VAE*.pth")
 _ALL = {"height": 480, "width": 832, "fps": 16, "sink_frames": 0}
+_WHOLE = {"units": "full", "window_frames": None}
 _FEW = _ALL | {
     "units": "chunk:3",
     "num_inference_steps": 4,
@@ -30,14 +38,7 @@ _FEW = _ALL | {
 }
 # How each family was trained to be sampled: fields of `pipeline.Sampling`.
 PRESETS: dict[str, dict[str, Any]] = {
-    "wan": _ALL
-    | {
-        "units": "full",
-        "num_inference_steps": 50,
-        "shift": 3.0,
-        "guidance_scale": 5.0,
-        "window_frames": None,
-    },
+    "wan": _ALL | _WHOLE | {"num_inference_steps": 50, "shift": 3.0, "guidance_scale": 5.0},
     "self-forcing": _FEW,
     # The timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8.
     "causvid": _FEW | {"num_inference_steps": 3, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522, 0.0)},
@@ -45,8 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "causal-forcing": _FEW,
     "causal-forcing-frame": _FEW | {"units": "frame"},
     # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1; it begins at sigma_max 80, so at 0.988.
-    "rcm": _FEW
-    | {"units": "full", "sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0), "window_frames": None},
+    "rcm": _FEW | _WHOLE | {"sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0)},
 }
 
 
@@ -111,44 +111,36 @@ class WanCodec(Codec):
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
         frames = frames[:, -1:] if memory is None else frames
-        x, kept = self._run("encoder", self._inside(frames), memory, {})
-        mean, std = self._statistics(x)
+        x, kept = self._run("encoder", rearrange(frames, "b t c h w -> b c t h w"), memory)
         # The mode of the posterior: its mean, which comes before its log variance.
         latents = self.vae.quant_conv(x).chunk(2, dim=1)[0].float()
-        return rearrange((latents - mean) / std, "b c t h w -> b t c h w"), kept
+        mean, std = self._statistics(x.device)
+        return (rearrange(latents, "b c t h w -> b t c h w") - mean) / std, kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        x = rearrange(latents.float(), "b t c h w -> b c t h w")
-        mean, std = self._statistics(x)
-        x = self.vae.post_quant_conv((x * std + mean).to(self._dtype))
-        x, kept = self._run("decoder", x, memory, {"first_chunk": memory is None})
+        mean, std = self._statistics(latents.device)
+        x = rearrange(latents.float() * std + mean, "b t c h w -> b c t h w")
+        x, kept = self._run("decoder", x, memory, first_chunk=memory is None)
         video = rearrange(x.float().clamp(-1, 1), "b c t h w -> b t c h w")
         return video.expand(-1, self.stride[0], -1, -1, -1) if memory is None else video, kept
 
     def _run(
-        self, part: str, x: Tensor, memory: Memory | None, options: dict[str, bool]
+        self, part: str, x: Tensor, memory: Memory | None, **options: bool
     ) -> tuple[Tensor, Memory]:
-        count = self.vae._cached_conv_counts[part]
+        x = x.to(self.vae.quant_conv.weight.dtype)
+        if part == "decoder":
+            x = self.vae.post_quant_conv(x)
         # A saved stream holds tensors only: what is empty or a word there is an empty tensor here.
-        words = {1: None, 2: "Rep"}
+        words, count = {1: None, 2: "Rep"}, self.vae._cached_conv_counts[part]
         past = [None] * count if memory is None else [words.get(t.ndim, t) for t in memory]
         x = getattr(self.vae, part)(x, feat_cache=past, feat_idx=[0], **options)
-        empty = x.new_empty(0)
-        return x, tuple(
-            empty if t is None else empty[None] if isinstance(t, str) else t for t in past
-        )
+        kept = {type(None): x.new_empty(0), str: x.new_empty(1, 0)}
+        return x, tuple(kept.get(type(t), t) for t in past)
 
-    def _inside(self, video: Video | Padded) -> Tensor:
-        return rearrange(video, "b t c h w -> b c t h w").to(self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.vae.quant_conv.weight.dtype
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.config.latents_mean, device=like.device)
-        std = torch.tensor(self.config.latents_std, device=like.device)
-        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+    def _statistics(self, device: torch.device) -> Tensor:
+        config = self.config
+        values = torch.tensor([config.latents_mean, config.latents_std], device=device)
+        return values.view(2, 1, 1, -1, 1, 1)
 
 
 def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
@@ -161,23 +153,19 @@ def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
                 "--base, or a codec as --codec"
             )
         source = found
-    weights = read_weights(source)
-    weights = {key: tensor.to(device) for key, tensor in weights.items()}
+    weights = {key: tensor.to(device) for key, tensor in read_weights(source).items()}
     if "decoder.22.weight" in weights:
         codec: Codec = build_empty(TinyCodec, TinyCodecConfig())
         assign_weights(codec, weights, file=source)
         return codec
-    config = WanCodecConfig()
-    if source.is_dir():
-        config = _codec_config(source / "config.json")
-    elif {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
+    config = _codec_config(source / CONFIG) if source.is_dir() else WanCodecConfig()
+    if {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
         dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
         config = replace(config, base_dim=dim, z_dim=channels)
         names = library("diffusers.loaders.single_file_utils")
         weights = names.convert_wan_vae_to_diffusers(weights)
     codec = build_empty(WanCodec, config)
-    prefixed = {f"vae.{key}": tensor for key, tensor in weights.items()}
-    assign_weights(codec, prefixed, file=source)
+    assign_weights(codec, {f"vae.{key}": weights[key] for key in weights}, file=source)
     return codec
 
 
