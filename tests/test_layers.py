@@ -83,7 +83,7 @@ NEIGHBOURS = {
     "interop": {"checkpoint", "weights"},
     "wan": {"checkpoint", "codecs", "codec_layers", "weights"},
     "umt5": {"checkpoint", "text", "weights"},
-    "formats": {"checkpoint", "codecs", "interop", "text", "umt5", "wan"},
+    "formats": {"checkpoint", "codecs", "interop", "text", "umt5", "wan", "weights"},
     "runs": {"ranks"},
     "train": {"optim", "ranks", "runs"},
     "wording": {"pipeline"},

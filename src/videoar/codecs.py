@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -79,8 +80,8 @@ class Codec(nn.Module, ABC):
     def check_video(self, video: Video) -> None:
         """Raise `ValueError` unless these pixels are whole latent frames of a new clip."""
         _check_frames(video.shape[1], stride=self.stride[0], first=1)
-        sides = zip(("height", "width"), video.shape[-2:], self.stride[1:], strict=True)
-        for name, size, side in sides:
+        sides = {"height": self.stride[1], "width": self.stride[2]}
+        for (name, side), size in zip(sides.items(), video.shape[-2:], strict=True):
             if size % side:
                 raise ValueError(
                     f"A {name} of {size} pixels is not a multiple of {side}: "
@@ -116,16 +117,15 @@ class _Stream:
         """Return a copy of what the stream remembers: nothing if it has not begun."""
         if self._memory is None:
             return {}
+        kept = (tensor.clone(memory_format=torch.contiguous_format) for tensor in self._memory)
         # The count tells a stream that needs no memory from one that has not begun.
-        state = {"count": torch.tensor(len(self._memory))}
-        for index, tensor in enumerate(self._memory):
-            state[f"memory.{index}"] = tensor.clone(memory_format=torch.contiguous_format)
-        return state
+        count = {"count": torch.tensor(len(self._memory))}
+        return count | {f"memory.{index}": tensor for index, tensor in enumerate(kept)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where the stream that gave `state` stood."""
-        count = range(int(state["count"])) if state else None
-        self._memory = None if count is None else tuple(state[f"memory.{i}"] for i in count)
+        kept = [state[f"memory.{index}"] for index in range(len(state) - 1)]
+        self._memory = tuple(kept) if state else None
 
 
 class StreamEncoder(_Stream):
@@ -177,6 +177,8 @@ class PatchCodecConfig:
 class PatchCodec(Codec):
     """Lossless space-time to depth: nothing to learn, so tests can tell codec from model errors."""
 
+    PIXELS, PATCHES = "b (f t) c (h y) (w x)", "b f (c t y x) h w"
+
     def __init__(self, config: PatchCodecConfig) -> None:
         channels = config.image_channels * math.prod(config.stride)
         super().__init__(stride=config.stride, latent_channels=channels)
@@ -184,12 +186,10 @@ class PatchCodec(Codec):
         self._sides = dict(zip("tyx", config.stride, strict=True))
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        pattern = "b (f t) c (h y) (w x) -> b f (c t y x) h w"
-        return rearrange(frames, pattern, **self._sides), ()
+        return rearrange(frames, f"{self.PIXELS} -> {self.PATCHES}", **self._sides), ()
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        pattern = "b f (c t y x) h w -> b (f t) c (h y) (w x)"
-        return rearrange(latents, pattern, **self._sides), ()
+        return rearrange(latents, f"{self.PATCHES} -> {self.PIXELS}", **self._sides), ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,13 +303,9 @@ class TinyCodec(Codec):
     def with_statistics(self, mean: PerChannel, std: PerChannel) -> "TinyCodec":
         """Return a copy that normalises latents; the statistics are of what is encoded now."""
         old_mean, old_std = (values.flatten() for values in self._statistics(mean))
-        config = replace(
-            self.config,
-            latents_mean=tuple((old_mean + old_std * mean).tolist()),
-            latents_std=tuple((old_std * std).tolist()),
-        )
-        copy = TinyCodec(config).to(next(self.parameters()))
-        copy.load_state_dict(self.state_dict())
+        new_mean, new_std = (old_mean + old_std * mean).tolist(), (old_std * std).tolist()
+        copy = deepcopy(self)
+        copy.config = replace(self.config, latents_mean=tuple(new_mean), latents_std=tuple(new_std))
         return copy
 
     def with_decoder(self, channels: tuple[int, int, int, int]) -> "TinyCodec":

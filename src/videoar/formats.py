@@ -66,10 +66,9 @@ class Origin:
 
     def sampling(self, preset: str | None = None) -> dict[str, Any]:
         """Return how it is sampled by default: fields of `Sampling`, with height and width."""
-        if preset is not None:
-            return dict(wan.preset(preset))
-        if not (meta := self.meta):
-            return wan.stated_sampling(self.home)
+        meta = self.meta
+        if preset is not None or not meta:
+            return wan.sampling(self.home, preset)
         size = {"height": meta.get("height", 64), "width": meta.get("width", 64)}
         stated = size | meta.get("sampling", {})
         if stated.get("sigmas"):  # a list in JSON

@@ -39,6 +39,8 @@ TOP = {
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
 }
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+ATTENTION |= {"norm_q": "norm_q", "norm_k": "norm_k"}
 BLOCK = {
     "modulation": "scale_shift_table",
     "norm2": "norm3",
@@ -48,11 +50,7 @@ BLOCK = {
 } | {
     f"{theirs}.{part}": f"{ours}.{new}"
     for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for part, new in (
-        *((part, f"to_{part}") for part in "qkv"),
-        ("o", "to_out.0"),
-        *((f"norm_{part}", f"norm_{part}") for part in "qk"),
-    )
+    for part, new in ATTENTION.items()
 }
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
@@ -148,9 +146,8 @@ def _read_foreign(source: Path, head_dim: int | None) -> Found:
     weights, names = our_names(weights)
     config = _config_of(weights, stated, stated_head_dim(folder) or head_dim, file=folder)
     if "scale_embedding.weight" not in weights:  # ours alone; zero changes nothing
-        shape = (config.num_levels, config.hidden_size)
-        kind = next(iter(weights.values())).dtype if weights else torch.float32
-        weights["scale_embedding.weight"] = torch.zeros(shape, dtype=kind)
+        like = next(iter(weights.values()))
+        weights["scale_embedding.weight"] = like.new_zeros(config.num_levels, config.hidden_size)
     words = f"{names} names" + "".join(f", entry {name}" for name in wrappers)
     found = Found(weights, config, folder, f"{words}, {'folder' if folder.is_dir() else 'file'}")
     assign_weights(build_empty(VideoTransformer, config), dict(weights), file=folder)

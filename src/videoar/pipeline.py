@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from videoar.model import TextContext, VideoTransformer
 from videoar.sampler import Guided, Sampler, SamplerConfig
 from videoar.sampling import Sampling, check_whole
 from videoar.text import Prompts
-from videoar.tokens import Assembler, Known, known_tokens, to_tokens
+from videoar.tokens import Assembler, known_tokens, to_tokens
 from videoar.units import Scheme, Units, parse
 from videoar.video import Video
 
@@ -85,6 +85,8 @@ class Generation:
         """First frames; they come out as they are, not as the codec gives them back."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
         self._decoder = codec.stream_decoder()
+        parts = {"sampler": sampler, "decoder": self._decoder, "assembler": self._assembler}
+        self._parts: dict[str, Any] = parts
 
     @property
     def kept_frames(self) -> int:
@@ -93,23 +95,23 @@ class Generation:
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
         stats, sampler = self.stats, self.sampler
-        started = time.perf_counter()
+        before = started = time.perf_counter()
         steps = iter(sampler)
         while True:
-            before = time.perf_counter()
             with torch.inference_mode():
                 finished = next(steps, None)
-            stats.model_seconds += time.perf_counter() - before
+            computed = time.perf_counter()
+            stats.model_seconds += computed - before
             stats.passes = sampler.passes
             stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
             if finished is None:
                 return
             stats.units += 1
-            before = time.perf_counter()
             with torch.inference_mode():
                 latents = self._assembler.add(finished.unit, finished.tokens)
                 frames = None if latents is None else to_frames(self._decoder(latents))
-            stats.decode_seconds += time.perf_counter() - before
+            before = time.perf_counter()
+            stats.decode_seconds += before - computed
             if frames is None:
                 continue
             if self.num_frames is not None:
@@ -118,28 +120,24 @@ class Generation:
                 kept = self.given[:, stats.frames : stats.frames + frames.shape[1]]
                 frames[:, : kept.shape[1]] = kept
             if stats.first_frame_seconds is None:
-                stats.first_frame_seconds = time.perf_counter() - started
+                stats.first_frame_seconds = before - started
             stats.frames += frames.shape[1]
             yield frames
+            before = time.perf_counter()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that is needed to go on with the stream later."""
-        parts = {"sampler": self.sampler.state_dict(), "decoder": self._decoder.state_dict()}
-        parts["assembler"] = self._assembler.state_dict()
-        state = {f"{part}.{key}": value for part, d in parts.items() for key, value in d.items()}
-        return state | {"frames": torch.tensor(self.stats.frames)}
+        state = {"frames": torch.tensor(self.stats.frames)}
+        for name, part in self._parts.items():
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where a generation with the same arguments stood, on whatever device that was."""
-        state = {key: value.to(self.sampler.device) for key, value in state.items()}
-        for part, target in (
-            ("sampler.", self.sampler),
-            ("decoder.", self._decoder),
-            ("assembler.", self._assembler),
-        ):
-            target.load_state_dict(
-                {key.removeprefix(part): v for key, v in state.items() if key.startswith(part)}
-            )
+        device = self.sampler.device
+        for name, part in self._parts.items():
+            own = {key: state[key].to(device) for key in state if key.startswith(f"{name}.")}
+            part.load_state_dict({key.removeprefix(f"{name}."): own[key] for key in own})
         self.stats.frames = int(state["frames"])
 
 
@@ -194,20 +192,17 @@ class VideoPipeline:
         defaults = origin.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
-        wanted = as_dtype(dtype)
-        host = "cpu" if offload else device
+        wanted, host = as_dtype(dtype), "cpu" if offload else device
         prompts = load_prompts(origin.home, dtype=wanted, device=host)
         found = origin.transformer()
-        kept = as_dtype(wanted or found.dtype)
-        transformer = found.build(dtype=kept, device=host)
+        transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
         if offload:
             interop.offload(transformer, device)
-        known = {f.name for f in fields(Sampling)}
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=load_codec(origin.home if codec is None else resolve(codec), device=device),
-            sampling=Sampling(**{key: v for key, v in defaults.items() if key in known}),
+            sampling=Sampling(**defaults),
             meta=origin.meta,
             **size,
         )
@@ -249,7 +244,6 @@ class VideoPipeline:
         *,
         num_frames: int | None,
         seeds: Sequence[int],
-        units: str | Scheme | None = None,
         image: Any = None,
         video: Any = None,
         fit: Fit = "crop",
@@ -262,27 +256,33 @@ class VideoPipeline:
             prompts: one per video.
             num_frames: pixel frames, the given ones included; None for an endless stream.
             seeds: one per video.
-            units: a name that `videoar.units.parse` knows, or a scheme of your own.
             image: the first frame, as an array: see `condition.beginning`.
             video: or the first frames, at the model's rate. What does not fill a latent frame is
                 dropped: `kept_frames` of the result says how many are left.
             fit: how they are brought to the model's size, by cropping or between bars.
             latents: the noise to begin with, batch x frames x channels x height x width; by default
                 it is drawn from the seeds.
-            sampling: further fields of `Sampling` to override.
+            sampling: fields of `Sampling` to override, such as `units`.
 
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
         """
-        options, scheme = self._options(units, sampling)
+        if {"num_inference_steps", "shift"} & sampling.keys():
+            sampling.setdefault("sigmas", None)
+        options, batch = replace(self.sampling, **sampling), len(prompts)
         _check(prompts, seeds, num_frames, options)
-        lattice = self.lattice(scheme, num_frames)
-        given = self._beginning(image, video, batch=len(prompts), fit=fit)
-        if given is not None and num_frames is not None and given.shape[1] >= num_frames:
-            raise ValueError(
-                f"{given.shape[1]} frames are given of a video of {num_frames}: make it longer or"
-                " keep less."
-            )
+        lattice = self.lattice(options.units, num_frames)
+        size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
+        given = beginning(image, video, batch=batch, fit=fit, **size)
+        device, known = self.transformer.patch_embedding.weight.device, {}
+        if given is not None:
+            if num_frames is not None and given.shape[1] >= num_frames:
+                raise ValueError(
+                    f"{given.shape[1]} frames are given of a video of {num_frames}: make it longer"
+                    " or keep less."
+                )
+            encoded = self.codec.encode(from_frames(given).to(device)).expand(batch, *[-1] * 4)
+            known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
         config = SamplerConfig(
             sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
             step=STEPS[options.step],
@@ -292,30 +292,17 @@ class VideoPipeline:
             moving_sinks=options.moving_sinks,
         )
         guided = options.guidance_scale != 1
-        device = next(self.transformer.parameters()).device
         sampler = Sampler(
             Guided(self.transformer, options.guidance_scale) if guided else self.transformer,
             lattice,
-            self.encode([*prompts, *([options.negative_prompt] * len(prompts) * guided)]),
+            self.encode([*prompts, *([options.negative_prompt] * batch * guided)]),
             config,
             seeds=seeds,
-            known={} if given is None else self._known(given, lattice, len(prompts), device),
-            noise=None if latents is None else self._noise(latents, lattice, len(prompts)),
+            known=known,
+            noise=None if latents is None else self._noise(latents, lattice, batch),
             device=device,
         )
         return Generation(sampler, self.codec, num_frames=num_frames, given=given)
-
-    def _options(
-        self, units: str | Scheme | None, overridden: dict[str, Any]
-    ) -> tuple[Sampling, Scheme]:
-        """Return the checkpoint's way of sampling with some fields overridden, and its scheme."""
-        if isinstance(units, str):
-            overridden["units"] = units
-        if {"num_inference_steps", "shift"} & overridden.keys():
-            overridden.setdefault("sigmas", None)
-        options = replace(self.sampling, **overridden)
-        chosen = units if isinstance(units, Scheme) else options.units
-        return options, parse(chosen) if isinstance(chosen, str) else chosen
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""
@@ -328,33 +315,20 @@ class VideoPipeline:
             )
         return to_tokens(latents, units, patch=patch)
 
-    def _beginning(self, image: Any, video: Any, *, batch: int, fit: Fit) -> np.ndarray | None:
-        size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
-        return beginning(image, video, batch=batch, fit=fit, **size)
-
-    @torch.inference_mode()
-    def _known(
-        self, given: np.ndarray, units: Units, batch: int, device: torch.device
-    ) -> dict[int, Known]:
-        """Encode the frames that are given, and find their tokens."""
-        video = from_frames(given).to(device)
-        latents = self.codec.encode(video).expand(batch, -1, -1, -1, -1)
-        return known_tokens(latents, units, patch=self.transformer.config.patch)
-
-    def lattice(self, scheme: Scheme, num_frames: int | None) -> Units:
-        """Lay a scheme over the latents of `num_frames` pixel frames."""
-        time_stride, *stride = self.codec.stride
-        patch = self.transformer.config.patch
+    def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
+        """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
+        scheme = parse(units) if isinstance(units, str) else units
+        time_stride, *strides = self.codec.stride
         frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
-        sides = [patch * side for side in stride]
-        for name, size, side in zip(
-            ("height", "width"), (self.height, self.width), sides, strict=True
-        ):
+        lengths = []
+        for name, stride in zip(("height", "width"), strides, strict=True):
+            size, side = getattr(self, name), stride * self.transformer.config.patch
             if size < side or size % side:
                 raise ValueError(
                     f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
                 )
-        return Units(scheme, frames, self.height // sides[0], self.width // sides[1])
+            lengths.append(size // side)
+        return Units(scheme, frames, *lengths)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> TextContext:
@@ -368,7 +342,12 @@ def _check(
 ) -> None:
     """Raise unless a video can be made of these arguments."""
     for prompt in (*prompts, options.negative_prompt):
-        _check_prompt(prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt is {prompt!r}: use a text.")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
+            )
     if not any(prompt.strip() for prompt in prompts):
         raise ValueError("The prompt is empty: describe the video in a few words.")
     check_whole("num_frames", num_frames)
@@ -383,13 +362,4 @@ def _check(
     if len(prompts) != len(seeds):
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
-        )
-
-
-def _check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str):
-        raise ValueError(f"A prompt is {prompt!r}: use a text.")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(
-            f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
         )

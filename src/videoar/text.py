@@ -177,15 +177,12 @@ class Prompts(Protocol):
 
     def encode(self, prompts: list[str]) -> Rows:
         """Encode prompts to rows of channels; those behind the end of a prompt are zero."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write what is needed to load it again."""
-        ...
 
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters: for counting."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,11 @@ class UMT5PromptEncoder:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        cache: Path | None = None,
     ) -> None:
         self.encoder, self.tokenizer, self.device = encoder, tokenizer, device
         # T5 overflows in float16.
         self.dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-        self.cache = cache or Path.home() / ".cache" / "videoar" / "text"
+        self.cache = Path.home() / ".cache" / "videoar" / "text"
         with _said(tokenizer / "tokenizer.json"):
             self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self._words.no_padding()

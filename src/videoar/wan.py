@@ -50,15 +50,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
-    """Return how a family is sampled."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}: use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def stated_sampling(folder: Path) -> dict[str, Any]:
-    """Return how plain Wan is sampled, with the shift that the scheduler of a folder has."""
+def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
+    """Return how a family is sampled, or else plain Wan with the shift of a folder's scheduler."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"no preset is called {preset!r}: use one of {', '.join(PRESETS)}")
+    if preset is not None:
+        return dict(PRESETS[preset])
     file = folder / "scheduler" / "scheduler_config.json"
     stated = read_json(file) if file.is_file() else {}
     shifts = (stated.get("flow_shift"), stated.get("shift"), PRESETS["wan"]["shift"])
@@ -171,12 +168,12 @@ def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
 
 def _codec_config(file: Path) -> WanCodecConfig:
     """Read the config of diffusers; what ours does not know must be as in Wan 2.1."""
-    stated, names = read_json(file), [field.name for field in fields(WanCodecConfig)]
+    stated = read_json(file)
     for name in ("is_residual", "patch_size"):
         if stated.get(name):
             raise ValueError(
                 f"{file} gives {name} {stated[name]!r}, as the codec of Wan 2.2 has it, which is "
                 "not supported; use the one of Wan 2.1"
             )
-    given = {name: stated[name] for name in names if name in stated}
-    return build_config(WanCodecConfig, given, file=file)
+    names = {field.name for field in fields(WanCodecConfig)} & stated.keys()
+    return build_config(WanCodecConfig, {name: stated[name] for name in names}, file=file)

@@ -53,15 +53,13 @@ def read_file(source: Path) -> dict[str, Any]:
     try:
         # What was saved before torch 1.6 is no zip file and cannot be mapped.
         tree = torch.load(source, map_location="cpu", mmap=mapped or None, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         if not any(word in str(error) for word in ("GLOBAL", "Unsupported class")):
             raise ValueError(damaged) from error
         raise ValueError(
             f"{source} holds more than tensors, and what else it holds could run code; it is not "
             "read: ask its author for safetensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(damaged) from error
     if not isinstance(tree, Mapping):
         raise ValueError(f"{source} holds a {type(tree).__name__}, not named tensors; use another")
     return dict(tree)
