@@ -143,6 +143,34 @@ def test_every_file_gives_the_video_of_its_folder(
     _check_same(found, expected)
 
 
+@pytest.mark.parametrize("family", ["Self-Forcing", "LongLive", "rCM", "Krea"])
+def test_weights_alone_ask_for_their_preset(
+    tmp_path: Path, wan: Path, family: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Sampled like plain Wan, a model of few steps would show 50 steps of mush without a word."""
+    words = [*FILES[family][1](tmp_path), "--base", str(wan)]
+    for command in (
+        ["generate", "a cat", "--model", *words, "--out", str(tmp_path / "a.mp4")],
+        ["convert", words[0], str(tmp_path / "ours"), *words[1:]],
+    ):
+        assert cli.main(command) == 2
+        assert "does not say how it is sampled: name its --preset" in capsys.readouterr().err
+    assert not {"a.mp4", "ours"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_is_no_transformer_is_called_what_it_is(tmp_path: Path, capsys) -> None:
+    """A list of a thousand missing tensors helps nobody who mixed up two files."""
+    _longlive(tmp_path)
+    torch.save({"decoder.conv1.weight": torch.zeros(2)}, tmp_path / "vae.pth")
+    torch.save(_weights() | {"img_emb.proj.0.weight": torch.zeros(2)}, tmp_path / "i2v.pth")
+    says = {"lora.pt": "pass it as --lora", "vae.pth": "pass it as --codec", "i2v.pth": "a picture"}
+    for name, word in says.items():
+        assert cli.main(["info", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert word in error
+        assert len(error) < 200 + len(str(tmp_path))
+
+
 def _check_same(found: np.ndarray, expected: np.ndarray) -> None:
     """Compare but for rounding: how files align their tensors changes sums in the last bit."""
     change = np.abs(found.astype(int) - expected)

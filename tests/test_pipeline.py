@@ -205,6 +205,15 @@ def test_an_argument_out_of_its_limits_is_refused(pipe, options: dict, message: 
     assert "\n" not in str(caught.value)
 
 
+def test_damaged_weights_do_not_make_a_video() -> None:
+    """Frames of NaN are grey or black; hours of them would look like a finished job."""
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"latents of unit \d are not finite"):
+        pipe("a ball", num_frames=5)
+
+
 def test_an_unknown_argument_is_refused(pipe) -> None:
     """A typing error must not pass as an option without effect."""
     with pytest.raises(TypeError, match="num_steps"):

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -202,7 +203,8 @@ def train(args: options.Train, *, config: Any = None) -> None:
         raise ValueError(f"{args.recipe} distils nothing: train it, or use one of {known}")
     formats.check_device(config.device)
     folder = training.export(config) if args.export else training.train(config, report=_say)
-    _say(f"the checkpoint is in {folder}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun the first one speaks
+        _say(f"the checkpoint is in {folder}")
 
 
 def convert(args: options.Convert) -> None:
@@ -280,7 +282,8 @@ def prepare(args: options.Prepare) -> None:
     for reason, count in statistics["rejected"].items():
         _say(f"  {count} x {reason}")
     _say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
-    _say(f"videoar train finetune --data.path {args.latents} --task.init {args.codec}")
+    words = ("--data.path", str(args.latents), "--task.init", args.codec)
+    _say(f"videoar train finetune {shlex.join(words)}")
 
 
 def measuring(module: str) -> Callable[[Any], None]:

@@ -129,8 +129,8 @@ def _memory(
     return (
         f"memory for {seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
-        f"weights {weights / MIB:.2f} MiB, {decoding}, and keys and values "
-        f"(twice that with guidance)\n{columns(cells(rows))}"
+        f"weights {weights / MIB:.2f} MiB, {decoding}; keys and values, "
+        f"twice as many with guidance:\n{columns(cells(rows))}"
     )
 
 

@@ -75,6 +75,15 @@ class Origin:
             stated["sigmas"] = tuple(stated["sigmas"])
         return stated
 
+    def check_preset(self, found: Found, preset: str | None) -> None:
+        """Raise if weights alone, which may be of any family, would be sampled like plain Wan."""
+        alone = self.lora is not None or not found.file.is_dir()
+        if preset is None and alone and not self.meta:
+            raise ValueError(
+                f"{self.source} ({found.format}) does not say how it is sampled: name its --preset,"
+                f" one of {', '.join(wan.PRESETS)}"
+            )
+
     def transformer(self) -> Found:
         """Read the transformer; its weights are mapped and not yet in memory."""
         head_dim = interop.stated_head_dim(self.home)
@@ -154,6 +163,8 @@ def convert(
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
     parts = {} if format == "wan" else surroundings(origin.home)
+    if format == "videoar":
+        origin.check_preset(found, preset)
     sampling = origin.sampling(preset)
     report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
     if format == "videoar":

@@ -65,6 +65,14 @@ FIELDS = {
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
 
 
+# What else is published beside transformers, by a part of its names.
+OTHERS = {
+    "lora_A": "holds low-rank updates: pass it as --lora, beside the file of its base model",
+    "decoder.": "holds a codec: pass it as --codec, beside a transformer",
+    "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
+}
+
+
 @dataclass(frozen=True)
 class Found:
     """A transformer as it lies on disk."""
@@ -143,6 +151,9 @@ def _read_foreign(source: Path, head_dim: int | None) -> Found:
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     weights, wrappers = unwrap(read_file(folder), entry=entry, file=folder)
+    for part, says in OTHERS.items():
+        if any(part in key for key in weights):
+            raise ValueError(f"{folder} {says}")
     weights, names = our_names(weights)
     config = _config_of(weights, stated, stated_head_dim(folder) or head_dim, file=folder)
     if "scale_embedding.weight" not in weights:  # ours alone; zero changes nothing

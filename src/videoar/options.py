@@ -203,7 +203,7 @@ class Prepare:
     """Folder with video files, folders of pictures, WebDataset tars."""
     latents: Positional[Annotated[Path, arg(metavar="LATENTS")]]
     """Folder to write."""
-    codec: str = "toy"
+    codec: str = "toy-base"
     """Checkpoint whose codec encodes: a bundled name or a folder."""
     captions: Literal["auto", "none"] = "auto"
     """From metadata.jsonl, metadata.csv, .txt beside the video or in the tar; none: without."""
@@ -260,7 +260,7 @@ class BenchPrepare:
 
     videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
     """Folder with video files."""
-    codec: str = "toy"
+    codec: str = "toy-base"
     """Checkpoint whose codec encodes."""
     fps: float = 16.0
     """Frames per second of the clips."""
@@ -286,17 +286,16 @@ class BenchDistill:
     batch_size: int = 16
     """Videos per batch."""
     latent_frames: int = 8
-    """Their length."""
     size: int = 64
-    """Their height and width in pixels."""
+    """Their length in latent frames, and their height and width in pixels."""
     repeats: int = 5
     """How often each part is timed."""
     threads: int | None = None
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "latent_frames", "size", "repeats"):
-            _check(self, (name, getattr(self, name) >= 1, "1 or more"))
+        names = ("batch_size", "latent_frames", "size", "repeats")
+        _check(self, *((name, getattr(self, name) >= 1, "1 or more") for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,11 @@ class Generation:
             stats.units += 1
             with torch.inference_mode():
                 latents = self._assembler.add(finished.unit, finished.tokens)
+                if latents is not None and not latents.isfinite().all():
+                    raise FloatingPointError(
+                        f"latents of unit {finished.unit.index} are not finite: the weights are"
+                        " damaged, or the dtype is too narrow; try float32, or another copy"
+                    )
                 frames = None if latents is None else to_frames(self._decoder(latents))
             before = time.perf_counter()
             stats.decode_seconds += before - computed
@@ -193,8 +198,9 @@ class VideoPipeline:
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
         wanted, host = as_dtype(dtype), "cpu" if offload else device
-        prompts = load_prompts(origin.home, dtype=wanted, device=host)
         found = origin.transformer()
+        origin.check_preset(found, preset)
+        prompts = load_prompts(origin.home, dtype=wanted, device=host)
         transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
         if offload:
             interop.offload(transformer, device)
