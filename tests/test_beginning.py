@@ -1,6 +1,7 @@
 """From a picture or a video, through the public command: the kept part is what was given."""
 
 import itertools
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,6 +155,16 @@ def test_a_video_of_another_rate_and_shape_is_kept_in_time(run: Run) -> None:
     assert np.abs(found - 1.5 * np.arange(29)).max() <= 1.01
 
 
+def test_a_folder_of_pictures_is_a_video(run: Run) -> None:
+    """One picture per frame of the model, in the order of their numbers, as in preparation."""
+    clip = _clip()
+    Path("clip").mkdir()
+    for number, frame in enumerate(clip.frames[:13]):
+        Image.fromarray(frame).save(f"clip/{number}.png")
+    assert run("--video", "clip", "--num-frames", "17", "--out", "a.mkv")[0] == 0
+    assert np.array_equal(read_video("a.mkv").frames[:13], clip.frames[:13])
+
+
 def test_without_a_length_four_seconds_are_added(run: Run) -> None:
     """A continuation of the default length, whatever is kept."""
     _clip().save("clip.mkv")
@@ -165,11 +176,12 @@ def test_without_a_length_four_seconds_are_added(run: Run) -> None:
     ("words", "message"),
     [
         (("--image", "none.png"), "no file none.png"),
-        (("--image", "text.png"), "text.png is no picture"),
+        (("--image", "text.png"), "text.png cannot be used: no picture: convert it"),
         (
             ("--image", "thin.png"),
             "thin.png cannot be used: absurd size: 8x64, but sides of 16 or more",
         ),
+        (("--image", "bomb.bmp"), "bomb.bmp cannot be used: absurd size: far more than the 67"),
         (("--image", "cat.png", "--video", "clip.mkv"), "choose one"),
         (("--image", "cat.png", "--fit", "stretch"), "fit"),
         (("--image", "cat.png", "--keep", "1"), "name a video"),
@@ -194,6 +206,9 @@ def test_what_cannot_begin_a_video_is_said(run: Run, words: tuple[str, ...], mes
     """In one sentence with the exit code 2, and no file is written."""
     _noise(64, 64).save("cat.png")
     _noise(64, 8).save("thin.png")
+    _noise(64, 64).save("bomb.bmp")
+    bomb, large = Path("bomb.bmp").read_bytes(), struct.pack("<2i", 30_000, 30_000)
+    Path("bomb.bmp").write_bytes(bomb[:18] + large + bomb[26:])
     Path("text.png").write_text("no picture")
     _clip().save("clip.mkv")
     Path("cut.mkv").write_bytes(Path("clip.mkv").read_bytes()[:300])

@@ -96,6 +96,15 @@ def write_sound(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """Write a tar with these files."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
 def turn(path: Path) -> None:
     """Let a phone's MP4 say that it is to be shown turned by a quarter, clockwise."""
     data = bytearray(path.read_bytes())
@@ -310,16 +319,12 @@ def test_captions_come_from_wherever_people_put_them(tmp_path: Path, prepare: Ru
     (videos / "a" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (videos / "b" / "metadata.csv").write_text('file_name,text\n3.mp4,"three, with a comma"\n')
     (videos / "4.txt").write_text("\ufeff four \n")
-    with tarfile.open(videos / "web.tar", "w") as tar:
-        for name, data in {
-            "x/6.mp4": clip,
-            "x/6.txt": b"six",
-            "x/7.mp4": clip,
-            "x/7.json": json.dumps({"caption": "seven"}).encode(),
-        }.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    (videos / "4.mkv").write_bytes(clip)  # one text is of both
+    (videos / "UPPER.MP4").write_bytes(clip)
+    (videos / "UPPER.TXT").write_text("upper")
+    seven = json.dumps({"caption": "seven"}).encode()
+    members = {"./x/6.mp4": clip, "x/6.txt": b"six", "x/7.MP4": clip, "x/7.json": seven}
+    write_tar(videos / "web.tar", members)
     assert prepare(videos, tmp_path / "latents")[0] == 0
     clips = LatentShards(tmp_path / "latents").clips
     found = {clip["extra"]["file"]: clip["captions"] for clip in clips}
@@ -328,12 +333,65 @@ def test_captions_come_from_wherever_people_put_them(tmp_path: Path, prepare: Ru
         "a/2.mp4": ["two", "zwei"],
         "b/3.mp4": ["three, with a comma"],
         "4.mp4": ["four"],
+        "4.mkv": ["four"],
+        "UPPER.MP4": ["upper"],
         "web.tar/x/6.mp4": ["six"],
-        "web.tar/x/7.mp4": ["seven"],
+        "web.tar/x/7.MP4": ["seven"],
     }
     assert rejected(tmp_path / "latents") == {
         "5.mp4": "no caption: add it to metadata.jsonl or a .txt of the same name"
     }
+
+
+def test_captions_that_cannot_be_read_cost_themselves_only(tmp_path: Path, prepare: Run) -> None:
+    """Other encodings, half characters, no table, no end: each is named and the rest is used."""
+    videos = tmp_path / "videos"
+    clip, deep = write(tmp_path / "clip.mp4").read_bytes(), b"[" * 100_000
+    rows = [
+        b'{"file_name": "a.mp4", "text": "good"}',
+        rb'{"file_name": "b.mp4", "text": "half \ud800"}',
+        rb'{"file_name": "c\ud800.mp4", "text": "good"}',
+        deep,
+        b'{"text": "of nothing"}',
+        b"[1]",
+        b'{"file_name": "none.mp4", "text": "of nothing"}\r\n',
+    ]
+    for name, content in {
+        "a.mp4": clip,
+        "metadata.jsonl": b"\n".join(rows),
+        "latin/metadata.csv": "file_name,text\na.mp4,caf\xe9".encode("latin-1"),
+        "points/metadata.csv": b"file_name;text\na.mp4;good",
+        "wide/metadata.jsonl": rows[0].decode().encode("utf-16"),
+        "latin.txt": b"caf\xe9",
+    }.items():
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).write_bytes(content)
+    names = ("good", "caf\udce9", "d\udce9r/a", "d\nr/a", ".hidden/a")
+    members = {f"{name}.mp4": clip for name in names}
+    write_tar(videos / "web.tar", members | {"good.txt": b"good", "deep.json": deep})
+    code, _, error = prepare(videos, tmp_path / "latents")
+    assert code == 0, error
+    assert clips_of(tmp_path / "latents").keys() == {"a.mp4", "web.tar/good.mp4"}
+    reasons = rejected(tmp_path / "latents")
+    for name, reason in {
+        "metadata.jsonl, row 2": "not JSON that can be read ('utf-8' codec can't encode",
+        "metadata.jsonl, row 3": "not JSON that can be read ('utf-8' codec can't encode",
+        "metadata.jsonl, row 4": "not JSON that can be read (maximum recursion depth",
+        "metadata.jsonl, row 5": "no file_name",
+        "metadata.jsonl, row 6": "no file_name",
+        "none.mp4": "a caption of no video",
+        "latin/metadata.csv": "not UTF-8: save it",
+        "points/metadata.csv": "no column file_name, but file_name;text: put commas",
+        "wide/metadata.jsonl": "not UTF-8: save it",
+        "latin.txt": "not UTF-8: save it",
+        "web.tar/caf\\xe9.mp4": "its name is not UTF-8",
+        "web.tar/d\\xe9r/a.mp4": "its name is not UTF-8",
+        "web.tar/d\\nr/a.mp4": "its name holds a line break",
+        "web.tar/.hidden/a.mp4": "hidden",
+        "web.tar/deep.json": "not JSON that can be read (maximum recursion depth",
+    }.items():
+        assert reasons.pop(name).startswith(reason), name
+    assert not reasons
 
 
 # ---------------------------------------------------------------- what is not used
@@ -366,9 +424,24 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (videos / "two\nlines.mp4").write_bytes(good)
     (Path(os.fsdecode(os.fsencode(videos) + b"/latin-\xe9.mp4"))).write_bytes(good)
     (videos / ".hidden.mp4").write_bytes(good)
+    (videos / "loop.mp4").symlink_to("loop.mp4")
+    (videos / "broken.mp4").symlink_to("/nowhere.mp4")
+    (videos / "bomb").mkdir()
+    Image.new("RGB", (64, 64)).save(videos / "bomb" / "1.bmp")
+    picture = (videos / "bomb" / "1.bmp").read_bytes()
+    large = struct.pack("<2i", 30_000, 30_000)
+    (videos / "bomb" / "1.bmp").write_bytes(picture[:18] + large + picture[26:])
     os.mkfifo(videos / "pipe.mp4")
+    (videos / "pictures").mkdir()
+    for number in range(9):
+        (videos / "pictures" / f"{number}.bmp").write_bytes(picture)
+    os.mkfifo(videos / "pictures" / "pipe.bmp")
+    raw = write(folder / "raw.avi", codec="rawvideo", pixels="bgr24").read_bytes()
+    shape, large = struct.pack("<2i", 80, -64), struct.pack("<2i", 12_000, -12_000)
+    (videos / "huge.avi").write_bytes(raw.replace(shape, large))
+    (videos / "orphan.txt").write_text("of nothing")
     (videos / "uncaptioned.mp4").write_bytes(good)
-    for path in (*videos.glob("*.m*"), videos / "unknown.avi"):
+    for path in (*videos.glob("*.m*"), *videos.glob("*.avi"), videos / "bomb", videos / "pictures"):
         if "lines" not in path.name and path.name not in ("uncaptioned.mp4", "notes.pdf"):
             path.with_suffix(".txt").write_text("a grey that brightens")
     return videos
@@ -394,7 +467,12 @@ def test_what_is_not_used_is_listed_with_its_reason(
         "strip.mkv": "absurd size: 640x32",
         "unknown.avi": "its codec is not known|not a video, or damaged",
         "outside.mp4": "a symbolic link out of the folder",
-        "gone.mp4": "cannot be read",
+        "gone.mp4": "a symbolic link whose target is missing",
+        "broken.mp4": "a symbolic link whose target is missing",
+        "loop.mp4": "a symbolic link whose target is missing",
+        "bomb": "absurd size: far more than the 67 million pixels",
+        "huge.avi": "absurd size: 12000x12000",
+        "pictures/pipe.bmp": "not a regular file",
         "two\\nlines.mp4": "line break",
         "latin-\\xe9.mp4": "not UTF-8",
         ".hidden.mp4": "hidden",
@@ -404,11 +482,14 @@ def test_what_is_not_used_is_listed_with_its_reason(
     for name, reason in expected.items():
         assert any(part in reasons[name] for part in reason.split("|")), (name, reasons[name])
     texts = {name for name in reasons if name.endswith(".txt")}
-    known = ("a caption of no video", "its name is not UTF-8: rename it", "hidden")
-    assert {reasons[name] for name in texts} == set(known)
+    assert {name: reasons[name] for name in texts} == {
+        ".hidden.txt": "hidden",
+        "latin-\\xe9.txt": "its name is not UTF-8: rename it",
+        "orphan.txt": "a caption of no video",
+    }
     assert reasons.keys() - texts == expected.keys()
     clips = clips_of(tmp_path / "latents")
-    assert clips.keys() == {"good.mp4", "zgood.mp4", "truncated.mkv"}
+    assert clips.keys() == {"good.mp4", "pictures", "zgood.mp4", "truncated.mkv"}
     assert len(clips["good.mp4"]) == len(clips["zgood.mp4"]) == 5
     assert 1 <= len(clips["truncated.mkv"]) < 5
     assert "x 0 bytes" in out

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from videoar.frames import Unusable, check_size, read, upright
-from videoar.sources import Source
+from videoar.frames import Unusable, check_size, read, readable, upright
+from videoar.sources import Source, list_sources
 from videoar.video import Frames, Picture
 
 Fit = Literal["crop", "letterbox"]
@@ -24,20 +24,16 @@ def read_image(path: str | Path) -> Picture:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; give the path of a picture")
     try:
-        with Image.open(path) as image:
+        with readable("no picture: convert it to PNG or JPEG"), Image.open(path) as image:
             return upright(image)
     except Unusable as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
-        raise ValueError(
-            f"{path} is no picture that can be read ({error}); convert it to PNG or JPEG"
-        ) from error
 
 
 def read_clip(
     path: str | Path, *, fps: float, height: int, width: int, fit: Fit, seconds: float | None
 ) -> Frames:
-    """Read the beginning of a video file at a rate and size.
+    """Read the beginning of a video file, or of a folder of pictures, at a rate and size.
 
     Frames are chosen by their timestamps; without `seconds`, all of them.
 
@@ -45,15 +41,16 @@ def read_clip(
         ValueError: it cannot be read, or is shorter than that.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no file {path}; give the path of a video")
+    found = list_sources(file, captions="none").sources if file.is_dir() else []
+    source = next((source for source in found if source.name == "."), None)
+    if file.is_file():
+        source = Source(name=file.name, path=str(file), captions=(), size=file.stat().st_size)
+    if source is None:
+        raise ValueError(f"there is no file {path} or folder of pictures; give the path of one")
     count = None if seconds is None else max(1, round(seconds * fps))
     # Of all sizes that touch two sides of the frame, the one of nearest shape is chosen.
     inside = [*((width, side) for side in range(1, height + 1))]
     inside += [(side, height) for side in range(1, width)]
-    source = Source(
-        name=file.name, path=str(file), kind="video", captions=(), size=file.stat().st_size
-    )
     shown = read(source, fps=fps, sizes=[(width, height)] if fit == "crop" else inside)
     try:
         frames = [frame.picture for frame in itertools.islice(shown, count)]

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -20,7 +19,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
-from videoar.sources import PICTURES, Source, name_problem
+from videoar.sources import Source
 from videoar.video import Frames, Picture
 
 # Playlists name other files and addresses, and a text may pass for a film: neither is opened.
@@ -86,7 +85,7 @@ def read(
     Raises:
         Unusable: what comes next cannot be used; frames before that are right.
     """
-    if source.kind == "pictures":
+    if source.pictures:
         raws = _sequence(source, _rate(picture_fps or fps))
     elif source.name.lower().endswith(".webp"):
         raws = _animation(source)
@@ -254,23 +253,27 @@ def _still(image: Image.Image, time: float, duration: float) -> _Raw:
 
 
 @contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
+def readable(otherwise: str) -> Iterator[None]:
+    """Say what a picture is if it cannot be read."""
     try:
         yield
     except Unusable:
         raise
+    except Image.DecompressionBombError as error:
+        most = f"{MAX_PIXELS / 1e6:.0f} million pixels"
+        raise Unusable(f"absurd size: far more than the {most} that are read") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
-        raise Unusable(f"damaged {where} ({error})") from error
+        raise Unusable(f"{otherwise} ({error})") from error
 
 
 def _animation(source: Source) -> Iterator[_Raw]:
     """Yield the frames of an animated WebP, which FFmpeg does not read."""
     time = 0.0
-    with _readable("after 0.0 s"), open(source.path, "rb") as file:
+    with readable("damaged after 0.0 s"), open(source.path, "rb") as file:
         file.seek(source.offset)
         with Image.open(io.BytesIO(file.read(source.size))) as image:
             for number in range(getattr(image, "n_frames", 1)):
-                with _readable(f"after {time:.1f} s"):
+                with readable(f"damaged after {time:.1f} s"):
                     image.seek(number)
                     image.load()
                     duration = (round(image.info.get("duration", 0)) or 100) / 1000
@@ -285,10 +288,8 @@ def _sequence(source: Source, fps: float) -> Iterator[_Raw]:
         parts = re.findall(r"\d+|\D+", name)
         return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
 
-    names = [n for n in os.listdir(source.path) if Path(n).suffix.lower() in PICTURES]
-    names = [name for name in names if not name_problem(name)]
-    for number, name in enumerate(sorted(names, key=numbers)):
-        with _readable(f"at {name}"), Image.open(os.path.join(source.path, name)) as image:
+    for number, name in enumerate(sorted(source.pictures, key=numbers)):
+        with readable(f"damaged at {name}"), Image.open(os.path.join(source.path, name)) as image:
             yield _still(image, number / fps, 1 / fps)
 
 

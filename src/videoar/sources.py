@@ -3,10 +3,10 @@
 A source is a file, a member of a tar or a folder of pictures. Nothing here decodes one.
 """
 
-import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -14,6 +14,7 @@ import re
 import stat
 import tarfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,6 @@ VIDEOS = frozenset(
 PICTURES = frozenset(".png .jpg .jpeg .bmp .tif .tiff".split())
 METADATA = ("metadata.jsonl", "metadata.csv")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-Kind = Literal["video", "pictures"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,19 @@ class Source:
     name: str
     """Path below the folder of videos; for a member of a tar, its name below that of the tar."""
     path: str
-    kind: Kind
     captions: tuple[str, ...]
     size: int
     """Bytes."""
+    pictures: tuple[str, ...] = ()
+    """File names of the frames in the folder `path`, if it is one."""
     offset: int = 0
     """Where the bytes begin in the file."""
     modified: int = 0
     """Of the file, in nanoseconds."""
+
+    @property
+    def kind(self) -> Literal["video", "pictures"]:
+        return "pictures" if self.pictures else "video"
 
     @property
     def key(self) -> str:
@@ -69,16 +74,19 @@ def list_sources(root: Path, *, captions: Literal["auto", "none"]) -> Listing:
     walk = _Walk(root)
     found = Listing(rejected=walk.rejected)
     for name, source in sorted(walk.videos.items()):
-        beside = f"{name if source.kind == 'pictures' else posixpath.splitext(name)[0]}.txt"
-        said = [*source.captions, *walk.texts.pop(name, []), *walk.texts.pop(beside, [])]
-        said = [""] if captions == "none" else list(filter(None, said))
+        beside = f"{name if source.pictures else posixpath.splitext(name)[0]}.txt"
+        said = [text for key in (name, beside) for _, text in walk.texts.get(key, []) if text]
+        said = [""] if captions == "none" else said
         if source.size == 0:
             found.rejected[name] = "0 bytes"
         elif not said:
             found.rejected[name] = "no caption: add it to metadata.jsonl or a .txt of the same name"
         else:
             found.sources.append(replace(source, captions=tuple(said)))
-    for name in walk.texts.keys() - found.rejected.keys():
+    # What is said of a rejected video needs no reason of its own.
+    names = {*walk.videos, *found.rejected}
+    names |= {f"{stem}.txt" for name in names for stem in (name, posixpath.splitext(name)[0])}
+    for name, _ in itertools.chain(*(walk.texts[key] for key in walk.texts.keys() - names)):
         found.rejected[name] = "a caption of no video"
     return found
 
@@ -89,7 +97,8 @@ class _Walk:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
         self.videos: dict[str, Source] = {}
-        self.texts = defaultdict[str, list[str]](list)
+        self.texts = defaultdict[str, list[tuple[str, str]]](list)
+        """Origins and captions, by the name of the video, or by that with the suffix .txt."""
         self.rejected: dict[str, str] = {}
         for folder, folders, files in os.walk(self.root, onerror=self._unreadable):
             for name in sorted(folders):
@@ -107,19 +116,19 @@ class _Walk:
                     if problem := self._problem(path):
                         self.rejected[self._name(path)] = problem
                     elif _suffix(path) in PICTURES and not posters:
-                        sequence.append(path)
+                        sequence.append(os.path.basename(path))
                     else:
                         self._add(path)
                 except OSError as error:
                     self._unreadable(error)
+                except (ValueError, csv.Error) as error:
+                    self.rejected[self._name(path)] = str(error)
             if sequence:
-                self._add_video(self._name(folder), folder, sequence, kind="pictures")
+                self._add_video(self._name(folder), folder, sequence)
 
     def _name(self, *parts: str) -> str:
         """Return a path below the root as it is printed: readable and in one line."""
-        name = os.path.relpath(os.path.join(*parts), self.root).replace(os.sep, "/")
-        name = os.fsencode(name).decode("utf-8", "backslashreplace")
-        return CONTROL.sub(lambda found: repr(found[0])[1:-1], name)
+        return _printable(os.path.relpath(os.path.join(*parts), self.root).replace(os.sep, "/"))
 
     def _unreadable(self, error: OSError) -> None:
         self.rejected[self._name(error.filename)] = f"cannot be read: {error.strerror}"
@@ -128,81 +137,99 @@ class _Walk:
         """Return why no file is read; nothing if it is."""
         if problem := name_problem(os.path.basename(path)):
             return problem
-        if os.path.islink(path) and not Path(path).resolve().is_relative_to(self.root.resolve()):
-            return "a symbolic link out of the folder"
+        if os.path.islink(path):
+            if not os.path.exists(path):
+                return "a symbolic link whose target is missing: put the file in its place"
+            if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+                return "a symbolic link out of the folder"
         # Opening a pipe would wait for a writer for ever.
         return "" if stat.S_ISREG(os.stat(path).st_mode) else "not a regular file"
 
     def _add(self, path: str) -> None:
         name, suffix = self._name(path), _suffix(path)
         if os.path.basename(path) in METADATA:
-            self._add_metadata(Path(path), name)
+            self._add_metadata(_text(Path(path).read_bytes()), name)
         elif suffix == ".txt":
-            self.texts[name].append(_one_line(Path(path).read_bytes()))
+            self._add_text(posixpath.splitext(name)[0], name, Path(path).read_bytes(), suffix)
         elif suffix == ".tar":
             self._add_tar(path, name)
         elif suffix in VIDEOS:
-            self._add_video(name, path, [path], kind="video")
+            self._add_video(name, path)
         elif suffix in PICTURES:
             self.rejected[name] = "a picture beside videos: put sequences into own folders"
         else:
             self.rejected[name] = f"not a video: its name ends in {suffix or 'no suffix'}"
 
-    def _add_video(self, name: str, path: str, files: list[str], *, kind: Kind) -> None:
-        stats = [os.stat(file) for file in files]
-        size, modified = sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
+    def _add_video(self, name: str, path: str, pictures: Sequence[str] = ()) -> None:
+        stats = [os.stat(os.path.join(path, file)) for file in pictures or [path]]
         self.videos[name] = Source(
-            name=name, path=path, kind=kind, captions=(), size=size, modified=modified
+            name=name,
+            path=path,
+            captions=(),
+            size=sum(s.st_size for s in stats),
+            pictures=tuple(pictures),
+            modified=max(s.st_mtime_ns for s in stats),
         )
 
-    def _add_metadata(self, path: Path, shown: str) -> None:
+    def _add_metadata(self, content: str, shown: str) -> None:
         """Add the captions of a table; a line that cannot be read is rejected, the others count."""
-        content = path.read_text(encoding="utf-8-sig", errors="replace")
-        try:
+        rows: list[Any] = content.split("\n")
+        if shown.endswith(".csv"):
             table = csv.DictReader(io.StringIO(content))
-            rows = list(table) if path.suffix == ".csv" else content.split("\n")
-        except csv.Error as error:
-            self.rejected[shown] = f"not a table ({error})"
-            return
+            if "file_name" not in (table.fieldnames or ()):
+                columns = ", ".join(table.fieldnames or ())
+                raise ValueError(f"no column file_name, but {columns}: put commas between columns")
+            rows = list(table)
         for number, line in enumerate(rows, start=1):
             try:
-                row = json.loads(line) if isinstance(line, str) else line
+                row = _parse(line) if isinstance(line, str) else line
+                if not isinstance(row.get("file_name"), str):
+                    raise ValueError("no file_name")
                 name = posixpath.join(posixpath.dirname(shown), row["file_name"])
-                self.texts[posixpath.normpath(name)] += _captions_in(row)
-            except (ValueError, KeyError, TypeError, AttributeError):
+                name = posixpath.normpath(name)
+                self.texts[name] += [(name, text) for text in _captions_in(row)]
+            except ValueError as error:
                 if line:
-                    self.rejected[f"{shown}, row {number}"] = "no file_name"
+                    self.rejected[f"{shown}, row {number}"] = str(error)
 
     def _add_tar(self, path: str, shown: str) -> None:
         """Add the videos of a WebDataset tar: members of one name up to the first dot belong."""
-        modified, found = os.stat(path).st_mtime_ns, list[tuple[str, Source]]()
-        texts = defaultdict[str, list[str]](list)
+        modified, before = os.stat(path).st_mtime_ns, len(self.videos)
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    head, tail = posixpath.split(member.name)
+                    inside = posixpath.normpath(member.name).lstrip("/")
+                    name = _printable(f"{shown}/{inside}")
+                    head, tail = posixpath.split(name)
                     stem, _, suffix = tail.partition(".")
-                    key, name = posixpath.join(head, stem), posixpath.join(shown, member.name)
+                    suffix = f".{suffix.lower()}"
                     if member.isdir():
                         continue
-                    problem = name_problem(tail) if member.isfile() else "not a regular file"
-                    if problem:
+                    problems = filter(None, map(name_problem, inside.split("/")))
+                    if problem := next(problems, "" if member.isfile() else "not a regular file"):
                         self.rejected[name] = problem
-                    elif suffix in ("txt", "json") and member.size < 2**20:
+                    elif suffix in (".txt", ".json") and member.size < 2**20:
                         content = tar.extractfile(member)
                         assert content is not None
-                        with contextlib.suppress(ValueError, AttributeError):
-                            texts[key] += _captions_of(content.read(), suffix)
-                    elif f".{suffix.lower()}" in VIDEOS:
+                        self._add_text(posixpath.join(head, stem), name, content.read(), suffix)
+                    elif suffix in VIDEOS:
                         place = {"size": member.size, "offset": member.offset_data}
                         about = {"name": name, "path": path, "modified": modified}
-                        found.append((key, Source(kind="video", captions=(), **about, **place)))
+                        self.videos[name] = Source(captions=(), **about, **place)
                     else:
-                        self.rejected[name] = f"not a video: its name ends in .{suffix}"
+                        self.rejected[name] = f"not a video: its name ends in {suffix}"
         except (tarfile.TarError, OSError, EOFError) as error:
-            self.rejected[shown] = f"no tar, or cut short after {len(found)} videos ({error})"
-        for key, source in found:
-            self.videos[source.name] = replace(source, captions=tuple(texts[key]))
+            found = len(self.videos) - before
+            self.rejected[shown] = f"no tar, or cut short after {found} videos ({error})"
+
+    def _add_text(self, stem: str, name: str, content: bytes, suffix: str) -> None:
+        """Add the captions of a file beside the video."""
+        try:
+            text = _text(content)
+            said = _captions_in(_parse(text)) if suffix == ".json" else [" ".join(text.split())]
+            self.texts[f"{stem}.txt"] += [(name, caption) for caption in said]
+        except ValueError as error:
+            self.rejected[name] = str(error)
 
 
 def _suffix(name: str) -> str:
@@ -218,12 +245,25 @@ def name_problem(name: str) -> str:
     return "hidden" if name.startswith(".") else ""
 
 
-def _one_line(text: bytes) -> str:
-    return " ".join(text.decode("utf-8-sig", "replace").split())
+def _printable(name: str) -> str:
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], name)
 
 
-def _captions_of(content: bytes, suffix: str) -> list[str]:
-    return _captions_in(json.loads(content)) if suffix == "json" else [_one_line(content)]
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8: save it in this encoding") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()  # not so half a character
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON that can be read ({error})") from error
+    return row if isinstance(row, dict) else {}
 
 
 def _captions_in(row: dict[str, Any]) -> list[str]:
