@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -76,8 +77,7 @@ def make_parts(
             while (clip := waiting.result()) is not None:
                 waiting = ahead.submit(next, clips, None)
                 start, pixels = clip
-                latents = codec.encode(from_frames(pixels)[None].to(config.device))[0].cpu()
-                tensors = {"latents": latents.to(torch.float16).contiguous()}
+                tensors = {"latents": _encode(codec, pixels, config.device, beat)}
                 if count % SHEET_EVERY == 0:
                     tensors["sheet"] = torch.from_numpy(_triple(pixels))
                 about = {"start": json.dumps(round(start, 6))}
@@ -96,7 +96,18 @@ def make_parts(
     write_json(Path(f"{stem}.json"), {"clips": count, "note": note})
 
 
-def _triple(pixels: Frames) -> Frames:
+@torch.no_grad()
+def _encode(codec: Codec, pixels: Frames, device: str, beat: Callable[[Any], None]) -> Tensor:
+    """Encode a clip as the codec does, and say after every latent frame that it goes on."""
+    video, memory, latents = from_frames(pixels)[None].to(device), None, list[Tensor]()
+    for group in codec.pad(video).split(codec.stride[0], dim=1):
+        latent, memory = codec.encode_step(group, memory)
+        latents.append(latent[0].to("cpu", torch.float16))
+        beat(None)
+    return torch.cat(latents)
+
+
+def _triple(pixels: Frames) -> UInt8[np.ndarray, "3 side side 3"]:
     """Return the first, middle and last frame of a clip, small, for the contact sheet."""
     chosen = pixels[[0, len(pixels) // 2, -1]]
     side = (SHEET_SIDE, SHEET_SIDE)

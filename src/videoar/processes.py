@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 Work = Callable[[Any, Callable[[Any], None]], Any]
-"""Does a job. Its second argument is called now and then, to say that and how the job goes on."""
+"""Does a job. Its second argument is called now and then, to say that the job goes on, and how;
+with None it is not passed on."""
 START_SECONDS = 300.0  # to import and load; no fault of a job
 
 
@@ -101,7 +102,7 @@ class Pool:
                     worker.deadline = time.monotonic() + self.timeout
                 else:
                     worker.job, worker.deadline = None, math.inf
-                if job is not None:
+                if job is not None and (kind, value) != ("beat", None):
                     yield Event(job, kind, value)
 
     def _begin(self) -> None:
