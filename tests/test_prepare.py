@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import struct
@@ -25,8 +26,12 @@ from tiny import MODEL, tiny_pipeline, tiny_transformer
 from videoar.cli import main
 from videoar.codecs import PatchCodec, PatchCodecConfig
 from videoar.data import LatentShards
+from videoar.options import Prepare
+from videoar.parts import make_parts
 from videoar.pipeline import VideoPipeline
+from videoar.prepare import Progress
 from videoar.processes import Pool
+from videoar.sources import list_sources
 from videoar.video import read_video
 
 Run = Callable[..., tuple[int, str, str]]
@@ -359,14 +364,14 @@ def test_captions_that_cannot_be_read_cost_themselves_only(tmp_path: Path, prepa
     for name, content in {
         "a.mp4": clip,
         "metadata.jsonl": b"\n".join(rows),
-        "latin/metadata.csv": "file_name,text\na.mp4,caf\xe9".encode("latin-1"),
+        "latin/metadata.csv": "file_name,text\na.mp4,p\xe9p\xe9".encode("latin-1"),
         "points/metadata.csv": b"file_name;text\na.mp4;good",
         "wide/metadata.jsonl": rows[0].decode().encode("utf-16"),
-        "latin.txt": b"caf\xe9",
+        "latin.txt": b"p\xe9p\xe9",
     }.items():
         (videos / name).parent.mkdir(parents=True, exist_ok=True)
         (videos / name).write_bytes(content)
-    names = ("good", "caf\udce9", "d\udce9r/a", "d\nr/a", ".hidden/a")
+    names = ("good", "\udce9tude", "d\udce9r/a", "d\nr/a", ".hidden/a")
     members = {f"{name}.mp4": clip for name in names}
     write_tar(videos / "web.tar", members | {"good.txt": b"good", "deep.json": deep})
     code, _, error = prepare(videos, tmp_path / "latents")
@@ -384,7 +389,7 @@ def test_captions_that_cannot_be_read_cost_themselves_only(tmp_path: Path, prepa
         "points/metadata.csv": "no column file_name, but file_name;text: put commas",
         "wide/metadata.jsonl": "not UTF-8: save it",
         "latin.txt": "not UTF-8: save it",
-        "web.tar/caf\\xe9.mp4": "its name is not UTF-8",
+        "web.tar/\\xe9tude.mp4": "its name is not UTF-8",
         "web.tar/d\\xe9r/a.mp4": "its name is not UTF-8",
         "web.tar/d\\nr/a.mp4": "its name holds a line break",
         "web.tar/.hidden/a.mp4": "hidden",
@@ -470,7 +475,7 @@ def test_what_is_not_used_is_listed_with_its_reason(
         "gone.mp4": "a symbolic link whose target is missing",
         "broken.mp4": "a symbolic link whose target is missing",
         "loop.mp4": "a symbolic link whose target is missing",
-        "bomb": "absurd size: far more than the 67 million pixels",
+        "bomb": "absurd size: above 67 million pixels",
         "huge.avi": "absurd size: 12000x12000",
         "pictures/pipe.bmp": "not a regular file",
         "two\\nlines.mp4": "line break",
@@ -545,6 +550,85 @@ def test_what_hangs_or_kills_its_process_costs_itself_only() -> None:
     assert "died twice" in last["die"].value
 
 
+def test_a_video_that_hangs_is_given_up(tmp_path: Path, prepare: Run) -> None:
+    """FFmpeg looks for a next frame in 256 GB of zeros; the other video does not wait for it."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write(videos / "good.mp4")
+    hang = write(videos / "hang.avi", codec="mpeg4")
+    os.truncate(hang, hang.read_bytes().rindex(b"idx1"))
+    os.truncate(hang, 1 << 38)
+    words = (videos, tmp_path / "latents", "--captions", "none", "--timeout", "3")
+    code, _, error = prepare(*words)
+    assert code == 0, error
+    assert rejected(tmp_path / "latents") == {"hang.avi": "no progress in 3 s"}
+    assert clips_of(tmp_path / "latents").keys() == {"good.mp4"}
+
+
+def test_the_encoder_s_time_is_progress(tmp_path: Path) -> None:
+    """Every latent frame is a sign of life: else a large codec would look as if it hung."""
+    (tmp_path / "videos").mkdir()
+    write(tmp_path / "videos" / "a.mp4")
+    codec, heard = PatchCodec(PatchCodecConfig(stride=(4, 8, 8))), list[Any]()
+    latents = tmp_path / "latents"
+    config = Prepare(videos=tmp_path / "videos", latents=latents, num_frames=(9,))
+    (source,) = list_sources(config.videos, captions="none").sources
+    make_parts(source, heard.append, config=config, codec=codec, work=tmp_path)
+    assert [value is None for value in heard] == [True, True, True, False] * 2
+
+
+def test_the_time_left_is_said_when_it_is_known() -> None:
+    """At first nothing tells it; a number would be wrong by far."""
+    assert str(Progress(0.0, 1, 0.2, math.inf)) == "0%  1 clips  0.2 clips/s"
+    assert str(Progress(0.5, 9, 2.0, 75.0)) == "50%  9 clips  2.0 clips/s  0:01:15 left"
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+def _held_out(latents: Path) -> list[str]:
+    return [clip["extra"]["file"] for clip in LatentShards(latents / "heldout").clips]
+
+
+def test_only_videos_that_can_be_used_are_held_out(tmp_path: Path, prepare: Run) -> None:
+    """Two that cannot come first by their hashes; what is held out has its pixels all the same."""
+    videos, latents = tmp_path / "videos", tmp_path / "latents"
+    videos.mkdir()
+    names = [f"{number}.mp4" for number in range(6)]
+    first = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in first[2:]:
+        write(videos / name)
+    for name in first[:2]:
+        (videos / name).write_text("no video")
+    words = (videos, latents, "--captions", "none")
+    code, out, _ = prepare(*words, quick=("--num-frames", "9", "--workers", "1"))
+    assert code == 0
+    assert "6 clips to train on and 2 held out" in out
+    assert _held_out(latents) == first[2:3] * 2
+    assert read_video(latents / "heldout" / "000001.mkv").frames.shape == (9, 64, 64, 3)
+    quick = ("--num-frames", "9", "--workers", "2")
+    assert prepare(videos, tmp_path / "two", "--captions", "none", quick=quick)[0] == 0
+    assert digests(tmp_path / "two") == digests(latents)
+    (videos / "new.mp4").write_bytes((videos / first[2]).read_bytes())
+    code, _, error = prepare(*words, quick=quick)
+    assert code == 2
+    assert "some were added, removed or changed since" in error
+
+
+def test_two_clips_are_held_out_for_an_interval(tmp_path: Path, prepare: Run) -> None:
+    """Of videos of one clip each it takes two, though the share is one; but one stays to train."""
+    (tmp_path / "videos").mkdir()
+    for number, held_out in enumerate((0, 1, 2, 2)):
+        write(tmp_path / "videos" / f"{number}.mp4", seconds=0.7)
+        latents = tmp_path / f"latents-{number}"
+        words = (tmp_path / "videos", latents, "--captions", "none", "--num-frames", "9")
+        code, out, _ = prepare(*words, quick=("--workers", "1"))
+        assert code == 0
+        assert f"{number + 1 - held_out} clips to train on and {held_out} held out" in out
+        mode = (latents / "index.jsonl").stat().st_mode
+        assert {path.stat().st_mode for path in latents.rglob("*") if path.is_file()} == {mode}
+
+
 # ---------------------------------------------------------------- the same, whatever happens
 
 
@@ -581,7 +665,7 @@ def test_two_processes_give_the_same_bytes(
 def test_killed_and_begun_again_it_gives_the_same_bytes(
     clips: Path, uninterrupted: dict[str, str], exact: str, tmp_path: Path
 ) -> None:
-    """Killed twice without warning, all of its processes, once early and once late."""
+    """Killed without warning: all processes early, the first one alone, all as shards appear."""
     target = tmp_path / "killed"
     words = [str(clips), str(target), "--codec", exact, "--num-frames", "9", "--workers", "1"]
     code = (
@@ -589,15 +673,20 @@ def test_killed_and_begun_again_it_gives_the_same_bytes(
         "from videoar import arguments, options, prepare\n"
         "def show(progress):\n"
         "    if progress.clips >= int(sys.argv[1]):\n"
+        "        os.kill(int(sys.argv[2]) * os.getpid(), signal.SIGKILL)\n"
+        "def joining(event, values):\n"
+        "    if event == 'open' and 'shard-' in str(values[0]):\n"
         "        os.killpg(0, signal.SIGKILL)\n"
-        "prepare.run(arguments.read(options.Prepare, sys.argv[2:], prog=''), show)\n"
+        "sys.addaudithook(joining)\n"
+        "prepare.run(arguments.read(options.Prepare, sys.argv[3:], prog=''), show)\n"
     )
-    for count in ("4", "11"):
-        command = [sys.executable, "-c", code, count, *words]
+    for count, which in (("4", "-1"), ("8", "1"), ("99", "-1")):
+        command = [sys.executable, "-c", code, count, which, *words]
         done = subprocess.run(command, env=ENVIRONMENT, start_new_session=True)
         assert done.returncode == -signal.SIGKILL
         assert list((target / ".work").iterdir())
         assert not (target / "latents.json").exists()
+    assert (target / "rejected.jsonl").exists()
     assert main(["prepare", *words]) == 0
     assert digests(target) == uninterrupted
 

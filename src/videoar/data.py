@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT, MAX_SHARD_BYTES = 1, 256 << 20
@@ -225,7 +225,8 @@ class ShardWriter:
         clips = self._open.pop(shape)
         name = f"shard-{self._num_shards:05d}.safetensors"
         stacked = {key: torch.stack([tensors[key] for tensors, _ in clips]) for key in clips[0][0]}
-        save_file(stacked, self.folder / name)
+        # `save_file` would let nobody else read it, whatever the umask.
+        (self.folder / name).write_bytes(save(stacked))
         self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
         self._num_shards += 1
 

@@ -260,8 +260,7 @@ def readable(otherwise: str) -> Iterator[None]:
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
-        most = f"{MAX_PIXELS / 1e6:.0f} million pixels"
-        raise Unusable(f"absurd size: far more than the {most} that are read") from error
+        raise Unusable(f"absurd size: above {MAX_PIXELS / 1e6:.0f} million pixels") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise Unusable(f"{otherwise} ({error})") from error
 

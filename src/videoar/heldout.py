@@ -50,8 +50,8 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
     shards = LatentShards(data / "heldout", tokenize=wording.tokenize)
     if len(shards) < 2:
         raise ValueError(
-            f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare it with a"
-            " larger --held-out"
+            f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"
+            " with a larger --held-out"
         )
     clips = []
     for clip in _scores(pipe, wording, shards, config):

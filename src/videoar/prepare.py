@@ -8,13 +8,14 @@ processes or machines changes a byte of the result.
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoint import resolve
@@ -58,11 +59,12 @@ class Progress:
     rate: float
     """Clips per second in this run, which may have found some done."""
     left: float
-    """Seconds."""
+    """Seconds; infinite as long as nothing tells."""
 
     def __str__(self) -> str:
-        left = timedelta(seconds=int(self.left))
-        return f"{self.share:.0%}  {self.clips} clips  {self.rate:.1f} clips/s  {left} left"
+        said = f"{self.share:.0%}  {self.clips} clips  {self.rate:.1f} clips/s"
+        left = self.left < math.inf and timedelta(seconds=int(self.left))
+        return f"{said}  {left} left" if left else said
 
 
 def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: None) -> Json:
@@ -93,7 +95,8 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
         raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
-    _make_parts(config, listing, work, show)
+    while todo := _not_made(config, listing.sources, work):
+        _make_parts(config, listing.sources, todo, show)
     encoder = surroundings(Path(config.codec)).get("text")
     if isinstance(encoder, UMT5PromptEncoder):
         encoder.device = config.device
@@ -134,22 +137,38 @@ def _claim(path: Path, about: Json) -> None:
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
     for key, value in about.items():
         if old.get(key) != value:
+            change = f"{key} was {old.get(key)}, but it is {value} now"
+            if key == "sources":
+                change = "the videos were others: some were added, removed or changed since"
             raise ValueError(
-                f"{path} says that {key} was {old.get(key)}, but it is {value} now: keep it as it"
-                " was, or name a new folder for the latents"
+                f"{path} says that {change}: keep all as it was, or name a new folder for the"
+                " latents"
             )
     write_json(path, about)
 
 
+def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source]:
+    """Return the videos without parts; some are made again, with pixels, to be held out.
+
+    Which those are is known when it is known which videos can be used.
+    """
+    made = {source: (work / f"{source.key}.json").exists() for source in sources}
+    clips = {source: read_done(source, work)["clips"] if made[source] else 2 for source in made}
+    for source in held_out(clips, share=config.held_out):
+        if not (mark := work / f"{source.key}.heldout").exists():
+            (work / f"{source.key}.json").unlink(missing_ok=True)
+            mark.touch()
+            made[source] = False
+    return [source for source in sources if not made[source]]
+
+
 def _make_parts(
-    config: Prepare, listing: Listing, work: Path, show: Callable[[Progress], None]
+    config: Prepare, sources: list[Source], todo: list[Source], show: Callable[[Progress], None]
 ) -> None:
-    todo = [source for source in listing.sources if not (work / f"{source.key}.json").exists()]
-    for key in {source.key for source in todo} & held_out(listing.sources, share=config.held_out):
-        (work / f"{key}.heldout").touch()
-    total = max(1, sum(source.size for source in listing.sources))
+    work = config.latents / WORK
+    total = max(1, sum(source.size for source in sources))
     finished = before = total - sum(source.size for source in todo)
-    clips = old = sum(read_done(s, work)["clips"] for s in set(listing.sources) - set(todo))
+    clips = old = sum(read_done(source, work)["clips"] for source in set(sources) - set(todo))
     engine = _on_ray if config.engine == "ray" else _on_this_machine
     within, started = dict[Source, float](), time.perf_counter()
     # Long ones first: no process should begin the longest when the others are done.
@@ -164,15 +183,22 @@ def _make_parts(
         if event.kind == "lost":
             write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
         done, seconds = finished + sum(within.values()), time.perf_counter() - started
-        left = seconds * (total - done) / max(done - before, 1)
+        left = seconds * (total - done) / (done - before) if done > before else math.inf
         show(Progress(done / total, clips, (clips - old) / max(seconds, 1e-9), left))
 
 
-def held_out(sources: Iterable[Source], *, share: float) -> set[str]:
-    """Choose whole videos to keep out of training, by a hash of their names; return their keys."""
-    order = sorted(sources, key=lambda source: hashlib.sha256(source.name.encode()).digest())
-    count = max(1, round(share * len(order))) if share and len(order) > 1 else 0
-    return {source.key for source in order[:count]}
+def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
+    """Choose whole videos to keep out of training, by a hash of their names.
+
+    Of those with clips it is the share, or more if need be for two clips: an interval takes them.
+    One video at least is left to train on.
+    """
+    used = [source for source, count in clips.items() if count]
+    used.sort(key=lambda source: hashlib.sha256(source.name.encode()).digest())
+    count = round(share * len(used))
+    while share and count < len(used) - 1 and sum(clips[source] for source in used[:count]) < 2:
+        count += 1
+    return set(used[: min(count, len(used) - 1)])
 
 
 def _pool(config: Prepare, work: Path, workers: int) -> Pool:
@@ -244,8 +270,8 @@ def _join(
         raise ValueError(
             f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
         )
-    out = {source for source in used if (work / f"{source.key}.heldout").exists()}
-    out = set() if len(out) == len(used) else out
+    clips = {source: record["clips"] for source, record in done.items()}
+    out = held_out(clips, share=about["held_out"])
     shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
     sizes, kept_sizes, num_frames = Counter[str](), Counter[str](), 0
     with ExitStack() as stack:
@@ -253,7 +279,7 @@ def _join(
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
         if encoder is not None:
-            save_file({"rows": encoder.encode([""])[0]}, folder / EMPTY_TEXT)
+            (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
         for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
             table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):

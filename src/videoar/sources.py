@@ -6,7 +6,6 @@ A source is a file, a member of a tar or a folder of pictures. Nothing here deco
 import csv
 import hashlib
 import io
-import itertools
 import json
 import os
 import posixpath
@@ -86,8 +85,8 @@ def list_sources(root: Path, *, captions: Literal["auto", "none"]) -> Listing:
     # What is said of a rejected video needs no reason of its own.
     names = {*walk.videos, *found.rejected}
     names |= {f"{stem}.txt" for name in names for stem in (name, posixpath.splitext(name)[0])}
-    for name, _ in itertools.chain(*(walk.texts[key] for key in walk.texts.keys() - names)):
-        found.rejected[name] = "a caption of no video"
+    for key in walk.texts.keys() - names:
+        found.rejected.update((name, "a caption of no video") for name, _ in walk.texts[key])
     return found
 
 
@@ -162,14 +161,9 @@ class _Walk:
 
     def _add_video(self, name: str, path: str, pictures: Sequence[str] = ()) -> None:
         stats = [os.stat(os.path.join(path, file)) for file in pictures or [path]]
-        self.videos[name] = Source(
-            name=name,
-            path=path,
-            captions=(),
-            size=sum(s.st_size for s in stats),
-            pictures=tuple(pictures),
-            modified=max(s.st_mtime_ns for s in stats),
-        )
+        size, modified = sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
+        about = {"name": name, "path": path, "pictures": tuple(pictures)}
+        self.videos[name] = Source(captions=(), size=size, modified=modified, **about)
 
     def _add_metadata(self, content: str, shown: str) -> None:
         """Add the captions of a table; a line that cannot be read is rejected, the others count."""
