@@ -31,7 +31,7 @@ def run(config: BenchPrepare, report: Callable[[str], None]) -> str:
     if not config.videos.is_dir():
         raise ValueError(f"there is no folder {config.videos}: name the folder of your videos")
     sources = list_sources(config.videos, captions="none").sources
-    sources = [source for source in sources if source.kind == "video" and not source.offset]
+    sources = [source for source in sources if not source.pictures and not source.offset]
     if not sources:
         raise ValueError(f"{config.videos} holds no video files: name another folder")
     size, clips = sum(source.size for source in sources) / 1e6, 0

@@ -279,6 +279,8 @@ def prepare(args: options.Prepare) -> None:
         "{clips} clips to train on and {held_out_clips} held out, {seconds:.0f} s, of {used} of"
         " {videos} videos".format(**statistics)
     )
+    if statistics["held_out_clips"] < 2:
+        _say("`evaluate --data` needs 2 clips held out: add videos, or raise --held-out")
     for reason, count in statistics["rejected"].items():
         _say(f"  {count} x {reason}")
     _say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")

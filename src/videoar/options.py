@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
-WINDOW_SECONDS = 4.0
-"""Long videos are judged in their first and last window of this length."""
+WINDOW_SECONDS = 4.0  # of the first and last window in which long videos are judged
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
@@ -220,11 +219,11 @@ class Prepare:
     picture_fps: float | None = None
     """Pictures per second in folders of pictures; `fps` by default."""
     held_out: float = 0.05
-    """Share of the videos that are kept out of training, to evaluate on; at least one of them."""
+    """Share of the videos that are kept out of training, to evaluate on; two clips or more."""
     max_seconds: float = 14400.0
     """What is later in a video is not used."""
     timeout: float = 120.0
-    """Seconds without a clip after which a video is given up."""
+    """Seconds without a clip or a latent frame after which a video is given up."""
     workers: int | None = None
     """Processes; by default one per core."""
     device: str = "cpu"
@@ -286,8 +285,9 @@ class BenchDistill:
     batch_size: int = 16
     """Videos per batch."""
     latent_frames: int = 8
+    """Their length."""
     size: int = 64
-    """Their length in latent frames, and their height and width in pixels."""
+    """Their height and width in pixels."""
     repeats: int = 5
     """How often each part is timed."""
     threads: int | None = None

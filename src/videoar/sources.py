@@ -44,10 +44,6 @@ class Source:
     """Of the file, in nanoseconds."""
 
     @property
-    def kind(self) -> Literal["video", "pictures"]:
-        return "pictures" if self.pictures else "video"
-
-    @property
     def key(self) -> str:
         """A file name for what is made of this source, as long as it does not change."""
         about = [self.name, self.captions, self.size, self.modified]
