@@ -34,7 +34,7 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
     elif isinstance(task, GeneratorTask):
         toy = RECIPES["toy"]().out / "checkpoint"
-        bundled = {Path("toy"): folder / toy}
+        bundled = {Path("toy-base"): folder / toy}
         small = replace(
             task,
             codec=bundled.get(task.codec, folder / task.codec),
@@ -50,6 +50,7 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
     elif isinstance(task, DistillTask):
         made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
+        made["toy-base"] = "toy"
         where = {
             name: str(folder / RECIPES[made.get(name, name)]().out / "checkpoint")
             for name in (task.teacher, task.student)

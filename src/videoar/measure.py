@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from videoar import runs
+from videoar.attention import Spans
 from videoar.checkpoint import resolve
 from videoar.flow import euler_step, unit_noise
 from videoar.model import Output, VideoTransformer
@@ -252,6 +253,14 @@ def cost_at(second: float, *, fps: float, frames: Sequence[int], times: Sequence
     return float(end - begin) / SPAN_SECONDS
 
 
+def _pairs(mask: Tensor | Spans) -> int:
+    """Count the pairs of query and key that a mask lets through."""
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    runs = zip(mask.queries, mask.keys, strict=True)
+    return sum((q.stop - q.start) * sum(k.stop - k.start for k in keys) for q, keys in runs)
+
+
 class Counted:
     """A network that counts what passes through it."""
 
@@ -264,7 +273,7 @@ class Counted:
         """Count a pass and do it."""
         mask, cache, text = inputs["mask"], inputs["cache"], inputs["text"][0][0]
         count = tokens.shape[1]
-        keys = cache.tokens + count if mask is None else int(mask.sum()) // count
+        keys = cache.tokens + count if mask is None else _pairs(mask) // count
         self.tokens += count
         self.flops += len(text) * self.flops_of(count, keys=keys, words=text.shape[2])
         return self.network(tokens, **inputs)

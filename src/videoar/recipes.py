@@ -185,16 +185,14 @@ def toy_teacher() -> TrainConfig:
         task=replace(
             final.task,
             codec=Path("toy-base"),
-            units=("full", "multiscale:4,2,1"),
-            flow=FlowMatchingConfig(
-                context="full", sink_frames=0, far_probability=0.0, short_probability=0.5
-            ),
+            units=("full", "full", "full", "multiscale:4,2,1"),
+            flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
             sampling=replace(
                 final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
             ),
             init=Path("toy-base"),
         ),
-        steps=1600,
+        steps=2400,
         batch_size=64,
     )
 
@@ -228,8 +226,8 @@ def toy_start() -> TrainConfig:
     )
 
 
-def toy_dmd() -> TrainConfig:
-    """The bundled `toy`: `videoar distill toy-dmd`, after `toy-start` and `toy-teacher`."""
+def toy_same() -> TrainConfig:
+    """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
     start = toy_start()
     assert isinstance(start.task, DistillTask)
     rates = OptimizerConfig(
@@ -237,21 +235,41 @@ def toy_dmd() -> TrainConfig:
     )
     return replace(
         start,
-        name="toy-dmd",
-        out=Path("runs/toy-dmd"),
+        name="toy-same",
+        out=Path("runs/toy-same"),
         task=replace(
             start.task,
-            teacher="runs/toy-teacher/checkpoint",
-            teacher_mask="full",
             student="runs/toy-start/checkpoint",
-            distillation=DistillationConfig(critic_steps=2, critic_draws=1, critic_warmup=40),
+            distillation=DistillationConfig(
+                critic="causal", critic_steps=2, critic_draws=1, critic_warmup=40
+            ),
         ),
-        steps=460,
+        steps=400,
         batch_size=16,
         optimizer=rates,
         critic_learning_rate=3e-4,
         ema_decay=0.95,
-        sample_every=230,
+        sample_every=200,
+    )
+
+
+def toy_dmd() -> TrainConfig:
+    """Symmetric DMD: `videoar distill toy-dmd`, after `toy-same` and `toy-teacher`."""
+    same = toy_same()
+    assert isinstance(same.task, DistillTask)
+    return replace(
+        same,
+        name="toy-dmd",
+        out=Path("runs/toy-dmd"),
+        task=replace(
+            same.task,
+            teacher="runs/toy-teacher/checkpoint",
+            teacher_mask="full",
+            student="runs/toy-same/checkpoint",
+            distillation=replace(same.task.distillation, critic="symmetric"),
+        ),
+        steps=320,
+        sample_every=160,
     )
 
 
@@ -325,6 +343,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 }
 DISTILLATIONS: dict[str, Callable[[], TrainConfig]] = {
     "toy-start": toy_start,
+    "toy-same": toy_same,
     "toy-dmd": toy_dmd,
     "wan-1.3b-dmd": wan_dmd,
 }

@@ -1,6 +1,7 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,6 +176,10 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
+def _size(clip: dict[str, Any]) -> tuple[int, int]:
+    return clip["height"], clip["width"]
+
+
 class StudentTraining:
     """A `Task`: what the loop needs to distil a student."""
 
@@ -191,8 +196,8 @@ class StudentTraining:
         check_codec(task.latents, student.codec, checkpoint=task.student)
         self.wording = Wording.of(student.prompt_encoder, task.latents)
         shards = LatentShards(task.latents, tokenize=self.wording.tokenize)
-        self._check_clips(shards, teacher)
         self.student = student
+        self._check_clips(shards, teacher)
         schemes = tuple(map(units.parse, task.units))
         module = self._trainable(student)
         taught: dict[str, Any] = {
@@ -233,14 +238,17 @@ class StudentTraining:
                 f"clip_frames is {needed}, but {task.teacher} was trained on clips of {trained}"
                 f" latent frames: use {trained} or fewer, or another teacher"
             )
-        stride = teacher.codec.stride[1:]
+        stride, sizes = teacher.codec.stride[1:], Counter(_size(clip) for clip in shards.clips)
         own = teacher.height // stride[0], teacher.width // stride[1]
-        for size in sorted({(clip["height"], clip["width"]) for clip in shards.clips} - {own}):
-            raise ValueError(
-                f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher} makes"
-                f" videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
-                f" {teacher.width}x{teacher.height}"
-            )
+        for size in sizes if teacher.meta else ():  # a folder of Wan says nothing of its sizes
+            if size != own:
+                raise ValueError(
+                    f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher}"
+                    f" makes videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
+                    f" {teacher.width}x{teacher.height}"
+                )
+        (height, width), _ = sizes.most_common(1)[0]
+        self.student.height, self.student.width = height * stride[0], width * stride[1]
 
     def _module(self, pipe: VideoPipeline) -> TextToVideo:
         text = Wording.of(pipe.prompt_encoder, self.task.latents).module
@@ -277,7 +285,7 @@ class StudentTraining:
         config, old = self.task.distillation, self.student.sampling
         sampling = replace(
             old,
-            units=self.task.units[0],
+            units=old.units if old.units in self.task.units else self.task.units[0],
             num_inference_steps=config.num_inference_steps,
             shift=config.shift,
             sigmas=None,
