@@ -50,7 +50,7 @@ FROZEN = {
     "held_out max_seconds timeout workers device engine",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
-    "bench prepare": "videos codec fps num_frames sizes repeats",
+    "bench prepare": "videos codec fps num_frames sizes repeats weights",
     "bench distill": "checkpoint units batch_size latent_frames size repeats threads",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
     "num_inference_steps shift guidance_scale out data",

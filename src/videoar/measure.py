@@ -113,16 +113,16 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     folder, rows = resolve(config.checkpoint), []
     for name in config.units:
         one = replace(config, units=(name,), checkpoint=str(folder))
-        row = _apart(measure, one, time.time())
+        row = apart(measure, one, time.time())
         if config.long_seconds:
-            row = replace(row, flat=_apart(measure_flat, one))
+            row = replace(row, flat=apart(measure_flat, one))
         rows.append(row)
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
     save(config.out, {"benchmark": {"config": replace(config, out=None), "rows": rows}})
     return rows
 
 
-def _apart(job: Callable[..., Any], *args: object) -> Any:
+def apart(job: Callable[..., Any], *args: object) -> Any:
     """Run a job in a fresh process."""
     spawn, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
     # Ctrl-C reaches both processes, and it is this one that says so.
