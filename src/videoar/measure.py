@@ -26,7 +26,7 @@ from torch import Tensor
 from videoar import runs
 from videoar.attention import Spans
 from videoar.checkpoint import resolve
-from videoar.flow import euler_step, unit_noise
+from videoar.flow import unit_noise
 from videoar.model import Output, VideoTransformer
 from videoar.options import Bench
 from videoar.output import peak_bytes, write
@@ -354,8 +354,9 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
         count, size = unit.index + 1, len(unit.cells)
         row = units.unit[units.unit < count]
         mask = token_mask(visible[:count, :count], row, row)
-        x = unit_noise(sampler.seeds, unit.index, (size, sampler.network.config.token_dim))
-        for sigma, after in itertools.pairwise(config.sigmas):
+        shape = size, sampler.network.config.token_dim
+        x = unit_noise(sampler.seeds, unit.index, shape)
+        for at, (sigma, after) in enumerate(itertools.pairwise(config.sigmas)):
             output = sampler.network(
                 torch.cat([*tokens, x], dim=1),
                 coords=units.coords[: len(row)],
@@ -364,6 +365,7 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
                 text=sampler.text,
                 mask=mask,
             )
-            x = euler_step(x, output.velocity[:, -size:], sigma, after, x)
+            fresh = unit_noise(sampler.seeds, unit.index, shape, draw=at + 1)
+            x = config.step(x, output.velocity[:, -size:], sigma, after, fresh)
         tokens.append(x)
     return torch.cat(tokens, dim=1)
