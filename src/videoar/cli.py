@@ -32,6 +32,9 @@ FIELDS = {"window": "window_frames", "sink": "sink_frames"}  # of `Sampling`, by
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 2 for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Before torch is loaded: threads that wait by spinning, OpenMP's default, made a video 60 times
+    # as slow beside another process on 2 cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if not words or words[0] in ("-h", "--help"):
             kinds = {

@@ -62,9 +62,13 @@ def to_json(value: Any) -> Any:
 
 
 def claim(out: Path, config: Json) -> None:
-    """Make `out` the folder of the run `config`, or raise if it belongs to anything else."""
+    """Make `out` the folder of the run `config`, or raise if it belongs to anything else.
+
+    A run that ended before it began, for a wrong name say, keeps no folder.
+    """
     owner = out / "run.json"
-    if owner.is_file():
+    begun = (out / "log.jsonl").exists() or (out / "checkpoints").exists()
+    if owner.is_file() and begun:
         old, new = _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config)
         for key in sorted((old.keys() | new.keys()) - FREE_FIELDS):
             before, after = old.get(key, "absent"), new.get(key, "absent")
@@ -73,7 +77,9 @@ def claim(out: Path, config: Json) -> None:
                     f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the"
                     " old value, or name another folder"
                 )
-    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".run.partial"}):
+    elif out.exists() and (
+        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.partial"}
+    ):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / ".run.partial", config)

@@ -220,7 +220,14 @@ class StudentTraining:
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
         sizes = {name: pipe.transformer for name, pipe in (parts | {"teacher": teacher}).items()}
+        report(f"teacher {task.teacher} ({context}), student {task.student}")
         report(forecast(sizes, lora=task.lora_rank is not None))
+        first = distillation.critic_warmup + distillation.critic_steps + 1
+        if follower is not None and config.steps < first:
+            report(
+                f"the student does not move: its first step is step {first} of {config.steps};"
+                " raise steps, or lower critic_warmup"
+            )
 
     def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
