@@ -97,7 +97,7 @@ NEIGHBOURS = {
     "compare": {"evaluate", "pipeline", "tasks"},
     "evaluate": {"pipeline", "tasks"},
     "bench_distill": {"measure", "optim", "pipeline", "runs", "wording"},
-    "bench_prepare": {"measure", "prepare"},
+    "bench_prepare": {"measure", "output", "prepare"},
     "output": {"pipeline"},
     "measure": {"output", "pipeline", "runs"},
     "demo": {"describe"},

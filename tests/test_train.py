@@ -24,7 +24,7 @@ import videoar
 from videoar.data import Batches
 from videoar.objectives import Alone
 from videoar.optim import OptimizerConfig, ema_decay_at, learning_rate
-from videoar.runs import checkpoints, git_commit, read_log
+from videoar.runs import checkpoints, claim, git_commit, read_log
 from videoar.train import TrainConfig, export, train
 
 
@@ -199,6 +199,16 @@ def test_interrupted_run_keeps_every_step(finished, tmp_path):
     train(config)
     assert _trace(config) == _trace(finished)
     _assert_same(_weights(config), _weights(finished))
+
+
+def test_a_run_that_never_began_does_not_own_its_folder(tmp_path):
+    """Who corrects the name of a folder of data must not have to delete that of the run."""
+    out = tmp_path / "run"
+    claim(out, {"data": "latentz"})
+    claim(out, {"data": "latents"})
+    (out / "log.jsonl").touch()
+    with pytest.raises(ValueError, match="data = latents, but other is asked for"):
+        claim(out, {"data": "other"})
 
 
 def test_half_written_files_of_a_killed_run_are_passed_over(finished, tmp_path):
