@@ -148,3 +148,11 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(name: str, message: str) -> N
 def test_a_recipe_of_ones_own_is_found_by_its_path() -> None:
     """Nothing has to be registered."""
     assert find("videoar.recipes:toy") == recipes.toy()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", SMALL)
+def test_every_recipe_has_the_stored_losses(trained, golden, name: str) -> None:
+    """A refactoring leaves every loss as it was; where one moves, the commit says why."""
+    rows = read_log(trained(name).parent)
+    golden(f"losses-{name}", [row["loss"] for row in rows if "loss" in row])
