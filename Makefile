@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_FLAGS ?= -c constraints.txt
 WORKERS ?= 2
 BIN := $(VENV)/bin
-SOURCES := src tests $(wildcard examples)
+SOURCES := src tests examples benchmarks
 
 .PHONY: setup demo test check docs golden clean
 

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from videoar.flow import add_noise, clean_of
-from videoar.objectives import Reads
-from videoar.scores import critic_loss, matching_loss, score
+from videoar.core.flow import add_noise, clean_of
+from videoar.core.loss import Reads
+from videoar.training.distillation.scores import critic_loss, matching_loss, score
 
 UNITS, CORRELATION = 6, 0.9
 SIGMAS = torch.tensor([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=torch.float64)

@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoar import world
-from videoar.flow import sigma_matrix, sigma_steps, unit_noise
-from videoar.model import ModelConfig, TextContext, VideoTransformer
-from videoar.objectives import FlowMatching, FlowMatchingConfig, TextToVideo
-from videoar.sampler import Sampler, SamplerConfig
-from videoar.text import TextEncoder, TextEncoderConfig
-from videoar.tokens import to_latents, to_tokens
-from videoar.units import Cells, Scheme, Units, Visible, box, token_mask
+from videoar.core.flow import sigma_matrix, sigma_steps, unit_noise
+from videoar.core.loss import FlowMatchingConfig
+from videoar.core.sampler import Sampler, SamplerConfig
+from videoar.core.schemes import Cells, Scheme, box
+from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
+from videoar.core.units import Units, Visible, token_mask
+from videoar.data import world
+from videoar.encoders.text_encoder import TextEncoder, TextEncoderConfig
+from videoar.training.objectives import FlowMatching, TextToVideo
 
 MODEL = ModelConfig(
     latent_channels=3,

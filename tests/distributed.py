@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from tiny import tiny_pipeline
 
-from videoar.data import LatentsInfo, ShardWriter
-from videoar.distillation import DistillationConfig
-from videoar.optim import OptimizerConfig
-from videoar.students import DistillTask
-from videoar.train import TrainConfig, train
+from videoar.data.latents import LatentsInfo, ShardWriter
+from videoar.training.distillation.stages import DistillationConfig
+from videoar.training.distillation.task import DistillTask
+from videoar.training.loop import TrainConfig, train
+from videoar.training.optimizer import OptimizerConfig
 
 
 def prepare(root: Path) -> Path:
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     root, out, steps, victim = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 
     if victim and os.environ["RANK"] == victim[0]:
-        from videoar.distillation import DistributionMatching
+        from videoar.training.distillation.stages import DistributionMatching
 
         loss = DistributionMatching.loss
 

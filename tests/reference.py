@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from videoar.flow import unit_noise
-from videoar.model import ModelConfig, Output, TextContext, VideoTransformer
-from videoar.units import Unit, Units
+from videoar.core.flow import unit_noise
+from videoar.core.transformer import ModelConfig, Output, TextContext, VideoTransformer
+from videoar.core.units import Unit, Units
 
 
 @dataclass(frozen=True, kw_only=True)

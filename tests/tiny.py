@@ -2,10 +2,11 @@
 
 import torch
 
-from videoar.codecs import TinyCodec, TinyCodecConfig
-from videoar.model import ModelConfig, VideoTransformer
-from videoar.pipeline import Sampling, VideoPipeline
-from videoar.text import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.core.transformer import ModelConfig, VideoTransformer
+from videoar.encoders.text_encoder import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
+from videoar.generation.config import Sampling
+from videoar.generation.pipeline import VideoPipeline
 
 CODEC = TinyCodecConfig(
     latent_channels=4,

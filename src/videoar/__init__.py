@@ -9,5 +9,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the pipeline when it is asked for, so that `videoar --help` does without torch."""
     if name == "VideoPipeline":
-        return importlib.import_module("videoar.pipeline").VideoPipeline
+        return importlib.import_module("videoar.generation.pipeline").VideoPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

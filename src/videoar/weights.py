@@ -1,19 +1,214 @@
-"""Foreign files of weights: safetensors, pickles of torch, shards, and what is wrapped around them.
+"""Tensors and configs of files, and modules that take them over; ours and foreign ones.
 
 Files are mapped into memory, so a tensor costs nothing until it is used. Pickles are read with
-`weights_only=True`: code in them is refused, not run.
+`weights_only=True`: code in them is refused, not run. Nothing here knows which modules there are.
 """
 
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
 import pickle
+import re
+import typing
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from videoar.checkpoint import read_json, read_safetensors
+META = "videoar.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+AGAIN = "copy or download the checkpoint again"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of a checkpoint; call it to write it into a folder."""
+
+    module: nn.Module
+    """Its state dict is what is saved."""
+    config: Any
+    """A frozen dataclass from which the module can be built again."""
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of further files and their text, such as `tokenizer.json`."""
+
+    def __call__(self, folder: Path) -> None:
+        fields = {"class": type(self.module).__name__, **dataclasses.asdict(self.config)}
+        save_weights(folder / WEIGHTS, self.module.state_dict(), fields)
+        for name, content in self.texts.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+
+def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors, which must not share memory, and their `config.json` beside them."""
+    # Serialise first: a config that is no JSON must not leave half a component.
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Loaded tensors are a view of their file, so a file is replaced and never written over.
+    partial = file.with_name(f"{file.name}.partial")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, file)
+    (file.parent / CONFIG).write_text(text, encoding="utf-8")
+
+
+def load_component(
+    folder: Path,
+    classes: Mapping[str, tuple[type[ModuleT], type]],
+    *,
+    device: torch.device | str = "cpu",
+) -> ModuleT:
+    """Build what a `Component` wrote, with the weights in the precision they have there.
+
+    `classes` gives the module class and its config class for each class name that may occur.
+    """
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    for file in (config, weights):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
+    values = read_json(config)
+    name = values.pop("class", None)
+    if name not in classes:
+        known = ", ".join(sorted(classes))
+        raise ValueError(f"{config} names class {name!r}; only {known} fits here")
+    module_class, config_class = classes[name]
+    module = build_empty(module_class, build_config(config_class, values, file=config))
+    assign_weights(module, read_safetensors(weights, device=device), file=weights)
+    return module
+
+
+def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read a file; on the CPU its tensors are views of the mapped file and cost no memory."""
+    try:
+        return load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is truncated or damaged "
+            f"({error}); copy or download it again"
+        ) from error
+
+
+def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
+    """Build a module on the meta device: no memory is spent on values that weights replace."""
+    with torch.device("meta"), _NoInitialValues():
+        return module_class(config)
+
+
+def assign_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
+    """Make tensors those of a module, strictly and without a copy.
+
+    Raises:
+        ValueError: in one sentence, which are missing, unexpected or wrongly shaped.
+    """
+    wanted, kind = module.state_dict(), type(module).__name__
+    remedy = "configuration and weights must come from the same checkpoint"
+    wrong = []
+    if missing := [key for key in wanted if key not in weights]:
+        wrong.append(f"lacks {len(missing)} of the {len(wanted)} tensors of {kind}{_list(missing)}")
+    if unexpected := [key for key in weights if key not in wanted]:
+        wrong.append(f"has {len(unexpected)} that {kind} does not know{_list(unexpected)}")
+    if wrong:
+        raise ValueError(f"{file} {' and '.join(wrong)}; {remedy}")
+    for key, tensor in wanted.items():
+        needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
+        if shape != needed:
+            raise ValueError(
+                f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
+            )
+    module.load_state_dict(weights, strict=True, assign=True)
+    for buffer, tensor in module.named_buffers():
+        assert not tensor.is_meta, f"buffer {buffer} is not saved: compute it in forward"
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Skip `torch.nn.init`: on meta tensors it imports the compiler, 1.5 s of every start."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = kwargs or {}
+        draws = func in (torch.Tensor.normal_, torch.Tensor.uniform_)
+        if draws or getattr(func, "__module__", "") == "torch.nn.init":
+            return values["tensor"] if "tensor" in values else args[0]
+        return func(*args, **values)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ValueError(f"{file} is not JSON ({error}); {AGAIN}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {AGAIN}")
+    return values
+
+
+def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
+    """Build a config, nested ones included, from what JSON made of it."""
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(
+            f"{file} has a field {unknown[0]!r}, but {config_class.__name__} knows only "
+            f"{', '.join(fields)}; remove it or update VideoAR"
+        )
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(
+                f"{file} lacks the field {name!r}, which {config_class.__name__} needs; {AGAIN}"
+            )
+    hints = typing.get_type_hints(config_class)
+    given = {k: _from_json(value, hints[k], name=k, file=file) for k, value in values.items()}
+    try:
+        return config_class(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not make a {config_class.__name__}: {error}") from error
+
+
+def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
+    """Give a JSON value the type of its field; lists become tuples, as frozen configs hold."""
+    if isinstance(value, dict):
+        for choice in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(choice) and isinstance(choice, type):
+                return build_config(choice, value, file=file)
+    if isinstance(value, list):
+        return tuple(_from_json(item, None, name=name, file=file) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (int, float, bool, str) and type(value) is not hint:
+        raise ValueError(
+            f"{file} gives {name} the value {value!r} where {hint.__name__} is needed; correct it"
+        )
+    return value
+
+
+def _list(keys: list[str]) -> str:
+    """Write keys in brackets, those of several layers as one."""
+    alike: dict[str, list[str]] = {}
+    for key in keys:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key, count=1), []).append(key)
+    counted = [f"{name!r} x {len(k)}" if k[1:] else repr(k[0]) for name, k in alike.items()]
+    return f" ({', '.join(counted)})"
+
+
+def library(name: str) -> Any:
+    """Import what the extra `wan` installs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"Wan's codec and text encoder need {name.partition('.')[0]} ({error}); "
+            "run `pip install 'videoar[wan]'`"
+        ) from error
+
 
 Weights = dict[str, Tensor]
 # What trainers wrap around the weights; where there are several, the first is what is used.
@@ -108,3 +303,38 @@ def unwrap(
             f"choose one with {file}#ENTRY"
         )
     return tensors, path
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a precision that models can run in; None stays None."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if name is not None and dtype not in DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ValueError(f"a model cannot run in {name}: choose the dtype {known}")
+    return dtype
+
+
+def offload(model: nn.Module, blocks: nn.Module, device: torch.device | str) -> None:
+    """Keep the matrices of `blocks` on the host; each visits `device` while it is used.
+
+    A pass then waits for its weights, but the device holds one of them at a time.
+    """
+    inside = [part for part in blocks.modules() if isinstance(part, nn.Linear)]
+    host = {id(part): dict(part.named_parameters()) for part in inside}
+    for part in set(model.modules()) - set(inside):
+        for name, parameter in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(parameter.data.to(device))
+
+    def visit(layer: nn.Module, _: Any) -> None:
+        for name, parameter in host[id(layer)].items():
+            layer._parameters[name] = nn.Parameter(parameter.to(device, non_blocking=True))
+
+    def leave(layer: nn.Module, *_: Any) -> None:
+        layer._parameters.update(host[id(layer)])
+
+    for layer in inside:
+        layer.register_forward_pre_hook(visit)
+        layer.register_forward_hook(leave)

@@ -1,0 +1,158 @@
+"""Checkpoints written in another format, with every tensor accounted for."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from videoar.checkpoints import wan
+from videoar.checkpoints.checkpoint import Origin, save_checkpoint, surroundings
+from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, Found, renamed
+from videoar.core.transformer import ModelConfig
+from videoar.encoders import umt5, wan_codec
+from videoar.files import replaced_folder
+from videoar.weights import (
+    CONFIG,
+    Component,
+    Weights,
+    as_dtype,
+    read_json,
+    save_weights,
+)
+
+
+def wan_names(weights: Weights) -> Weights:
+    """Rename from ours to the original's; the inverse of `our_names`."""
+    top, block = ({new: old for old, new in table.items()} for table in (TOP, BLOCK))
+    return renamed(weights, top, block)
+
+
+def plain(found: Found) -> Weights:
+    """Return what can be written for others.
+
+    Raises:
+        ValueError: the model has learnt what only VideoAR can run.
+    """
+    fields, default = asdict(found.config), asdict(ModelConfig())
+    names = ("prediction", "rope_theta")
+    own = [f"{name} {fields[name]}" for name in names if fields[name] != default[name]]
+    weights = dict(found.weights)
+    if weights.pop("scale_embedding.weight").any():
+        own.append("a trained scale embedding")
+    if own:
+        raise ValueError(
+            f"{found.file} has {' and '.join(own)}, which no other program runs; write it with "
+            "--format videoar"
+        )
+    return weights
+
+
+def save_diffusers(folder: Path, found: Found) -> None:
+    """Write `transformer/` of a diffusers folder."""
+    fields, patch = asdict(found.config), found.config.patch
+    config = {"_class_name": "WanTransformer3DModel", **FIXED}
+    config |= {theirs: fields[ours] for theirs, ours in FIELDS.items()}
+    config |= {"out_channels": config["in_channels"], "patch_size": [1, patch, patch]}
+    save_weights(folder / FILE, plain(found), config)
+
+
+def save_wan(folder: Path, found: Found) -> None:
+    """Write a folder under the original's names."""
+    fields, channels = asdict(found.config), found.config.latent_channels
+    same = ("eps", "ffn_dim", "freq_dim", "num_heads", "num_layers")
+    config = {"_class_name": "WanModel", "model_type": "t2v", "dim": found.config.hidden_size}
+    config |= {"in_dim": channels, "out_dim": channels, "text_len": 512}
+    config |= {name: fields[name] for name in same}
+    save_weights(folder / FILE, wan_names(plain(found)), config)
+
+
+Format = Literal["videoar", "diffusers", "wan"]
+
+
+def convert(
+    origin: Origin,
+    target: Path,
+    *,
+    format: Format,
+    preset: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a checkpoint in another format; without `dtype` every tensor keeps its bits.
+
+    Where there is no codec or text encoder, the target has none either.
+
+    Returns:
+        What was written, in sentences.
+    """
+    found = origin.transformer()
+    if dtype is not None:
+        found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
+    parts = {} if format == "wan" else surroundings(origin.home)
+    if format == "videoar":
+        origin.check_preset(found, preset)
+    sampling = origin.sampling(preset)
+    report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
+    if format == "videoar":
+        transformer = Component(module=found.build(), config=found.config)
+        components: dict[str, Any] = {"transformer": transformer}
+        if "codec" in parts:
+            components["codec"] = Component(module=parts["codec"], config=parts["codec"].config)
+        if "text" in parts:
+            components["text"] = parts["text"].save
+        meta = {**origin.meta, "origin": found.format, "sampling": sampling}
+        save_checkpoint(target, components, meta, overwrite=overwrite)
+    elif format == "diffusers":
+        with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
+            _write_diffusers(folder, found, parts, shift=sampling["shift"], home=origin.home)
+    else:
+        with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
+            save_wan(folder, found)
+    names = ", ".join(["transformer", *parts])
+    return [*report, f"{target}: {format}, {names}; every tensor was matched"]
+
+
+def _write_diffusers(
+    folder: Path, found: Found, parts: Mapping[str, Any], *, shift: float, home: Path
+) -> None:
+    """Write a folder that diffusers' `WanPipeline` loads, as far as there are its parts."""
+    save_diffusers(folder / "transformer", found)
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.42.1",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    scheduler = {"_class_name": index["scheduler"][1], "num_train_timesteps": 1000, "shift": shift}
+    codec, text = parts.get("codec"), parts.get("text")
+    for part, kind in ((codec, wan_codec.WanCodec), (text, umt5.UMT5PromptEncoder)):
+        if part is not None and not isinstance(part, kind):
+            raise ValueError(
+                f"{home} has a {type(part).__name__}, which diffusers does not know; write it with "
+                "--format videoar"
+            )
+    if isinstance(codec, wan_codec.WanCodec):
+        index["vae"] = ["diffusers", "AutoencoderKLWan"]
+        stated = {"_class_name": "AutoencoderKLWan", **asdict(codec.config)}
+        save_weights(folder / "vae" / wan.FILE, codec.vae.state_dict(), stated)
+    if isinstance(text, umt5.UMT5PromptEncoder):
+        text.save(folder, encoder="text_encoder")
+        index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
+        stated = read_json(text.tokenizer / "tokenizer_config.json")
+        index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
+    written: dict[str, dict[str, Any]] = {"model_index.json": index}
+    if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
+        shutil.copytree(home / "scheduler", folder / "scheduler")
+        index |= {key: read_json(stated)[key] for key in ("tokenizer", "scheduler")}
+    else:
+        (folder / "scheduler").mkdir()
+        written["scheduler/scheduler_config.json"] = scheduler
+    for name, values in written.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,326 @@
+"""Checkpoints of the Wan family, whatever their names, and how each family is sampled.
+
+Everything becomes a dictionary of tensors under our names, which are those of diffusers.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videoar.core.transformer import ModelConfig, VideoTransformer
+from videoar.encoders.codec import Codec
+from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
+from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
+from videoar.weights import (
+    CONFIG,
+    META,
+    Weights,
+    assign_weights,
+    build_config,
+    build_empty,
+    library,
+    read_file,
+    read_json,
+    read_weights,
+    split_entry,
+    unwrap,
+)
+
+FILE = "diffusion_pytorch_model.safetensors"
+# Put before and between names by FSDP, activation checkpointing, torch.compile and DDP.
+INFIXES = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|transformer)\.)+")
+# Original names and ours, of the model and of a block. The norms 2 and 3 change places.
+TOP = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+ATTENTION |= {"norm_q": "norm_q", "norm_k": "norm_k"}
+BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm2": "norm3",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+} | {
+    f"{theirs}.{part}": f"{ours}.{new}"
+    for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for part, new in ATTENTION.items()
+}
+# These stay in float32 when the rest is narrower, as in diffusers and in the original.
+KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+LORA = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.[\w-]+)?\.weight|alpha)")
+SIDES = {"down": "A", "up": "B"}
+# diffusers' config.json, by the fields of ours. What else it holds must have these values.
+FIELDS = {
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "in_channels": "latent_channels",
+} | {name: name for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
+FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
+
+
+# What else is published beside transformers, by a part of its names.
+OTHERS = {
+    "lora_A": "holds low-rank updates: pass it as --lora, beside the file of its base model",
+    "decoder.": "holds a codec: pass it as --codec, beside a transformer",
+    "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A transformer as it lies on disk."""
+
+    weights: Weights
+    """In our names; mapped, so not yet in memory."""
+    config: ModelConfig
+    file: Path
+    format: str
+    """What it was, in words."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights["proj_out.weight"].dtype
+
+    def build(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> VideoTransformer:
+        """Build the model; without `dtype` the tensors keep their bits."""
+        module, placed = build_empty(VideoTransformer, self.config), {}
+        for name, tensor in self.weights.items():
+            wide = dtype is not None and KEEP & set(name.split("."))
+            placed[name] = tensor.to(device, torch.float32 if wide else dtype)
+        assign_weights(module, placed, file=self.file)
+        return module
+
+
+def stated_head_dim(folder: Path) -> int | None:
+    """Read the size of the heads from the config of a folder of any format."""
+    for file in (folder / "transformer" / CONFIG, folder / CONFIG):
+        if file.is_file():
+            stated = read_json(file)
+            if "dim" in stated and "num_heads" in stated:
+                return stated["dim"] // stated["num_heads"]
+            return stated.get("attention_head_dim", stated.get("head_dim"))
+    return None
+
+
+def read_foreign(source: Path, head_dim: int | None) -> Found:
+    """Read a transformer under other names: a folder or a file, whatever is wrapped around it."""
+    source, entry = split_entry(source)
+    if source.is_dir() and not any(source.glob("*.json")) and not any(source.glob("*.safe*")):
+        raise ValueError(
+            f"{source} has no {META}, no model_index.json and no weights, so it is no checkpoint; "
+            "pass one that has them"
+        )
+    if (source / "transformer_2").is_dir():
+        raise ValueError(
+            f"{source} has a second transformer, as Wan 2.2 has for high noise, and only one can "
+            "be run; use a model of Wan 2.1"
+        )
+    folder = source / "transformer" if (source / "model_index.json").is_file() else source
+    stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    weights, wrappers = unwrap(read_file(folder), entry=entry, file=folder)
+    for part, says in OTHERS.items():
+        if any(part in key for key in weights):
+            raise ValueError(f"{folder} {says}")
+    weights, names = our_names(weights)
+    config = _config_of(weights, stated, stated_head_dim(folder) or head_dim, file=folder)
+    if "scale_embedding.weight" not in weights:  # ours alone; zero changes nothing
+        like = next(iter(weights.values()))
+        weights["scale_embedding.weight"] = like.new_zeros(config.num_levels, config.hidden_size)
+    words = f"{names} names" + "".join(f", entry {name}" for name in wrappers)
+    found = Found(weights, config, folder, f"{words}, {'folder' if folder.is_dir() else 'file'}")
+    assign_weights(build_empty(VideoTransformer, config), dict(weights), file=folder)
+    return found
+
+
+def our_names(weights: Weights) -> tuple[Weights, str]:
+    """Rename the tensors of any family; say which names they had."""
+    bare = {INFIXES.sub("", key): tensor for key, tensor in weights.items()}
+    if averaged := {key: value for key, value in bare.items() if key.startswith("net_ema.")}:
+        bare = averaged
+    bare = {PREFIXES.sub("", key): tensor for key, tensor in bare.items()}
+    patch = bare.get("patch_embedding.weight")
+    if patch is not None and patch.ndim == 2:  # rCM; Wan's patches have 1 x 2 x 2 latent pixels
+        bare["patch_embedding.weight"] = patch.unflatten(1, (-1, 1, 2, 2))
+    if not any(".self_attn." in key for key in bare):
+        return bare, "diffusers"
+    return renamed(bare, TOP, BLOCK), "original Wan"
+
+
+def renamed(weights: Weights, top: Mapping[str, str], block: Mapping[str, str]) -> Weights:
+    """Give tensors other names: by one table those of a block, by another the rest."""
+    renamed = {}
+    for key, tensor in weights.items():
+        match = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", key)
+        assert match is not None
+        prefix, stem, suffix = (part or "" for part in match.groups())
+        renamed[prefix + (block if prefix else top).get(stem, stem) + suffix] = tensor
+    return renamed
+
+
+def merge_lora(weights: Weights, lora: Weights, *, file: Path) -> Weights:
+    """Return weights with low-rank updates added: `W + alpha / rank * B A`, in float32.
+
+    Without `alpha` in the file it is the rank, as in LongLive.
+    """
+    parts: dict[str, Weights] = {}
+    wrong = []
+    for key, tensor in lora.items():
+        if match := LORA.fullmatch(key):
+            part = match[2] or "alpha"
+            parts.setdefault(f"{match[1]}.weight", {})[SIDES.get(part, part)] = tensor
+        else:
+            wrong.append(key)
+    renamed = our_names({key: torch.empty(0) for key in parts})[0]
+    updates = dict(zip(renamed, parts.values(), strict=True))
+    wrong += [key for key, v in updates.items() if key not in weights or not {"A", "B"} <= {*v}]
+    if wrong or not updates:
+        raise ValueError(
+            f"{file} is no LoRA of this model: it has {len(wrong)} tensors that do not belong to "
+            f"it, such as {wrong[0] if wrong else 'none at all'!r}; use one that was trained on it"
+        )
+    merged = dict(weights)
+    for key, update in updates.items():
+        down, up = update["A"].float(), update["B"].float()
+        scale = float(update["alpha"]) / len(down) if "alpha" in update else 1.0
+        if (up.shape[0], down.shape[1]) != weights[key].shape or up.shape[1] != len(down):
+            raise ValueError(
+                f"{file} updates {key!r} by {tuple(up.shape)} x {tuple(down.shape)}, but its shape "
+                f"is {tuple(weights[key].shape)}; use a LoRA of this model"
+            )
+        merged[key] = (weights[key].float() + scale * (up @ down)).to(weights[key].dtype)
+    return merged
+
+
+def _config_of(
+    weights: Weights, stated: Mapping[str, Any], head_dim: int | None, *, file: Path
+) -> ModelConfig:
+    """Read sizes from the config if there is one, and from the shapes of the weights if not."""
+    if "num_attention_heads" in stated:
+        for name, value in FIXED.items():
+            if stated.get(name, value) != value:
+                raise ValueError(
+                    f"{file}/config.json gives {name} {stated[name]!r}, but only {value!r} can be "
+                    "run; use a text-to-video model of Wan 2.1"
+                )
+        fields = {ours: stated[name] for name, ours in FIELDS.items() if name in stated}
+        patch = stated.get("patch_size", [1, 2, 2])
+        if not isinstance(patch, list) or patch != [1, *2 * patch[1:2]]:
+            raise ValueError(
+                f"{file}/config.json gives patch_size {patch!r}, but only one frame and a square "
+                "of it, such as [1, 2, 2], can be run; use a text-to-video model of Wan 2.1"
+            )
+        return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / CONFIG)
+    head_dim = head_dim or 128
+    if (bias := weights.get("patch_embedding.bias")) is not None and len(bias) % head_dim:
+        raise ValueError(
+            f"{file} has {len(bias)} channels, which are no whole number of heads of {head_dim}; "
+            "pass the folder of its base model, whose config states the heads, as --base"
+        )
+    try:
+        size, channels, _, patch, _ = weights["patch_embedding.weight"].shape
+        embedder = "condition_embedder.{}_embedder.linear_1.weight"
+        return ModelConfig(
+            latent_channels=channels,
+            patch=patch,
+            num_layers=len({k.split(".")[1] for k in weights if k.startswith("blocks.")}),
+            num_heads=max(1, size // head_dim),
+            head_dim=head_dim,
+            ffn_dim=len(weights["blocks.0.ffn.net.0.proj.weight"]),
+            text_dim=weights[embedder.format("text")].shape[1],
+            freq_dim=weights[embedder.format("time")].shape[1],
+        )
+    except (KeyError, ValueError):  # no transformer of Wan: the lists of names will say so
+        return ModelConfig()
+
+
+# Where the codec lies: in a folder of diffusers, of the original.
+CODECS = ("vae", "*VAE*.pth")
+_ALL = {"height": 480, "width": 832, "fps": 16, "sink_frames": 0}
+_WHOLE = {"units": "full", "window_frames": None}
+_FEW = _ALL | {
+    "units": "chunk:3",
+    "num_inference_steps": 4,
+    "shift": 5.0,
+    "step": "renoise",
+    "guidance_scale": 1.0,
+    "context_noise": 0.0,
+    "window_frames": 21,
+}
+# How each family was trained to be sampled: fields of `pipeline.Sampling`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "wan": _ALL | _WHOLE | {"num_inference_steps": 50, "shift": 3.0, "guidance_scale": 5.0},
+    "self-forcing": _FEW,
+    # The timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8.
+    "causvid": _FEW | {"num_inference_steps": 3, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522, 0.0)},
+    "longlive": _FEW | {"window_frames": 12, "sink_frames": 3, "moving_sinks": False},
+    "causal-forcing": _FEW,
+    "causal-forcing-frame": _FEW | {"units": "frame"},
+    # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1; it begins at sigma_max 80, so at 0.988.
+    "rcm": _FEW | _WHOLE | {"sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0)},
+}
+
+
+def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
+    """Return how a family is sampled, or else plain Wan with the shift of a folder's scheduler."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"no preset is called {preset!r}: use one of {', '.join(PRESETS)}")
+    if preset is not None:
+        return dict(PRESETS[preset])
+    file = folder / "scheduler" / "scheduler_config.json"
+    stated = read_json(file) if file.is_file() else {}
+    shifts = (stated.get("flow_shift"), stated.get("shift"), PRESETS["wan"]["shift"])
+    shift = next(value for value in shifts if isinstance(value, float | int) and value > 0)
+    return PRESETS["wan"] | {"shift": float(shift)}
+
+
+def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
+    """Load a codec: a Wan folder, or a file of the original or of TAEHV (`taew2_1`)."""
+    if source.is_dir():
+        found = next((path for place in CODECS for path in sorted(source.glob(place))), None)
+        if found is None:
+            raise ValueError(
+                f"{source} has no codec; pass a Wan folder with `vae/` or `Wan2.1_VAE.pth` as "
+                "--base, or a codec as --codec"
+            )
+        source = found
+    weights = {key: tensor.to(device) for key, tensor in read_weights(source).items()}
+    if "decoder.22.weight" in weights:
+        codec: Codec = build_empty(TinyCodec, TinyCodecConfig())
+        assign_weights(codec, weights, file=source)
+        return codec
+    config = _codec_config(source / CONFIG) if source.is_dir() else WanCodecConfig()
+    if {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
+        dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
+        config = replace(config, base_dim=dim, z_dim=channels)
+        names = library("diffusers.loaders.single_file_utils")
+        weights = names.convert_wan_vae_to_diffusers(weights)
+    codec = build_empty(WanCodec, config)
+    assign_weights(codec, {f"vae.{key}": weights[key] for key in weights}, file=source)
+    return codec
+
+
+def _codec_config(file: Path) -> WanCodecConfig:
+    """Read the config of diffusers; what ours does not know must be as in Wan 2.1."""
+    stated = read_json(file)
+    for name in ("is_residual", "patch_size"):
+        if stated.get(name):
+            raise ValueError(
+                f"{file} gives {name} {stated[name]!r}, as the codec of Wan 2.2 has it, which is "
+                "not supported; use the one of Wan 2.1"
+            )
+    names = {field.name for field in fields(WanCodecConfig)} & stated.keys()
+    return build_config(WanCodecConfig, {name: stated[name] for name in names}, file=file)

@@ -1,0 +1,46 @@
+"""Words of a command line become a dataclass of options, or one sentence. No torch."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
+
+from videoar.checks import hint
+
+
+def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
+    """Read options into a dataclass; tyro's boxes become sentences."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            options, unknown = tyro.cli(
+                kind,
+                args=words,
+                prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = (line.strip(" │") for line in box.getvalue().splitlines()[1:-1])
+        text = re.split(r" ?(?:─{3,}|Got errors:)", " ".join(filter(None, lines)))[0].rstrip(".")
+        text = re.sub(r"^Error parsing \w+: ", "", text)
+        raise ValueError(f"{text} (see `{prog} --help`)") from stop
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0])
+        close = hint(name.partition("=")[0].replace("_", "-"), _names(default or kind))
+        raise ValueError(f"unknown option {name!r}{close} (see `{prog} --help`)")
+    return options
+
+
+def _names(options: Any, prefix: str = "--") -> Iterator[str]:
+    """Yield the options of a dataclass, those of nested ones after a dot."""
+    for field in dataclasses.fields(options):
+        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name, None)
+        yield from _names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]

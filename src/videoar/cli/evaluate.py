@@ -1,0 +1,20 @@
+"""`videoar evaluate`, `videoar compare` and `videoar bench`."""
+
+from videoar.cli.progress import say
+from videoar.evaluation import compare as comparison
+from videoar.evaluation import heldout, options, speed, study
+
+
+def evaluate(args: options.Evaluate) -> None:
+    """Measure faithfulness and drift, or reconstruction and loss on videos."""
+    say(study.run(args, say) if args.data is None else heldout.run(args, say))
+
+
+def compare(args: options.Compare) -> None:
+    """Judge checkpoints beside each other."""
+    say(comparison.run(args, say))
+
+
+def bench(args: options.Bench) -> None:
+    """Measure speed and memory."""
+    say(speed.run(args, say))

@@ -1,0 +1,185 @@
+"""The options of every command, and how they are read. No torch: help must be instant."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from videoar.checks import check_positive
+from videoar.core.schemes import KINDS
+from videoar.evaluation.options import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What may be said of a checkpoint beside its name: see docs/wan.md."""
+
+    base: str | None = None
+    """Folder or Hugging Face repository with the codec and text encoder, for files of weights."""
+    lora: Path | None = None
+    """File of low-rank updates to merge."""
+    preset: str | None = None
+    """Family whose settings are the defaults: wan, rcm, self-forcing, causvid, longlive, ..."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision; as it is stored by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Weights):
+    """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
+
+    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    """What to show."""
+    units: str | None = None
+    """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
+    image: Path | None = None
+    """Picture to begin with."""
+    video: Path | None = None
+    """Video to go on from; its frames come first in the result."""
+    keep: float | None = None
+    """Seconds of it to go on after; all by default."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """How a picture or video of another shape is brought to the model's size."""
+    seconds: float | None = None
+    """Length of the video, what is kept included; by default 4 more than that."""
+    num_frames: int | None = None
+    """Length in frames, instead of seconds."""
+    seed: int = 0
+    """Seed of the noise; the same seed gives the same video."""
+    out: Path = Path("video.mp4")
+    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet)."""
+    model: str = "toy"
+    """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
+    codec: str | None = None
+    """Another codec: a checkpoint, or a file such as taew2_1.pth."""
+    height: int | None = None
+    """Rows of pixels."""
+    width: int | None = None
+    """Columns of pixels."""
+    device: str = "cpu"
+    """Where to compute, such as cuda."""
+    offload: bool = False
+    """Keep transformer and text encoder on the host, but for the layer that computes."""
+    num_inference_steps: int | None = None
+    """Denoising steps per unit."""
+    shift: float | None = None
+    """Shift of the noise levels towards noise."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 for none, which is twice as fast."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    window: int | Literal["all"] | None = None
+    """Latent frames that a unit may read, the sinks included."""
+    sink: int | None = None
+    """First latent frames that stay readable for ever."""
+    lag: int | None = None
+    """Steps between the starts of two units; the number of steps is one after the other."""
+    threads: int | None = None
+    """CPU threads."""
+    report: Path | None = None
+    """JSON file for the figures that are printed at the end."""
+    force: bool = False
+    """Replace the file if it exists."""
+
+    def __post_init__(self) -> None:
+        names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
+        check_positive(self, *names, "height", "width")
+        if self.seconds is not None and self.num_frames is not None:
+            raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+        if self.image is not None and self.video is not None:
+            raise ValueError(
+                "--image and --video both say how the video begins: choose one of them"
+            )
+        if self.keep is not None and self.video is None:
+            raise ValueError("--keep says how much of --video comes first: name a video too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe, or go on with its run: `videoar train RECIPE --help` shows all its fields."""
+
+    recipe: Positional[Annotated[str | None, arg(metavar="RECIPE")]] = None
+    """A name, or package.module:function; fields of its configuration follow: --steps 100."""
+    list: bool = False
+    """List the recipes."""
+    export: bool = False
+    """Write the checkpoint of a run that is not finished, and train no further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Train):
+    """Distil a teacher into few steps: as `train`, for the recipes that do this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Weights):
+    """Write a checkpoint in another format, with every tensor accounted for."""
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """Checkpoint of any format; FILE#ENTRY picks an entry of a file."""
+    target: Positional[Annotated[Path, arg(metavar="TARGET")]]
+    """Folder to write."""
+    format: Literal["videoar", "diffusers", "wan"] = "videoar"
+    """Ours, that of diffusers, or the transformer alone under the names of the original."""
+    force: bool = False
+    """Replace the folder if it is a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(Weights):
+    """Say what a checkpoint is, how it was trained, and what memory it needs."""
+
+    checkpoint: Positional[Checkpoint]
+    """A bundled name, a folder, a file, or a Hugging Face repository."""
+    seconds: float = 60.0
+    """Length of the video to forecast."""
+    window: int | None = None
+    """Latent frames that a unit may read; the checkpoint's own by default."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seconds", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawUnits:
+    """Print how schemes cut a lattice into units, and draw it."""
+
+    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
+    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
+    frames: int = 8
+    """Latent frames of the lattice."""
+    height: int = 4
+    """Rows of tokens."""
+    width: int = 4
+    """Columns of tokens."""
+    window: int | None = None
+    """Latent frames that a unit may read; all by default."""
+    sink: int = 0
+    """First latent frames that stay readable for ever."""
+    steps: int = 4
+    """Denoising steps per unit."""
+    out: Path | None = None
+    """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
+    force: bool = False
+    """Replace files that exist."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps")
+        if not self.schemes:
+            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Generate a minute of video, and one prompt under all five kinds of unit."""
+
+    out: Path = Path("demo")
+    """Folder; the files of an earlier demo in it are replaced."""
+    model: str = "toy"
+    """Checkpoint: a bundled name or a folder."""
+    seconds: float = 60.0
+    """Length of the long video."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seconds")

@@ -1,0 +1,25 @@
+"""`videoar prepare`."""
+
+import shlex
+import sys
+
+from videoar.cli.progress import Progress, say
+from videoar.data import options
+from videoar.data import prepare as preparation
+
+
+def prepare(args: options.Prepare) -> None:
+    """Prepare videos."""
+    with Progress(sys.stdout, every=10.0) as show:
+        statistics = preparation.run(args, show)
+    say(
+        "{clips} clips to train on and {held_out_clips} held out, {seconds:.0f} s, of {used} of"
+        " {videos} videos".format(**statistics)
+    )
+    if statistics["held_out_clips"] < 2:
+        say("`evaluate --data` needs 2 clips held out: add videos, or raise --held-out")
+    for reason, count in statistics["rejected"].items():
+        say(f"  {count} x {reason}")
+    say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
+    words = ("--data.path", str(args.latents), "--task.init", args.codec)
+    say(f"videoar train finetune {shlex.join(words)}")

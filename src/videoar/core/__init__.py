@@ -1,0 +1,1 @@
+"""The idea: a partition of tokens, and what is written once against it."""

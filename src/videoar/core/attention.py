@@ -1,0 +1,158 @@
+"""Rotary positions over coordinates, and `attend`: the one seam for attention kernels."""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from videoar.core.units import token_mask
+
+
+@cache
+def _frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Angular frequencies per axis; t takes what h and w leave (Wan: 44, 42, 42 of 128 dims)."""
+    side = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * side, side, side)
+    t, h, w = (theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for d in dims)
+    return t, h, w
+
+
+def rope_table(
+    coords: Float[Tensor, "*tokens 4"], *, head_dim: int, theta: float
+) -> Float[Tensor, "2 *tokens pairs"]:
+    """Cosines and sines for coordinates (t, h, w, level); the level takes no part.
+
+    Angles are formed in float64: positions have no upper limit, as a table would impose. (Su et
+    al. 2021, arXiv:2104.09864, split over three axes.)
+    """
+    frequencies = [f.to(coords.device) for f in _frequencies(head_dim, theta)]
+    parts = [coords[..., axis, None].double() * f for axis, f in enumerate(frequencies)]
+    angles = torch.cat(parts, dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(
+    x: Float[Tensor, "*batch tokens head_dim"], table: Float[Tensor, "2 #tokens pairs"]
+) -> Float[Tensor, "*batch tokens head_dim"]:
+    """Rotate interleaved pairs (2i, 2i+1). Rotations compose, so cached keys can be moved again."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A mask of few large units: runs of queries, and the runs of keys that each of them reads.
+
+    Every run is one call of a kernel that sees no mask, so what is not read costs nothing.
+    """
+
+    queries: tuple[slice, ...]
+    keys: tuple[tuple[slice, ...], ...]
+
+    @classmethod
+    def of(cls, visible: Bool[Tensor, "readers reads"], reader: Tensor, read: Tensor) -> "Spans":
+        """Cut `token_mask(visible, reader, read)` into runs."""
+        readers, queries = _runs(reader)
+        reads, keys = _runs(read)
+        spans = []
+        for row in visible[readers][:, reads].tolist():
+            pairs = itertools.groupby(zip(keys, row, strict=True), lambda pair: pair[1])
+            joined = [[key for key, _ in group] for found, group in pairs if found]
+            spans.append(tuple(slice(run[0].start, run[-1].stop) for run in joined))
+        return cls(tuple(queries), tuple(spans))
+
+
+Mask = Bool[Tensor, "queries keys"] | Spans | BlockMask
+"""Who reads whom, in one of three forms: see `attention_mask`."""
+SMALLEST_RUN = 32  # queries; with fewer, one call with a dense mask is as fast on a CPU
+LARGEST_DENSE = 2**24  # entries; a clip of Wan and its clean copies have 4 * 10^9
+
+
+def attention_mask(
+    visible: Bool[Tensor, "readers reads"],
+    reader: Int[Tensor, " queries"],
+    read: Int[Tensor, " keys"],
+    *,
+    device: torch.device | str,
+) -> Mask | None:
+    """Return `token_mask(visible, reader, read)` in the form that is fast; None if all is read.
+
+    Spans for few large units (those of one pass of the sampler, and a clip on a CPU), a block mask
+    for large masks on CUDA, else a dense one.
+    """
+    if visible.all():
+        return None
+    device = torch.device(device)
+    num_runs = len(torch.unique_consecutive(reader))
+    if len(reader) >= SMALLEST_RUN * num_runs and (num_runs <= 2 or device.type == "cpu"):
+        return Spans.of(visible, reader, read)
+    if len(reader) * len(read) > LARGEST_DENSE and device.type == "cuda":
+        return block_mask(visible, reader, read, device=device)
+    return token_mask(visible, reader, read).to(device)
+
+
+def _runs(unit: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], list[slice]]:
+    """Return the unit of every run of equal units, and where the run lies."""
+    units, sizes = torch.unique_consecutive(unit, return_counts=True)
+    ends = [0, *sizes.cumsum(0).tolist()]
+    return units, [slice(*ends) for ends in itertools.pairwise(ends)]
+
+
+def block_mask(
+    visible: Bool[Tensor, "readers reads"],
+    reader: Int[Tensor, " queries"],
+    read: Int[Tensor, " keys"],
+    *,
+    device: torch.device | str,
+) -> BlockMask:
+    """The block-sparse form of `token_mask(visible, reader, read)` for FlexAttention."""
+    visible, reader, read = (part.to(device) for part in (visible, reader, read))
+
+    def mask_mod(batch, head, query, key):
+        return visible[reader[query], read[key]]
+
+    return create_block_mask(mask_mod, None, None, len(reader), len(read), device=device)
+
+
+def attend(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads keys head_dim"],
+    value: Float[Tensor, "batch heads keys head_dim"],
+    mask: Mask | None = None,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """Softmax attention.
+
+    A dense mask and spans run on SDPA, a block mask on FlexAttention (CUDA), none on the fastest
+    kernel that SDPA finds. There is no silent change of backend.
+    """
+    if isinstance(mask, BlockMask):
+        return _compiled_flex()(query, key, value, block_mask=mask)
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # In training on a CPU the bfloat16 kernel's backward takes twice as long as the float32
+        # one.
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float(), mask)
+    if not isinstance(mask, Spans):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    parts = []
+    for rows, spans in zip(mask.queries, mask.keys, strict=True):
+        seen = _at(key, spans), _at(value, spans)
+        parts.append(F.scaled_dot_product_attention(query[:, :, rows], seen[0], seen[1]))
+    return torch.cat(parts, dim=2)
+
+
+def _at(x: Tensor, spans: tuple[slice, ...]) -> Tensor:
+    """Return the tokens of some spans; those of one without a copy."""
+    return x[:, :, spans[0]] if len(spans) == 1 else torch.cat([x[:, :, s] for s in spans], dim=2)
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)

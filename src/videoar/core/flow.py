@@ -1,0 +1,123 @@
+"""The flow-matching conventions, stated once.
+
+    sigma in [0, 1], 1 is pure noise
+    x        = (1 - sigma) * clean + sigma * noise
+    velocity = noise - clean
+    clean    = x - sigma * velocity
+
+(rectified flow, Liu et al. 2022, arXiv:2209.03003; the signs of SD3, FLUX and Wan.) Sampling is a
+matrix of sigmas, rows x waves of units; `level` evaluates it, for a clip as for an endless stream.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Move sigmas towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
+    """The falling sigmas of one unit: 1 first, 0 last, `num_inference_steps + 1` values.
+
+    Raises:
+        ValueError: fewer than one step, or a shift that is not a positive number.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}: use 1 or more.")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift is {shift}: use a number above 0, such as 3.0.")
+    grid = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    return tuple(shifted(grid, shift).tolist())
+
+
+def level(row: int, wave: int, *, steps: int, lag: int) -> int:
+    """Index into the sigmas of a wave before row `row`: `clamp(row - lag * wave, 0, steps)`.
+
+    `lag = steps` is autoregressive, `0 < lag < steps` pipelined, `lag = 0` full sequence.
+    """
+    return max(0, min(row - lag * wave, steps))
+
+
+def sigma_matrix(
+    sigmas: tuple[float, ...], waves: Int[Tensor, " units"], *, lag: int
+) -> Float[Tensor, "rows units"]:
+    """All of sampling as a table: every unit's noise level before each row, and after the last."""
+    steps = len(sigmas) - 1
+    rows = torch.arange(lag * int(waves.max()) + steps + 1)[:, None]
+    return torch.tensor(sigmas)[(rows - lag * waves[None, :]).clamp(0, steps)]
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """Mix clean data with noise; sigma broadcasts against them."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
+    """The regression target of a flow-matching model."""
+    return noise - clean
+
+
+def clean_of(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """Estimate the clean data from a noisy sample and its velocity."""
+    return x - sigma * velocity
+
+
+def euler_step(
+    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
+) -> Tensor:
+    """Follow the probability-flow ODE; `noise` is not used."""
+    return x + (next_sigma - sigma) * velocity
+
+
+def renoise_step(
+    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
+) -> Tensor:
+    """Predict the clean data and noise it again with fresh noise: for distilled models.
+
+    Consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm 1.
+    """
+    return add_noise(clean_of(x, velocity, sigma), noise, next_sigma)
+
+
+def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: float) -> Tensor:
+    """Draw training sigmas, uniform before the shift."""
+    return shifted(torch.rand(shape, generator=generator, device=generator.device), shift)
+
+
+def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
+    """The random numbers of one unit: a function of (seed, unit, draw) alone.
+
+    So a stream equals the offline run bit for bit, and can go on from a file.
+
+    Args:
+        seed: the user's seed.
+        unit: index of the unit in its stream.
+        draw: 0 for the starting noise, r for the fresh noise of step r.
+    """
+    state = 0
+    # splitmix64 (Steele et al. 2014): seeds that are close give unrelated streams.
+    for value in (seed, unit, draw):
+        state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state)
+
+
+def unit_noise(
+    seeds: tuple[int, ...], unit: int, shape: tuple[int, ...], *, draw: int = 0
+) -> Float[Tensor, "batch tokens features"]:
+    """Standard normal noise of one unit for a batch of seeds; the same bits on every device."""
+    return torch.stack(
+        [torch.randn(shape, generator=unit_generator(seed, unit, draw)) for seed in seeds]
+    )
+
+
+STEPS = {"euler": euler_step, "renoise": renoise_step}

@@ -1,0 +1,331 @@
+"""Sampling: one generator for clips, batches, endless streams and training rollouts.
+
+All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units
+whose level moves run through the model, together with the units that reached 0 in the row before:
+their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
+i+1.
+
+What is known from the start, such as a picture to begin with, takes part in the same walk. A unit
+that is known whole is clean from the row in which it would start, so its rows are left out but for
+its commit. In one that is known in part, the known tokens stay clean beside the noisy ones and the
+model is told so: noised like the others they say little at high sigmas, where few steps decide all
+(19 against 23 dB in the frames after a picture, `docs/image-and-video.md`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from videoar.core.attention import Mask, attention_mask, rope_table
+from videoar.core.cache import KVCache
+from videoar.core.flow import add_noise, euler_step, level, unit_noise
+from videoar.core.tokens import Known
+from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
+from videoar.core.units import Unit, Units, Visible
+
+Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
+"""(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How units are generated."""
+
+    sigmas: tuple[float, ...]
+    """Falling noise levels of one unit, from 1 to 0: `flow.sigma_steps`."""
+    lag: int | None = None
+    """Rows between the starts of successive waves; None: one wave after the other. Less than the
+    number of steps is pipelined and needs a model trained with noisy context; 0 is full
+    sequence."""
+    visible: Visible = field(default_factory=Visible)
+    """What a unit may read."""
+    context_noise: float = 0.0
+    """Noise level at which finished units are written to the cache."""
+    moving_sinks: bool = True
+    """Whether sinks follow the window, so that no distance is longer than in training."""
+    step: Step = euler_step
+    """How a noise level is left."""
+
+    def __post_init__(self):
+        falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
+        if len(self.sigmas) < 2 or not falling or (self.sigmas[0], self.sigmas[-1]) != (1, 0):
+            raise ValueError(f"sigmas must fall from 1 to 0, got {self.sigmas}: see sigma_steps.")
+        if self.lag is not None and not 0 <= self.lag <= self.num_steps:
+            raise ValueError(f"lag is {self.lag}: use 0 to {self.num_steps}, the number of steps.")
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise is {self.context_noise}: use 0 to below 1.")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit that reached sigma 0."""
+
+    unit: Unit
+    tokens: Float[Tensor, "batch tokens features"]
+    before: Float[Tensor, "batch tokens features"] | None
+    """They before the last step, at the last sigma above 0; None if that was not here."""
+
+
+class Sampler:
+    """A generation in progress; iterate over it to get units as they finish.
+
+    Its state (`state_dict`) is the cache, the units in flight, and how far it is.
+
+    Args:
+        network: the model, or a wrapper of it.
+        units: the partition, of a clip or an endless stream.
+        text: from `VideoTransformer.encode_text`.
+        config: see `SamplerConfig`.
+        seeds: of the noise, one per video.
+        known: what is given, by unit: see `tokens.known_tokens`.
+        noise: the starting noise of a clip, tokens in unit order; None: drawn from the seeds.
+        device: where the network is.
+        dtype: of the tokens.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        units: Units,
+        text: TextContext,
+        config: SamplerConfig,
+        *,
+        seeds: Sequence[int],
+        known: Mapping[int, Known] = MappingProxyType({}),
+        noise: Float[Tensor, "batch tokens features"] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.network, self.units, self.text, self.config = network, units, text, config
+        self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
+        self._noise = None if noise is None else noise.split(list(units.sizes), dim=1)
+        self.known = {
+            index: Known(part.held.to(device), part.tokens.to(device, dtype))
+            for index, part in known.items()
+        }
+        self.whole = {index for index, part in known.items() if part.held.all()}
+        """Units that are known whole."""
+        self.lag = config.num_steps if config.lag is None else config.lag
+        if self.lag == 0 and units.count is None:
+            raise ValueError(
+                "With lag 0 all units start at once, which an endless stream cannot: "
+                "use a lag of 1 or more, or give a number of frames."
+            )
+        self.cache = KVCache()
+        self.row = 0
+        self.entered = 0
+        """Units that have started."""
+        self.delivered = 0
+        """Units that have been handed out."""
+        self.active: dict[int, Tensor] = {}
+        """Tokens of the units in flight, the finished but uncommitted ones included."""
+        self._before: dict[int, Tensor] = {}
+        self._mask_of: tuple[tuple[int, ...], Mask | None] | None = None
+        self.passes = 0
+        """Forward passes so far."""
+
+    def __iter__(self) -> Iterator[Finished]:
+        yield from self._deliver()
+        while self._enter() or self._moving():
+            self._advance()
+            yield from self._deliver()
+
+    def _deliver(self) -> Iterator[Finished]:
+        """Hand out finished units, in order.
+
+        Who stops or saves between two units of a wave gets the rest later.
+        """
+        while self.delivered in self.active:
+            index = self.delivered
+            if self._shown(index) < self.config.num_steps:
+                return
+            self.delivered += 1
+            yield Finished(self.units.at(index), self.active[index], self._before.get(index))
+
+    def _level(self, index: int, row: int) -> int:
+        wave = self.units.wave_of(index)
+        return level(row, wave, steps=self.config.num_steps, lag=self.lag)
+
+    def _shown(self, index: int) -> int:
+        """The level at which a unit is before this row; a known one does not wait for its turn."""
+        return self.config.num_steps if index in self.whole else self._level(index, self.row)
+
+    def _moving(self) -> bool:
+        steps = self.config.num_steps
+        return any(self._level(index, self.row) < steps for index in self.active)
+
+    def _enter(self) -> bool:
+        """Start the units whose level first moves in this row; say whether there were any."""
+        before = self.entered
+        while self.units.count is None or self.entered < self.units.count:
+            unit = self.units.at(self.entered)
+            if unit.wave * self.lag > self.row:
+                break
+            shape = (len(unit.cells), self.network.config.token_dim)
+            given = None if self._noise is None else self._noise[unit.index]
+            noise = unit_noise(self.seeds, unit.index, shape) if given is None else given
+            noise = noise.to(self.device, self.dtype)
+            self.active[unit.index] = self._hold(unit.index, noise)
+            self.entered += 1
+        return self.entered > before
+
+    def _advance(self) -> None:
+        """Run one row, unless all in flight are known and none is due for the cache."""
+        group = [self.units.at(index) for index in sorted(self.active)]
+        levels = [self._level(unit.index, self.row) for unit in group]
+        steps = self.config.num_steps
+        if steps in levels or not self.whole.issuperset(self.active):
+            output = self._forward(group, [self._shown(unit.index) for unit in group])
+            velocities = output.velocity.split([len(unit.cells) for unit in group], dim=1)
+            for unit, at, velocity in zip(group, levels, velocities, strict=True):
+                if at == steps:
+                    del self.active[unit.index]
+                    self._before.pop(unit.index, None)
+                elif unit.index not in self.whole:
+                    self.active[unit.index] = self._step(unit.index, at, velocity)
+            self._commit(group, levels, output)
+        self.row += 1
+
+    def _step(self, index: int, at: int, velocity: Tensor) -> Tensor:
+        """Return the tokens of a unit at the level after `at`."""
+        x, config = self.active[index], self.config
+        if at == config.num_steps - 1:
+            self._before[index] = x
+        sigma, after = config.sigmas[at], config.sigmas[at + 1]
+        fresh = x
+        if 0 < after and config.step is not euler_step:
+            noise = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=at + 1)
+            fresh = noise.to(x)
+        return self._hold(index, config.step(x, velocity, sigma, after, fresh))
+
+    def _hold(self, index: int, tokens: Tensor) -> Tensor:
+        """Put in what is known of a unit."""
+        known = self.known.get(index)
+        return tokens if known is None else torch.where(known.held[:, None], known.tokens, tokens)
+
+    def _forward(self, group: list[Unit], levels: list[int]) -> Output:
+        config, device = self.config, self.device
+        self._place_sinks(group[-1].index)
+        tokens, sigmas, rows = [], [], []
+        for unit, at in zip(group, levels, strict=True):
+            x, sigma = self.active[unit.index], config.sigmas[at]
+            if at == config.num_steps and config.context_noise:
+                sigma = config.context_noise
+                noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=at + 1)
+                x = add_noise(x, noise.to(x), sigma)
+            tokens.append(x)
+            rows.append(torch.full((len(unit.cells),), len(sigmas), device=device))
+            sigmas.append(sigma)
+            if unit.index in self.known and at < config.num_steps:
+                rows[-1][self.known[unit.index].held] = len(sigmas)
+                sigmas.append(0.0)
+        self.passes += 1
+        return self.network(
+            torch.cat(tokens, dim=1),
+            coords=torch.cat([unit.coords for unit in group]).to(device),
+            sigma=torch.tensor([sigmas], device=device).expand(len(self.seeds), -1),
+            unit=torch.cat(rows),
+            text=self.text,
+            mask=self._mask(group),
+            cache=self.cache,
+        )
+
+    def _mask(self, group: list[Unit]) -> Mask | None:
+        """What tokens of this pass may read: cached tokens, then each other. None: everything."""
+        key = (self.cache.version, *(unit.index for unit in group))
+        if self._mask_of is None or self._mask_of[0] != key:
+            cached, inverse = torch.unique(self.cache.unit, return_inverse=True)
+            index = torch.cat([cached, torch.tensor([unit.index for unit in group])])
+            wave = torch.tensor([self.units.wave_of(i) for i in index.tolist()])
+            visible = self.config.visible.matrix(index, wave)[len(cached) :]
+            sizes = torch.tensor([len(unit.cells) for unit in group])
+            row = torch.repeat_interleave(torch.arange(len(group)), sizes)
+            reads = torch.cat([inverse, len(cached) + row])
+            self._mask_of = key, attention_mask(visible, row, reads, device=self.device)
+        return self._mask_of[1]
+
+    def _place_sinks(self, newest: int) -> None:
+        """Let the window move on while the sinks stay right before it, as they were in training."""
+        visible = self.config.visible
+        if not (self.config.moving_sinks and visible.sink and visible.window):
+            return
+        if newest - visible.window < visible.sink:
+            return
+        window = range(newest - visible.window + 1, newest + 1)
+        shift = min(self.units.start_of(index) for index in window) - self._sink_frames
+        if shift > 0:
+            model = self.network.config
+            coords = torch.tensor([[float(shift), 0, 0, 0]], device=self.device)
+            table = rope_table(coords, head_dim=model.head_dim, theta=model.rope_theta)
+            self.cache.place_sinks(visible.sink, table)
+
+    @cached_property
+    def _sink_frames(self) -> int:
+        """Latent frames that the sinks reach into."""
+        sinks = (self.units.at(index) for index in range(self.config.visible.sink))
+        return 1 + max(cell[0] for unit in sinks for cell in unit.cells)
+
+    def _commit(self, group: list[Unit], levels: list[int], output: Output) -> None:
+        """Write the units that were clean in this pass to the cache, and drop what nobody reads."""
+        oldest = min(self.active, default=self.entered)  # what it cannot read, no later unit can
+        visible = self.config.visible
+        cached = torch.unique(self.cache.unit).tolist()
+        self.cache.evict([i for i in cached if visible.expired(i, oldest)])
+        clean = [
+            at == self.config.num_steps and not visible.expired(unit.index, oldest)
+            for unit, at in zip(group, levels, strict=True)
+        ]
+        if not any(clean):
+            return
+        sizes = torch.tensor([len(unit.cells) for unit in group])
+        slots = torch.repeat_interleave(torch.tensor(clean), sizes).nonzero()[:, 0]
+        unit = torch.repeat_interleave(torch.tensor([unit.index for unit in group]), sizes)
+        update = [(k[:, :, slots], v[:, :, slots]) for k, v in output.key_values]
+        self.cache.commit(update, unit[slots])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that are enough to go on in another process."""
+        state = {f"cache.{name}": value for name, value in self.cache.state_dict().items()}
+        state |= {f"active.{index}": value for index, value in self.active.items()}
+        position = [self.row, self.entered, self.delivered, self.passes]
+        return state | {"position": torch.tensor(position)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where the sampler that gave `state` stood, on whatever device that was."""
+        self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
+        self._mask_of = None
+
+        def part(prefix: str) -> Iterator[tuple[str, Tensor]]:
+            """Yield what is kept under a prefix; floats on the device, but in their own dtype."""
+            for name, value in state.items():
+                if name.startswith(prefix):
+                    place = self.device if value.is_floating_point() else "cpu"
+                    yield name.removeprefix(prefix), value.to(place)
+
+        self.cache.load_state_dict(dict(part("cache.")))
+        self.active = {int(index): x.to(self.dtype) for index, x in part("active.")}
+
+
+class Guided:
+    """Classifier-free guidance around a network (Ho and Salimans 2022, arXiv:2207.12598).
+
+    The cache and the text hold the conditional batch followed by the unconditional one.
+    """
+
+    def __init__(self, network: VideoTransformer, scale: float):
+        self.network, self.scale, self.config = network, scale, network.config
+
+    def __call__(self, tokens: Tensor, *, sigma: Tensor, **inputs) -> Output:
+        output = self.network(torch.cat([tokens] * 2), sigma=torch.cat([sigma] * 2), **inputs)
+        conditional, unconditional = output.velocity.chunk(2)
+        velocity = unconditional + self.scale * (conditional - unconditional)
+        return Output(velocity, output.key_values)

@@ -1,0 +1,158 @@
+"""Schemes: how a segment of the token lattice is cut into units, and their names. No torch.
+
+A new scheme is a frozen dataclass with `frames` and `segment`: see `docs/extending.md`. Nothing
+but this file and the recipes knows which schemes there are.
+"""
+
+import difflib
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Cells = tuple[tuple[int, int, int, int], ...]
+"""The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
+by 2**level in height and width. The video is read from level 0, the lattice itself."""
+
+ORDERS = ("raster", "snake", "wavefront")
+MAX_LEVELS = 5
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """How one segment of a lattice is cut into units."""
+
+    frames: int | None
+    """Latent frames per segment; None if the whole clip is one segment."""
+
+    @abstractmethod
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        """Cut a segment of `frames x height x width` cells into waves of units.
+
+        There are `self.frames` frames, or fewer at the end of a clip. Waves come in order of
+        generation; a wave lists the units that are generated side by side, most often one. Every
+        cell of level 0 stands in exactly one unit.
+        """
+
+
+@dataclass(frozen=True)
+class Blocks(Scheme):
+    """Blocks of `t x h x w` cells: frames, chunks of frames, cubes, and the whole clip.
+
+    Sizes that do not divide the lattice leave smaller blocks at its border; None spans it.
+    """
+
+    frames: int | None = 1
+    h: int | None = None
+    w: int | None = None
+    order: str = "raster"
+
+    def __post_init__(self):
+        for size in (self.frames, self.h, self.w):
+            if size is not None and size < 1:
+                raise ValueError(f"A block needs sizes of 1 or more, got {size}: raise it.")
+        if self.order not in ORDERS:
+            raise ValueError(f"Unknown order {self.order!r}: use one of {', '.join(ORDERS)}.")
+
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        rows, columns = (
+            [range(start, min(start + step, size)) for start in range(0, size, step)]
+            for size, step in ((height, self.h or height), (width, self.w or width))
+        )
+        places = list(itertools.product(range(len(rows)), range(len(columns))))
+        if self.order == "snake":
+            places.sort(key=lambda place: (place[0], place[1] * (-1) ** place[0]))
+        waves = [[place] for place in places]
+        if self.order == "wavefront":
+            diagonals = itertools.groupby(sorted(places, key=sum), key=sum)
+            waves = [list(diagonal) for _, diagonal in diagonals]
+        return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
+
+
+@dataclass(frozen=True)
+class KeyDetail(Scheme):
+    """A key frame first, then the frames before it, as a video codec does with its B-frames.
+
+    The key is the *last* frame of its segment: then all segments are alike, and the details are
+    interpolated between the key of the segment before and their own.
+    """
+
+    frames: int = 4
+
+    def __post_init__(self):
+        if self.frames < 2:
+            raise ValueError(
+                f"key-detail needs segments of >= 2 latent frames, got {self.frames}: use frame."
+            )
+
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        h, w = range(height), range(width)
+        details = box(range(frames - 1), h, w)
+        return [[box(range(frames - 1, frames), h, w)], *([[details]] if details else [])]
+
+
+@dataclass(frozen=True)
+class Pyramid(Scheme):
+    """Multiscale refinement: the segment's latents pooled by each factor, coarse to fine."""
+
+    frames: int = 2
+    factors: tuple[int, ...] = (4, 2, 1)
+
+    def __post_init__(self):
+        shrinking = all(a > b for a, b in itertools.pairwise(self.factors))
+        powers = all(f > 0 and f & (f - 1) == 0 for f in self.factors)
+        ends = self.factors and self.factors[-1] == 1 and self.factors[0] < 2**MAX_LEVELS
+        if not (ends and shrinking and powers) or self.frames < 1:
+            raise ValueError(
+                f"multiscale needs falling powers of two from below {2**MAX_LEVELS} to 1 and >= 1 "
+                f"frames, got {self.factors} and {self.frames}: use for example multiscale:4,2,1."
+            )
+
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        levels = {factor.bit_length() - 1: factor for factor in self.factors}
+        grids = {n: (range(-(-height // f)), range(-(-width // f))) for n, f in levels.items()}
+        return [[box(range(frames), *grid, level=n)] for n, grid in grids.items()]
+
+
+def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
+    """All cells of a box, in raster order."""
+    return tuple((*cell, level) for cell in itertools.product(t, h, w))
+
+
+# An example of each kind, how it is written, and what it builds.
+_KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
+    ("frame", r"frame", lambda: Blocks(1)),
+    ("chunk:3", r"chunk:(\d+)", lambda t: Blocks(int(t))),
+    ("key-detail:4", r"key-detail:(\d+)", lambda t: KeyDetail(int(t))),
+    (
+        "multiscale:4,2,1",
+        r"multiscale:(\d+(?:,\d+)*)(?:/frames=(\d+))?",
+        lambda factors, t: Pyramid(int(t or 2), tuple(map(int, factors.split(",")))),
+    ),
+    (
+        "cube:1x2x2",
+        r"cube:(\d+)x(\d+)x(\d+)(?:/([a-z]+))?",
+        lambda t, h, w, order: Blocks(int(t), int(h), int(w), order or "raster"),
+    ),
+    ("full", r"full", lambda: Blocks(None)),
+)
+
+
+def parse(text: str) -> Scheme:
+    """Read a scheme from its name, as `chunk:3`.
+
+    Others are `frame`, `key-detail:4`, `multiscale:4,2,1`, `cube:1x2x2`, `full`; options follow a
+    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`. Else raises ValueError.
+    """
+    if len(text) <= 100:
+        for _, pattern, build in _KINDS:
+            if match := re.fullmatch(pattern, text.strip()):
+                return build(*match.groups())
+    names = {example.partition(":")[0]: example for example, _, _ in _KINDS}
+    close = difflib.get_close_matches(re.split("[:/]", text[:100])[0], names, n=1)
+    hint = f" Did you mean {names[close[0]]}?" if close else ""
+    raise ValueError(f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{hint}")
+
+
+KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")

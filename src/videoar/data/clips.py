@@ -1,0 +1,191 @@
+"""What is made of one video: a file for each encoded clip, which are put together later.
+
+They are named after the key of the source: `KEY-000000.safetensors` and on, `KEY-000000.mkv` and on
+with the pixels if it is held out, and at last `KEY.json`. What has no `KEY.json` is made anew.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from videoar.checkpoints.checkpoint import load_codec
+from videoar.data import world
+from videoar.data.decode import Unusable, cut, duration, read
+from videoar.data.latents import LatentsInfo, ShardWriter
+from videoar.data.options import Prepare
+from videoar.data.sources import Source
+from videoar.data.video import Frames, VideoWriter
+from videoar.data.world import scene_of
+from videoar.encoders.codec import Codec, from_frames
+from videoar.files import write_json
+
+SHEET_EVERY, SHEET_SIDE = 64, 96
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An encoded clip."""
+
+    latents: Tensor
+    start: float
+    """Seconds from the start of the video."""
+    pixels: Path
+    """Its frames without loss, if the video is held out."""
+    shown: Tensor | None
+    """Some frames, small, of every 64th clip."""
+
+
+def begin(config: Prepare, work: Path) -> Callable[[Source, Callable[[Any], None]], None]:
+    """Load the codec, and return what makes the parts of a video."""
+    codec = load_codec(Path(config.codec), device=config.device)
+    return partial(make_parts, config=config, codec=codec, work=work)
+
+
+def make_parts(
+    source: Source, beat: Callable[[Any], None], *, config: Prepare, codec: Codec, work: Path
+) -> None:
+    """Decode, cut and encode one video, and write its parts.
+
+    The next clip is decoded while one is encoded, and no more than two are in memory.
+    """
+    stem, length, count, note = str(work / source.key), duration(source), 0, ""
+    held_out = os.path.exists(f"{stem}.heldout")
+    frames = read(
+        source,
+        fps=config.fps,
+        sizes=config.pixels or (),
+        scene_cut=config.scene_cut,
+        max_seconds=config.max_seconds,
+        picture_fps=config.picture_fps,
+    )
+    stride = config.stride or max(config.num_frames)
+    clips = cut(frames, lengths=config.num_frames, stride=stride)
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        waiting = ahead.submit(next, clips, None)
+        try:
+            while (clip := waiting.result()) is not None:
+                waiting = ahead.submit(next, clips, None)
+                start, pixels = clip
+                tensors = {"latents": _encode(codec, pixels, config.device, beat)}
+                if count % SHEET_EVERY == 0:
+                    tensors["sheet"] = torch.from_numpy(_triple(pixels))
+                about = {"start": json.dumps(round(start, 6))}
+                save_file(tensors, f"{stem}-{count:06d}.safetensors", about)
+                if held_out:
+                    path = Path(f"{stem}-{count:06d}.mkv")
+                    with VideoWriter(path, fps=config.fps, overwrite=True) as writer:
+                        writer.write(pixels)
+                count += 1
+                beat(min(1.0, start / length) if length else 0.0)
+        except Unusable as reason:
+            note = str(reason)
+    if not count and not note:
+        shortest = f"{min(config.num_frames)} frames at {config.fps:g} per second"
+        note = f"shorter than a clip: no scene has {shortest}"
+    write_json(Path(f"{stem}.json"), {"clips": count, "note": note})
+
+
+@torch.no_grad()
+def _encode(codec: Codec, pixels: Frames, device: str, beat: Callable[[Any], None]) -> Tensor:
+    """Encode a clip as the codec does, and say after every latent frame that it goes on."""
+    video, memory, latents = from_frames(pixels)[None].to(device), None, list[Tensor]()
+    for group in codec.pad(video).split(codec.stride[0], dim=1):
+        latent, memory = codec.encode_step(group, memory)
+        latents.append(latent[0].to("cpu", torch.float16))
+        beat(None)
+    return torch.cat(latents)
+
+
+def _triple(pixels: Frames) -> UInt8[np.ndarray, "3 side side 3"]:
+    """Return the first, middle and last frame of a clip, small, for the contact sheet."""
+    chosen = pixels[[0, len(pixels) // 2, -1]]
+    side = (SHEET_SIDE, SHEET_SIDE)
+    return np.stack([np.asarray(ImageOps.pad(Image.fromarray(x), side)) for x in chosen])
+
+
+def read_done(source: Source, work: Path) -> dict[str, Any]:
+    """Return the number of clips of a video, and a note on what is not used."""
+    return json.loads((work / f"{source.key}.json").read_text(encoding="utf-8"))
+
+
+def read_parts(source: Source, work: Path) -> Iterator[Clip]:
+    """Yield the clips of a video in order."""
+    for number in range(read_done(source, work)["clips"]):
+        path = work / f"{source.key}-{number:06d}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            shown = file.get_tensor("sheet") if "sheet" in file.keys() else None
+            start = json.loads(file.metadata()["start"])
+            yield Clip(file.get_tensor("latents"), start, path.with_suffix(".mkv"), shown)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A video of the world as the generator sees it."""
+
+    latents: Float[Tensor, "frames channels height width"]
+    captions: list[str]
+    scene: world.Scene
+
+
+def encode_scenes(
+    codec: Codec, indices: Sequence[int], *, num_latents: int, seed: int, dtype: torch.dtype
+) -> Iterator[Encoded]:
+    """Render scenes from a random moment on, and encode them in batches of 16."""
+    num_frames = 1 + codec.stride[0] * (num_latents - 1)
+    for first in range(0, len(indices), 16):
+        scenes = [scene_of(index, seed=seed) for index in indices[first : first + 16]]
+        clips = [
+            world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
+            for scene, rng in scenes
+        ]
+        # Half the time in bfloat16, and what is lost is below the precision in which shards store.
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            latents = codec.encode(from_frames(np.stack(clips))).float()
+        for (scene, rng), latent in zip(scenes, latents, strict=True):
+            yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
+
+
+def encode_world(
+    codec: Codec,
+    folder: Path,
+    *,
+    num_videos: int,
+    num_latents: int,
+    seed: int,
+    dtype: torch.dtype,
+    report: Callable[[str], None],
+) -> None:
+    """Keep the latents and captions of the world's first videos in a new folder."""
+    info = LatentsInfo(
+        codec=codec.fingerprint(), channels=codec.latent_channels, stride=codec.stride, fps=16.0
+    )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    started = time.perf_counter()
+    with ShardWriter(partial, info=info) as writer:
+        how = {"num_latents": num_latents, "seed": seed, "dtype": dtype}
+        videos = encode_scenes(codec, range(num_videos), **how)
+        for done, video in enumerate(videos):
+            if done and done % 512 == 0:
+                rate = done / (time.perf_counter() - started)
+                left = timedelta(seconds=round((num_videos - done) / rate))
+                report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
+            extra = {"scene": video.scene.to_json()}
+            writer.add(video.latents, captions=video.captions, extra=extra)
+    partial.rename(folder)

@@ -1,0 +1,329 @@
+"""What a source shows: frames at one rate and size, upright, one after the other.
+
+Nothing here keeps a whole video or knows of latents.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageOps
+
+from videoar.data.sources import Source
+from videoar.data.video import Frames, Picture
+
+# Playlists name other files and addresses, and a text may pass for a film: neither is opened.
+DEMUXERS = "mov,matroska,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg"
+MIN_SIDE, MAX_PIXELS = 16, 2**26
+MIN_KEPT = 0.25  # share of the picture that a crop must leave
+# To shrink, means over areas alias as little as the bicubic filter and take half the time. Without
+# the flag everything grey comes out darker by up to 2 of 255 levels.
+SHRINK = Interpolation.AREA | Interpolation.FULL_CHR_H_INT
+ENLARGE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+UNTAGGED = 2  # FFmpeg's number of the unspecified colour matrix
+MAX_GAP = 10  # seconds; what timestamps skip beyond that was never filmed
+ROUNDING = 1e-6  # of a frame: moments half-way between two frames fall to the same side
+
+
+class Unusable(ValueError):
+    """Why a source, or what is left of it, cannot be used; never a fault of the program."""
+
+
+class _Raw(NamedTuple):
+    """A frame as it is decoded; most are never looked at, so all else is found out later."""
+
+    time: float
+    duration: float
+    frame: av.VideoFrame
+    aspect: float
+    """Width of a sample on the screen, of its height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A frame at the wanted rate and size."""
+
+    time: float
+    """Seconds from the start of the source."""
+    picture: Picture
+    cut: bool
+    """Whether it does not go on from the frame before."""
+
+
+def read(
+    source: Source,
+    *,
+    fps: float,
+    sizes: Sequence[tuple[int, int]],
+    scene_cut: float | None = None,
+    max_seconds: float = math.inf,
+    picture_fps: float | None = None,
+) -> Iterator[Shown]:
+    """Yield the frames of a source at `fps`, in the size of nearest shape, cropped at the centre.
+
+    A frame of the result shows the source at its moment, by timestamps: the last frame that is at
+    most half a frame later.
+
+    Args:
+        source: What to read.
+        fps: Frames per second of the result.
+        sizes: Widths and heights to choose from.
+        scene_cut: Mean change of a pixel, of 1, that begins a new scene; None: only jumps of time.
+        max_seconds: What is later is not used.
+        picture_fps: Pictures of a sequence per second; `fps` by default.
+
+    Raises:
+        Unusable: what comes next cannot be used; frames before that are right.
+    """
+    if source.pictures:
+        raws = _sequence(source, _rate(picture_fps or fps))
+    elif source.name.lower().endswith(".webp"):
+        raws = _animation(source)
+    else:
+        raws = _decode(source)
+    size, last, picture, scaler = None, None, None, VideoReformatter()
+    for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
+        size = size or _choose(sizes, *_shape(raw))
+        if raw is not last:
+            before, picture = picture, _fit(raw, *size, scaler)
+            if scene_cut is not None and before is not None:
+                change = np.abs(picture.astype(np.int16) - before).mean() / 255
+                cut = cut or bool(change > scene_cut)
+        assert picture is not None
+        yield Shown(time=moment, picture=picture, cut=cut)
+        last = raw
+
+
+def _rate(fps: float) -> float:
+    return float(Fraction(fps).limit_denominator(1001))  # 23.976 is meant as 24000/1001
+
+
+def _resample(
+    raws: Iterator[_Raw], fps: float, max_seconds: float
+) -> Iterator[tuple[float, _Raw, bool]]:
+    """Yield moment, frame and whether time jumped, for every frame at the new rate."""
+    begin = start = 0.0  # of the source, and of what goes on without a jump
+    held, slot, count = None, 0, 0
+    for raw in itertools.chain(raws, [None]):
+        jump = held is None or raw is None or not -1 <= raw.time - held.time <= MAX_GAP
+        if raw is None and count < 2:
+            raise Unusable("a single frame" if count else "no frame that can be decoded")
+        if raw is not None and count and raw.time - begin > max_seconds:
+            raise Unusable(f"longer than {max_seconds:g} s: the rest is not used")
+        if held is not None:
+            end = held.time + min(held.duration, MAX_GAP) if jump else raw.time
+            until = max(slot, math.floor((end - start) * fps + 0.5 + ROUNDING))
+            for k in range(slot, until):
+                yield start - begin + k / fps, held, k == 0
+            slot = until
+        if jump and raw is not None:
+            start, slot = raw.time, 0
+            begin = begin if count else start
+        held, count = raw, count + 1
+
+
+def _shape(raw: _Raw) -> tuple[float, float]:
+    """Return the width and height of the upright picture on a screen with square pixels."""
+    width, height = raw.frame.width * raw.aspect, float(raw.frame.height)
+    return (height, width) if _turns(raw) % 2 else (width, height)
+
+
+def _turns(raw: _Raw) -> int:
+    """Return by how many quarters the picture is to be turned."""
+    return round(raw.frame.rotation / 90)
+
+
+def _choose(sizes: Sequence[tuple[int, int]], width: float, height: float) -> tuple[int, int]:
+    """Return the size whose shape is nearest, of which the crop leaves most."""
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(size[0] / size[1] / (width / height)))
+
+    best = min(sizes, key=distance)
+    if (kept := math.exp(-distance(best))) < MIN_KEPT:
+        raise Unusable(
+            f"absurd size: {width:.0f}x{height:.0f} cropped to the shape of"
+            f" {best[0]}x{best[1]} leaves {kept:.0%} of the picture"
+        )
+    return best
+
+
+def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Picture:
+    """Scale a frame so that it covers the size, and crop what stands over at both sides."""
+    frame, (wide, high) = raw.frame, _shape(raw)
+    scale = max(width / wide, height / high)
+    wide, high = max(width, round(wide * scale)), max(height, round(high * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    turns = _turns(raw)
+    columns, rows = (high, wide) if turns % 2 else (wide, high)
+    # Untagged videos are in the matrix of their time: BT.709 since there is HD.
+    hd = frame.colorspace == UNTAGGED and frame.height >= 720
+    matrix, flags = Colorspace.ITU709 if hd else None, SHRINK
+    if 1.5 * columns >= frame.width:
+        flags = ENLARGE
+    # Planes take half the time of packed pixels, and the result is the same.
+    small = scaler.reformat(frame, columns, rows, "gbrp", matrix, None, flags, threads=1)
+    return np.rot90(small.to_ndarray(), turns)[top : top + height, left : left + width]
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise if a picture is too small to show anything or too large to be read."""
+    if not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
+        raise Unusable(
+            f"absurd size: {width}x{height}, but sides of {MIN_SIDE} or more and at most"
+            f" {MAX_PIXELS / 1e6:.0f} million pixels are read"
+        )
+
+
+def _open(source: Source) -> Any:
+    path, end = source.path, source.offset + source.size
+    if source.offset:  # a member of a tar
+        path = f"subfile,,start,{source.offset},end,{end},,:{path}"
+    return av.open(path, options={"format_whitelist": DEMUXERS})
+
+
+def _decode(source: Source) -> Iterator[_Raw]:
+    """Yield the frames of a container."""
+    seconds = 0.0
+    try:
+        with _open(source) as container:
+            stream = _pictured(container)
+            step, unit = 1 / float(stream.average_rate or 25), float(stream.time_base)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            time, first = -step, None
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    if first is not None:
+                        raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
+                    continue  # a recording may begin between two key frames
+                time = time + step if frame.pts is None else frame.pts * unit
+                first = time if first is None else first
+                duration = frame.duration * unit or step
+                seconds = time + duration - first
+                check_size(frame.width, frame.height)
+                yield _Raw(time, duration, frame, aspect)
+            alone = len(container.streams) == 1  # else the length may be that of the sound
+            declared = (stream.duration or 0) * unit
+            declared = declared or (container.duration or 0) * alone / av.time_base
+            if seconds < 0.9 * declared - 1:
+                raise Unusable(f"cut short: it ends after {seconds:.1f} of {declared:.1f} s")
+    except av.FFmpegError as error:
+        after = f"damaged after {seconds:.1f} s" if seconds else "not a video, or damaged"
+        raise Unusable(f"{after} ({error.strerror})") from error
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror}") from error
+
+
+def _pictured(container: Any) -> Any:
+    """Return the stream of pictures, ready to be decoded."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise Unusable("audio only" if container.streams.audio else "not a video")
+    if streams[0].codec_context is None:
+        raise Unusable("its codec is not known")
+    check_size(streams[0].codec_context.width, streams[0].codec_context.height)
+    streams[0].codec_context.thread_count = 1  # one process per core decodes
+    return streams[0]
+
+
+def upright(image: Image.Image) -> Picture:
+    """Return a picture as viewers show it: turned as its camera says, transparency on black."""
+    check_size(*image.size)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would cut the upper half
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGBA")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(black, image).convert("RGB"))
+
+
+def _still(image: Image.Image, time: float, duration: float) -> _Raw:
+    return _Raw(time, duration, av.VideoFrame.from_ndarray(upright(image), "rgb24"), 1.0)
+
+
+@contextlib.contextmanager
+def readable(otherwise: str) -> Iterator[None]:
+    """Say what a picture is if it cannot be read."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Unusable(f"absurd size: above {MAX_PIXELS / 1e6:.0f} million pixels") from error
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
+        raise Unusable(f"{otherwise} ({error})") from error
+
+
+def _animation(source: Source) -> Iterator[_Raw]:
+    """Yield the frames of an animated WebP, which FFmpeg does not read."""
+    time = 0.0
+    with readable("damaged after 0.0 s"), open(source.path, "rb") as file:
+        file.seek(source.offset)
+        with Image.open(io.BytesIO(file.read(source.size))) as image:
+            for number in range(getattr(image, "n_frames", 1)):
+                with readable(f"damaged after {time:.1f} s"):
+                    image.seek(number)
+                    image.load()
+                    duration = (round(image.info.get("duration", 0)) or 100) / 1000
+                    yield _still(image, time, duration)
+                    time += duration
+
+
+def _sequence(source: Source, fps: float) -> Iterator[_Raw]:
+    """Yield the pictures of a folder in the order of their numbers."""
+
+    def numbers(name: str) -> list[tuple[int, int | str]]:
+        parts = re.findall(r"\d+|\D+", name)
+        return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+
+    for number, name in enumerate(sorted(source.pictures, key=numbers)):
+        with readable(f"damaged at {name}"), Image.open(os.path.join(source.path, name)) as image:
+            yield _still(image, number / fps, 1 / fps)
+
+
+def cut(
+    frames: Iterator[Shown], *, lengths: Sequence[int], stride: int
+) -> Iterator[tuple[float, Frames]]:
+    """Yield start and frames of clips: the longest length every `stride` frames of a scene.
+
+    What is left at the end of a scene gives one clip more if a shorter length fits.
+    """
+    longest, kept, skip = max(lengths), list[Shown](), 0
+
+    def clip(length: int) -> tuple[float, Frames]:
+        return kept[0].time, np.stack([frame.picture for frame in kept[:length]])
+
+    for frame in itertools.chain(frames, [None]):
+        if frame is None or frame.cut:
+            if fitting := [length for length in lengths if length <= len(kept)]:
+                yield clip(max(fitting))
+            kept, skip = [], 0
+        if frame is None:
+            return
+        if skip:
+            skip -= 1
+            continue
+        kept.append(frame)
+        if len(kept) == longest:
+            yield clip(longest)
+            kept, skip = kept[stride:], max(0, stride - longest)
+
+
+def duration(source: Source) -> float:
+    """Return the seconds that the header of a source promises; 0 if it does not say."""
+    try:
+        with _open(source) as container:
+            return (container.duration or 0) / av.time_base
+    except (av.FFmpegError, OSError):
+        return 0.0

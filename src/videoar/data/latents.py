@@ -1,0 +1,273 @@
+"""Datasets and batches: which samples come at which step, and latents kept in files.
+
+No training loop, no codec and no text encoder lives here.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from videoar.encoders.codec import Codec
+from videoar.files import write_json
+
+FORMAT, MAX_SHARD_BYTES = 1, 256 << 20
+EMPTY_TEXT = "empty-text.safetensors"
+"""The rows of the empty prompt, if rows are stored."""
+INFO_NAME = "latents.json"
+INDEX_NAME = "index.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What one must know of a folder of latents to train on it and to decode what comes out."""
+
+    codec: str
+    """Fingerprint of the codec that encoded the clips."""
+    channels: int
+    """Channels of a latent frame."""
+    stride: tuple[int, int, int]
+    """Pixels per latent along time, height and width."""
+    fps: float
+    """Pixel frames per second."""
+    mean: tuple[float, ...] = ()
+    """Of each channel over the folder; filled in by the writer."""
+    std: tuple[float, ...] = ()
+    """Of each channel over the folder; filled in by the writer."""
+    text: str | None = None
+    """Fingerprint of the encoder of the rows of text, if there are any."""
+
+
+class ShardWriter:
+    """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.
+
+    A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`,
+    and into `text` the rows of their captions if an encoder of text is too large to train with.
+    `latents.json` comes last: a folder without it is unfinished.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        info: LatentsInfo,
+        clips_per_shard: int = 1024,
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.info, self.dtype = folder, info, dtype
+        self.clips_per_shard = clips_per_shard
+        self._open: dict[torch.Size, list[tuple[dict[str, Tensor], dict[str, Any]]]] = {}
+        self._index: list[dict[str, Any]] = []
+        self._num_shards = 0
+        self._values_per_channel = 0
+        self._sums = torch.zeros(2, info.channels, dtype=torch.float64)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the folder, unless an error ends the writing."""
+        if kind is None:
+            self._close()
+
+    def add(
+        self,
+        latents: Float[Tensor, "frames channels height width"],
+        *,
+        captions: Sequence[str],
+        extra: dict[str, Any] | None = None,
+        text: Float[Tensor, "words text_channels"] | None = None,
+    ) -> None:
+        """Append one clip with its captions; `extra` is kept in the index as it is.
+
+        `text` are the rows of the caption, as many for every clip of a folder.
+        """
+        if latents.shape[1] != self.info.channels:
+            raise ValueError(
+                f"a clip has {latents.shape[1]} channels, but the folder holds clips of"
+                f" {self.info.channels}: encode it with the codec {self.info.codec}"
+            )
+        stored = latents.detach().to("cpu", self.dtype)
+        if not torch.isfinite(stored).all():
+            number = len(self._index) + sum(map(len, self._open.values()))
+            raise ValueError(
+                f"clip {number} is not finite as {self.dtype}, largest magnitude"
+                f" {latents.abs().max().item():g}: normalise the latents or store torch.bfloat16"
+            )
+        values = stored.double()
+        self._sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        self._values_per_channel += stored.numel() // self.info.channels
+        frames, _, height, width = stored.shape
+        line: dict[str, Any] = {"captions": list(captions)}
+        line |= {"frames": frames, "height": height, "width": width}
+        tensors = {"latents": stored}
+        if extra:
+            line["extra"] = extra
+        if text is not None:
+            tensors["text"] = text.to(self.dtype)
+        clips = self._open.setdefault(stored.shape, [])
+        clips.append((tensors, line))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if len(clips) >= min(self.clips_per_shard, max(1, MAX_SHARD_BYTES // size)):
+            self._flush(stored.shape)
+
+    def _flush(self, shape: torch.Size) -> None:
+        clips = self._open.pop(shape)
+        name = f"shard-{self._num_shards:05d}.safetensors"
+        stacked = {key: torch.stack([tensors[key] for tensors, _ in clips]) for key in clips[0][0]}
+        # `save_file` would let nobody else read it, whatever the umask.
+        (self.folder / name).write_bytes(save(stacked))
+        self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
+        self._num_shards += 1
+
+    def _close(self) -> None:
+        for shape in list(self._open):
+            self._flush(shape)
+        mean, square = self._sums / max(self._values_per_channel, 1)
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._index)
+        (self.folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
+        write_json(self.folder / INFO_NAME, {"format": FORMAT} | info)
+
+
+class LatentShards:
+    """A dataset of encoded clips, read from a folder that `ShardWriter` wrote.
+
+    Args:
+        folder: The folder.
+        tokenize: Turns captions into token ids; without it batches hold the captions themselves.
+        max_memory_bytes: Larger folders are not read into memory, but stay mapped files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenize: Callable[[list[str]], Int[Tensor, "batch words"]] | None = None,
+        max_memory_bytes: int = 2 << 30,
+    ) -> None:
+        self.folder, self.tokenize, self.info = folder, tokenize, read_info(folder)
+        self.clips = _read_index(folder / INDEX_NAME)
+        names = {clip["shard"] for clip in self.clips}
+        # Both a tensor and a slice of a mapped file return one clip when indexed by a row.
+        self._shards: dict[str, dict[str, Any]] = {n: _map_shard(folder / n) for n in names}
+        for clip in self.clips:
+            num_rows = self._shards[clip["shard"]]["latents"].get_shape()[0]
+            if not 0 <= clip["row"] < num_rows:
+                raise ValueError(
+                    f"{folder / INDEX_NAME} names row {clip['row']} of {clip['shard']}, which has"
+                    f" {num_rows} rows: prepare the latents again"
+                )
+        if sum((folder / name).stat().st_size for name in names) <= max_memory_bytes:
+            for name, shard in self._shards.items():
+                self._shards[name] = {key: rows[:] for key, rows in shard.items()}
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def kinds(self) -> Int[np.ndarray, " samples"]:
+        """A number for each clip, the same for clips of the same size."""
+        sizes = [[clip[side] for side in ("frames", "height", "width")] for clip in self.clips]
+        _, kinds = np.unique(np.array(sizes), axis=0, return_inverse=True)
+        return kinds.reshape(-1)
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        """Return `latents` (float32) with `text`: the rows that are stored, else token ids.
+
+        Without a tokenizer there are `captions` instead of ids. A clip with several captions shows
+        one of them, drawn anew each time.
+        """
+        clips = [self.clips[index] for index in indices]
+        places = [(self._shards[clip["shard"]], clip["row"]) for clip in clips]
+        rows = [shard["latents"][row] for shard, row in places]
+        sizes = {tuple(row.shape) for row in rows}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"a batch of {self.folder} mixes clips of {len(sizes)} sizes, as {min(sizes)} and"
+                f" {max(sizes)}: give the `kinds` of its clips to Batches"
+            )
+        captions = [clip["captions"][rng.integers(len(clip["captions"]))] for clip in clips]
+        latents = torch.stack(rows).float()
+        if "text" in places[0][0]:
+            text = torch.stack([shard["text"][row] for shard, row in places]).float()
+            return {"latents": latents, "text": text}
+        if self.tokenize is None:
+            return {"latents": latents, "captions": captions}
+        return {"latents": latents, "text": self.tokenize(captions)}
+
+
+def read_info(folder: Path) -> LatentsInfo:
+    """Return what a folder of latents says of itself."""
+    path = folder / INFO_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare the latents again, or name another folder")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    version = values.pop("format", None)
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, but {FORMAT} is read: prepare it again")
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return LatentsInfo(**(values | tuples))
+
+
+def _read_index(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare the latents again")
+    clips = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                clips.append(json.loads(line))
+                _ = clips[-1]["shard"], clips[-1]["row"], clips[-1]["captions"][0]
+            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} does not describe a clip with shard, row and"
+                    " captions: prepare the latents again"
+                ) from error
+    return clips
+
+
+def _map_shard(path: Path) -> dict[str, Any]:
+    try:
+        shard = safe_open(path, framework="pt")
+        return {key: shard.get_slice(key) for key in {"latents", *shard.keys()}}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"
+        ) from error
+
+
+def check_codec(latents: Path, codec: Codec, *, checkpoint: str | Path) -> LatentsInfo:
+    """Return what a folder of latents says of itself; raise if they are of another codec."""
+    info = read_info(latents)
+    theirs, ours = info.codec, codec.fingerprint()
+    if theirs != ours:
+        raise ValueError(
+            f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
+            f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
+        )
+    return info
+
+
+def read_held_out(
+    latents: Path, tokenize: Callable[[list[str]], Tensor] | None, *, limit: int = 32
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the first clips that a folder holds out, in batches of one size; none if it has not."""
+    if not (latents / "heldout").is_dir():
+        return
+    shards, rng = LatentShards(latents / "heldout", tokenize=tokenize), np.random.default_rng(0)
+    first = shards.kinds[:limit]
+    for kind in np.unique(first):
+        yield shards.get(np.nonzero(first == kind)[0].tolist(), rng)

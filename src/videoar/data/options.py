@@ -1,0 +1,70 @@
+"""The options of preparation. No torch."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from videoar.checks import check_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn a folder of videos and captions into latents to train on; goes on where it stopped."""
+
+    videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
+    """Folder with video files, folders of pictures, WebDataset tars."""
+    latents: Positional[Annotated[Path, arg(metavar="LATENTS")]]
+    """Folder to write."""
+    codec: str = "toy-base"
+    """Checkpoint whose codec encodes: a bundled name or a folder."""
+    captions: Literal["auto", "none"] = "auto"
+    """From metadata.jsonl, metadata.csv, .txt beside the video or in the tar; none: without."""
+    fps: float = 16.0
+    """Frames per second of the clips."""
+    num_frames: tuple[int, ...] = (61, 29)
+    """Lengths of clips, 1 + 4k: the longest, and shorter ones for what is left of a scene."""
+    stride: int | None = None
+    """Frames from one clip to the next; by default the longest length."""
+    sizes: tuple[str, ...] = ("64x64",)
+    """Widths and heights of clips; each video is cropped to the one of nearest shape."""
+    scene_cut: float | None = None
+    """Mean change of a pixel, from 0 to 1, that ends a scene, such as 0.1; none is looked for."""
+    picture_fps: float | None = None
+    """Pictures per second in folders of pictures; `fps` by default."""
+    held_out: float = 0.05
+    """Share of the videos that are kept out of training, to evaluate on; two clips or more."""
+    max_seconds: float = 14400.0
+    """What is later in a video is not used."""
+    timeout: float = 120.0
+    """Seconds without a clip or a latent frame after which a video is given up."""
+    workers: int | None = None
+    """Processes; by default one per core."""
+    device: str = "cpu"
+    """Where to encode."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or Ray Data (extra `dist`) on many that share the folders."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("fps", 0 < self.fps <= 240, "a number above 0, up to 240"),
+            ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
+            ("stride", self.stride is None or self.stride >= 1, "1 or more"),
+            ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
+            ("scene_cut", self.scene_cut is None or 0 < self.scene_cut < 1, "between 0 and 1"),
+            ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
+            ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
+            ("max_seconds", self.max_seconds > 0, "a number above 0"),
+            ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
+            ("workers", self.workers is None or self.workers >= 1, "1 or more"),
+        )
+
+    @property
+    def pixels(self) -> list[tuple[int, int]] | None:
+        """Return the sizes as numbers; None if one of them is none."""
+        found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
+        return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None

@@ -1,0 +1,1 @@
+"""The two ends: pixels to latents and back, prompts to rows."""

@@ -1,0 +1,244 @@
+"""Text: prompts to token ids and to the rows of channels that a transformer attends to."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from videoar.weights import Component, load_component
+
+PAD = 0
+"""Token id of the places behind the end of a prompt."""
+Rows = Float[Tensor, "batch words channels"]
+
+
+class Tokenizer:
+    """Byte-level BPE: any text becomes ids of 1 and more, and comes back exactly."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        # Else a prompt that happens to spell the padding token would end there.
+        backend.encode_special_tokens = True
+        self._backend = backend
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> "Tokenizer":
+        """Learn the merges of a corpus; the same corpus gives the same tokenizer."""
+        if vocab_size < 257:
+            raise ValueError(
+                f"A vocabulary of {vocab_size} has no room for every byte and the padding token: "
+                "raise it to 257 or more."
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        assert backend.token_to_id("<pad>") == PAD
+        return cls(backend)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """Read the text of a `tokenizer.json`."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(
+                f"The tokenizer is damaged ({error}): copy or download tokenizer.json again."
+            ) from error
+
+    def to_json(self) -> str:
+        """Return the text of a `tokenizer.json`."""
+        return self._backend.to_str(pretty=True)
+
+    def fingerprint(self) -> str:
+        """Name what the ids mean."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding included."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, which may end in padding."""
+        return self._backend.decode([id_ for id_ in ids if id_ != PAD])
+
+    def encode_batch(self, texts: Sequence[str], *, max_tokens: int) -> Int[Tensor, "batch words"]:
+        """Return the ids of texts, padded to `max_tokens` columns."""
+        rows = [check_length(self.encode(text), text, limit=max_tokens) for text in texts]
+        return torch.tensor([ids + [PAD] * (max_tokens - len(ids)) for ids in rows])
+
+
+def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
+    """Return the ids of a prompt; raise if they are more than an encoder takes."""
+    if len(ids) > limit:
+        raise ValueError(
+            f"The prompt that begins with {prompt[:40]!r} has {len(ids)} tokens, "
+            f"but the limit is {limit}: shorten it."
+        )
+    return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Shape of a `TextEncoder`."""
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    """Channels of a row."""
+    num_layers: int = 2
+    num_heads: int = 4
+    max_tokens: int = 48
+    """Longest prompt, in tokens."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
+        if min(sizes) < 1 or self.num_layers < 0:
+            raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide among {self.num_heads} heads: "
+                "make it a multiple."
+            )
+
+
+class TextEncoder(nn.Module):
+    """Bidirectional transformer with learned positions, trained with the video transformer."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_tokens, config.hidden_size)
+        for table in (self.embedding, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, token_ids: Int[Tensor, "batch words"]) -> Rows:
+        """Encode prompts; the rows of padding are zero and no other row reads them."""
+        num_words = token_ids.shape[1]
+        assert num_words <= self.config.max_tokens
+        # No row reads padding: what all prompts of a batch are padded with need not be computed.
+        longest = max(1, int((token_ids != PAD).sum(dim=1).max()))
+        token_ids = token_ids[:, :longest]
+        real = token_ids != PAD
+        # A row may always read itself: the softmax of an empty prompt must not be empty.
+        itself = torch.eye(longest, dtype=torch.bool, device=token_ids.device)
+        mask = rearrange(real, "batch words -> batch 1 1 words") | itself
+        x = self.embedding(token_ids) + self.positions.weight[:longest]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return F.pad(self.norm(x) * real[..., None], (0, 0, 0, num_words - longest))
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        size, self.num_heads = config.hidden_size, config.num_heads
+        self.norm1 = nn.LayerNorm(size)
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
+        self.norm2 = nn.LayerNorm(size)
+        gelu = nn.GELU(approximate="tanh")
+        self.ffn = nn.Sequential(nn.Linear(size, 4 * size), gelu, nn.Linear(4 * size, size))
+
+    def forward(self, x: Rows, mask: Bool[Tensor, "batch 1 words words"]) -> Rows:
+        pattern = "batch words (three heads channels) -> three batch heads words channels"
+        q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, heads=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = rearrange(attended, "batch heads words channels -> batch words (heads channels)")
+        x = x + self.out(attended)
+        return x + self.ffn(self.norm2(x))
+
+
+@runtime_checkable
+class Prompts(Protocol):
+    """What a pipeline knows of its text side."""
+
+    def encode(self, prompts: list[str]) -> Rows:
+        """Encode prompts to rows of channels; those behind the end of a prompt are zero."""
+
+    def save(self, folder: Path) -> None:
+        """Write what is needed to load it again."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Return the parameters: for counting."""
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """A tokenizer and the encoder trained with it."""
+
+    tokenizer: Tokenizer
+    encoder: TextEncoder
+
+    def __post_init__(self) -> None:
+        ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
+        if ids > rows:
+            raise ValueError(
+                f"The tokenizer has {ids} ids, but the encoder knows {rows}: "
+                "load both from one checkpoint."
+            )
+
+    def tokenize(self, prompts: list[str]) -> Int[Tensor, "batch words"]:
+        """Return token ids padded to the encoder's limit; a longer prompt is an error."""
+        return self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
+
+    def encode(self, prompts: list[str]) -> Rows:
+        """Encode prompts, each to the encoder's limit of rows; the empty one to zeros."""
+        return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "PromptEncoder":
+        """Load what `save` wrote."""
+        classes = {"TextEncoder": (TextEncoder, TextEncoderConfig)}
+        encoder = load_component(folder, classes, device=device)
+        words = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return cls(Tokenizer.from_json(words), encoder.eval())
+
+    def save(self, folder: Path) -> None:
+        texts = {"tokenizer.json": self.tokenizer.to_json()}
+        Component(module=self.encoder, config=self.encoder.config, texts=texts)(folder)
+
+    def tensors(self) -> Sequence[Tensor]:
+        return list(self.encoder.parameters())
+
+
+class StoredText(nn.Module):
+    """Stands for an encoder too large to run in training: prompts come as the rows it made."""
+
+    empty: Tensor
+
+    def __init__(self, empty: Float[Tensor, "words channels"]):
+        super().__init__()
+        self.register_buffer("empty", empty, persistent=False)
+
+    def forward(self, rows: Rows) -> Rows:
+        return rows
+
+
+def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
+    """Return token ids; the end of a caption beyond the encoder's limit is left out."""
+    limit = prompts.encoder.config.max_tokens
+    ids = [prompts.tokenizer.encode(caption)[:limit] for caption in captions]
+    return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])

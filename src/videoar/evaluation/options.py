@@ -1,0 +1,136 @@
+"""The options of what is measured. No torch."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from videoar.checks import check_options
+from videoar.core.schemes import KINDS
+
+WINDOW_SECONDS = 4.0  # of the first and last window in which long videos are judged
+Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed and memory, end to end, for every kind of unit."""
+
+    checkpoint: Positional[Checkpoint] = "toy"
+    """A bundled name or a folder."""
+    units: tuple[str, ...] = KINDS
+    """Kinds of unit."""
+    prompt: str = "a large red ball moves left on a black background"
+    """What is generated."""
+    seconds: float = 20.0
+    """Length of the video that is timed."""
+    long_seconds: float = 0.0
+    """Length of a video that shows whether cost and memory stay flat, 30 or more; 0: none."""
+    uncached_seconds: float = 2.0
+    """Length of the video that is also generated without a cache; 0: none."""
+    num_inference_steps: int = 4
+    """Denoising steps per unit."""
+    repeats: int = 3
+    """How often the short videos are generated."""
+    threads: int | None = None
+    """CPU threads."""
+    out: Path | None = None
+    """JSON file of the report."""
+
+    def __post_init__(self) -> None:
+        long = self.long_seconds == 0 or 30 <= self.long_seconds < math.inf
+        check_options(
+            self,
+            ("units", len(self.units) > 0, "at least one kind"),
+            ("seconds", 0 < self.seconds < math.inf, "a positive number, such as 20"),
+            ("long_seconds", long, "0, or 30 or more"),
+            ("uncached_seconds", 0 <= self.uncached_seconds < math.inf, "0 or more"),
+            ("num_inference_steps", self.num_inference_steps >= 1, "1 or more"),
+            ("repeats", self.repeats >= 1, "1 or more"),
+            ("threads", self.threads is None or self.threads >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Judge on the procedural world whether videos show what their prompts say, and go on to."""
+
+    checkpoint: Positional[Checkpoint] = "toy"
+    """A bundled name or a folder."""
+    units: tuple[str, ...] = KINDS
+    """Kinds of unit; differences are taken to the first."""
+    num_prompts: int = 200
+    """Prompts per kind."""
+    seconds: float = 3.0
+    """Length of the videos: 2 to 4."""
+    long_prompts: int = 0
+    """Prompts per kind for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    seed: int = 0
+    """Of the scenes; video i has the seed `seed + i`."""
+    batch_size: int = 16
+    """Videos that are generated side by side."""
+    num_inference_steps: int | None = None
+    """Denoising steps per unit; this and the next two: the checkpoint's own by default."""
+    shift: float | None = None
+    """Shift of the noise levels towards noise."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance."""
+    out: Path | None = None
+    """JSON file with the scores of every video; kinds that it holds are not computed again."""
+    data: Path | None = None
+    """Prepared videos: measure reconstruction and loss on what they hold out, and nothing else."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
+            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Judge checkpoints beside each other on the procedural world, in pairs and with intervals."""
+
+    entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
+    """What is compared; NAME=A,B,C are checkpoints that differ in their seed of training."""
+    units: str | None = None
+    """Kind of unit of all; each checkpoint's own by default."""
+    num_prompts: int = 96
+    """Prompts."""
+    seeds: int = 2
+    """Videos per prompt."""
+    seconds: float = 1.8
+    """Length of the videos."""
+    long_prompts: int = 0
+    """Prompts for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    seed: int = 0
+    """Of the scenes and of the noise."""
+    batch_size: int = 16
+    """Videos that are generated side by side."""
+    out: Path | None = None
+    """JSON file with the scores of every video; what it holds is not computed again."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("entries", len(self.entries) > 0, "one or more, such as toy"),
+            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
+            ("seeds", self.seeds >= 1, "1 or more"),
+            ("seconds", 1.5 <= self.seconds <= WINDOW_SECONDS, "1.5 to 4, as the judge needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+        )

@@ -1,0 +1,93 @@
+"""What is written whole or not at all: folders, JSON, files of figures."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def to_json(value: Any) -> Any:
+    """Return a configuration as plain JSON values; a dataclass also names its class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is complete as soon as it exists."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder that takes the name `folder` when all is written, and vanishes if not.
+
+    Raises:
+        ValueError: the folder exists and has no file `marker`, or is not to be overwritten.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / marker).is_file():
+            raise ValueError(f"{folder} is no checkpoint, so it is left alone; choose another")
+        if not overwrite:
+            raise ValueError(f"{folder} exists already; choose another folder or pass --force")
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raise unless files can be written to a folder that is there or can be made."""
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder")
+    place = path if path.is_dir() else path.parent
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"the folder {place} is not writable; choose another one")
+
+
+def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
+    """Return what a file that was saved earlier holds under a key; nothing if there is none."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no {kind}: name another file.") from error
+
+
+def save(path: Path | None, value: Any) -> None:
+    """Replace the file as a whole, so that it is complete at any moment; dataclasses are dicts."""
+    if path is not None:
+        partial = path.with_name(f".{path.name}.partial")
+        text = json.dumps(value, allow_nan=False, default=vars)
+        partial.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(partial, path)

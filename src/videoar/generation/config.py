@@ -1,0 +1,72 @@
+"""How to generate: the options that a checkpoint carries and a user may override."""
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from videoar.core.schemes import Scheme
+from videoar.core.units import Units, Visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
+
+    units: str | Scheme = "cube:1x2x2"
+    """Unit scheme, or its name: see `videoar.units.parse`."""
+    num_inference_steps: int = 4
+    """Denoising steps per unit."""
+    shift: float = 5.0
+    """Shift of the sigmas towards noise."""
+    sigmas: tuple[float, ...] | None = None
+    """The noise levels themselves, from 1 to 0; None: those of the two fields above."""
+    step: Literal["euler", "renoise"] = "euler"
+    """How a noise level is left: along the flow, or, by distilled models, with fresh noise."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 runs no second, unconditional pass."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    window_frames: int | None = 8
+    """Latent frames that a unit may read, its own and the sinks included; None: all before it."""
+    sink_frames: int = 2
+    """First latent frames that stay readable for ever: as many whole segments as fit."""
+    moving_sinks: bool = True
+    """Whether they follow the window; else their positions are those of the first frames."""
+    lag: int | None = None
+    """Rows between the starts of two waves: see `SamplerConfig`."""
+    context_noise: float = 0.0
+    """Noise level at which finished units enter the cache."""
+    fps: int = 16
+    """Frames per second of the model's videos."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "window_frames", "sink_frames", "lag"):
+            check_whole(name, getattr(self, name))
+        for name in ("shift", "guidance_scale", "context_noise", "fps"):
+            if not isinstance(value := getattr(self, name), numbers.Real):
+                raise ValueError(f"{name} is {value!r}: use a number.")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps is {self.fps}: use a number above 0, such as 16.")
+
+    def visible(self, units: Units) -> Visible:
+        """Return the visibility over `units`: sink and window in whole units."""
+        segment = units.segment_frames
+        if self.sink_frames < 0:
+            raise ValueError(f"sink_frames is {self.sink_frames}: use 0 or more.")
+        if self.window_frames is None or units.count == units.units_per_segment:
+            return Visible()
+        if self.window_frames < segment:
+            raise ValueError(
+                f"A window of {self.window_frames} latent frames is smaller than one unit of "
+                f"{self.units} with its {segment} latent frames: use a window of {segment} or more."
+            )
+        sink = units.whole_segments(self.sink_frames, window=self.window_frames)
+        window = (self.window_frames - sink) // segment * segment
+        return Visible(window=units.units_of(window), sink=units.units_of(sink))
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless a value is a whole number, or None."""
+    if value is not None and not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r}: use a whole number.")

@@ -1,0 +1,263 @@
+"""From a prompt to frames: text encoder, sampler and codec behind one object."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from videoar import weights
+from videoar.checkpoints.checkpoint import (
+    Origin,
+    load_codec,
+    load_prompts,
+    resolve,
+    save_checkpoint,
+)
+from videoar.core.flow import STEPS, sigma_steps
+from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.schemes import Scheme, parse
+from videoar.core.tokens import known_tokens, to_tokens
+from videoar.core.transformer import TextContext, VideoTransformer
+from videoar.core.units import Units
+from videoar.data.video import Video
+from videoar.encoders.codec import Codec, from_frames
+from videoar.encoders.text_encoder import Prompts
+from videoar.generation.conditioning import Fit, beginning
+from videoar.generation.config import Sampling, check_whole
+from videoar.generation.stream import Generation
+from videoar.machine import check_device
+from videoar.weights import Component, as_dtype
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass
+class VideoPipeline:
+    """A generator with everything around it.
+
+    pipe = VideoPipeline.from_pretrained("toy")
+    pipe("a red ball bounces", num_frames=61).save("ball.mp4")
+    """
+
+    transformer: VideoTransformer
+    prompt_encoder: Prompts
+    codec: Codec
+    sampling: Sampling = field(default_factory=Sampling)
+    height: int = 64
+    """Pixels of a frame."""
+    width: int = 64
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint says of itself."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        base: str | Path | None = None,
+        lora: str | Path | None = None,
+        codec: str | Path | None = None,
+        preset: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str = "cpu",
+        offload: bool = False,
+    ) -> "VideoPipeline":
+        """Load a bundled checkpoint, a folder, a file of weights, or a Hugging Face repository.
+
+        Args:
+            name_or_path: any format of `docs/wan.md`; `FILE#ENTRY` picks an entry of a file.
+            base: where codec and text encoder are, if not there.
+            lora: file of low-rank updates to merge.
+            codec: another codec: a checkpoint, or a file such as `taew2_1.pth`.
+            preset: how to sample, by the name of a family in `wan.PRESETS`.
+            dtype: of transformer and text encoder; None: as they are stored.
+            device: where to compute.
+            offload: keep the transformer on the host, but for the layer that computes, and run the
+                text encoder there.
+
+        Raises:
+            ValueError: nothing of that name, or something is wrong with the files.
+        """
+        origin = Origin.find(name_or_path, base=base, lora=lora)
+        defaults = origin.sampling(preset)
+        size = {side: defaults.pop(side) for side in ("height", "width")}
+        check_device(device)
+        wanted, host = as_dtype(dtype), "cpu" if offload else device
+        found = origin.transformer()
+        origin.check_preset(found, preset)
+        prompts = load_prompts(origin.home, dtype=wanted, device=host)
+        transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
+        if offload:
+            weights.offload(transformer, transformer.blocks, device)
+        return cls(
+            transformer=transformer.eval(),
+            prompt_encoder=prompts,
+            codec=load_codec(origin.home if codec is None else resolve(codec), device=device),
+            sampling=Sampling(**defaults),
+            meta=origin.meta,
+            **size,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a checkpoint folder."""
+        if not isinstance(units := self.sampling.units, str):
+            raise ValueError(
+                f"The default units are {units}, which has no name to be stored by: set "
+                "`sampling.units` to a name such as 'frame', and pass your own scheme to calls."
+            )
+        components = {
+            "transformer": Component(module=self.transformer, config=self.transformer.config),
+            "text": self.prompt_encoder.save,
+            "codec": Component(module=self.codec, config=self.codec.config),
+        }
+        size = {"height": self.height, "width": self.width}
+        meta = {**self.meta, **size, "sampling": vars(self.sampling)}
+        return save_checkpoint(Path(folder), components, meta, overwrite=overwrite)
+
+    def __call__(
+        self, prompt: str, *, num_frames: int = 61, seed: int = 0, **sampling: Any
+    ) -> Video:
+        """Generate one video; further keywords override fields of `Sampling`."""
+        frames = list(self.stream(prompt, num_frames=num_frames, seed=seed, **sampling))
+        fps = sampling.get("fps", self.sampling.fps)
+        return Video(frames=np.concatenate(frames), fps=float(fps))
+
+    def stream(
+        self, prompt: str, *, num_frames: int | None = None, seed: int = 0, **sampling: Any
+    ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
+        """Generate newly finished frames as they come; endless without `num_frames`."""
+        generation = self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling)
+        return (frames[0] for frames in generation)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_frames: int | None,
+        seeds: Sequence[int],
+        image: Any = None,
+        video: Any = None,
+        fit: Fit = "crop",
+        latents: Tensor | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Begin to generate a batch of videos, one per prompt and seed.
+
+        Args:
+            prompts: one per video.
+            num_frames: pixel frames, the given ones included; None for an endless stream.
+            seeds: one per video.
+            image: the first frame, as an array: see `condition.beginning`.
+            video: or the first frames, at the model's rate. What does not fill a latent frame is
+                dropped: `kept_frames` of the result says how many are left.
+            fit: how they are brought to the model's size, by cropping or between bars.
+            latents: the noise to begin with, batch x frames x channels x height x width; by default
+                it is drawn from the seeds.
+            sampling: fields of `Sampling` to override, such as `units`.
+
+        Raises:
+            ValueError: an argument is outside its limits; nothing has been computed then.
+        """
+        if {"num_inference_steps", "shift"} & sampling.keys():
+            sampling.setdefault("sigmas", None)
+        options, batch = replace(self.sampling, **sampling), len(prompts)
+        _check(prompts, seeds, num_frames, options)
+        lattice = self.lattice(options.units, num_frames)
+        size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
+        given = beginning(image, video, batch=batch, fit=fit, **size)
+        device, known = self.transformer.patch_embedding.weight.device, {}
+        if given is not None:
+            if num_frames is not None and given.shape[1] >= num_frames:
+                raise ValueError(
+                    f"{given.shape[1]} frames are given of a video of {num_frames}: make it longer"
+                    " or keep less."
+                )
+            encoded = self.codec.encode(from_frames(given).to(device)).expand(batch, *[-1] * 4)
+            known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
+        config = SamplerConfig(
+            sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
+            step=STEPS[options.step],
+            lag=options.lag,
+            visible=options.visible(lattice),
+            context_noise=options.context_noise,
+            moving_sinks=options.moving_sinks,
+        )
+        guided = options.guidance_scale != 1
+        sampler = Sampler(
+            Guided(self.transformer, options.guidance_scale) if guided else self.transformer,
+            lattice,
+            self.encode([*prompts, *([options.negative_prompt] * batch * guided)]),
+            config,
+            seeds=seeds,
+            known=known,
+            noise=None if latents is None else self._noise(latents, lattice, batch),
+            device=device,
+        )
+        return Generation(sampler, self.codec, num_frames=num_frames, given=given)
+
+    def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
+        """Return starting noise as tokens; levels of a pyramid would have to share it."""
+        patch, channels = self.transformer.config.patch, self.codec.latent_channels
+        shape = (batch, units.frames, channels, units.height * patch, units.width * patch)
+        if units.frames is None or tuple(latents.shape) != shape or units.coords[:, 3].any():
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} cannot be the noise of this video: give "
+                f"{shape} to a clip of units without levels."
+            )
+        return to_tokens(latents, units, patch=patch)
+
+    def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
+        """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
+        scheme = parse(units) if isinstance(units, str) else units
+        time_stride, *strides = self.codec.stride
+        frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
+        lengths = []
+        for name, stride in zip(("height", "width"), strides, strict=True):
+            size, side = getattr(self, name), stride * self.transformer.config.patch
+            if size < side or size % side:
+                raise ValueError(
+                    f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
+                )
+            lengths.append(size // side)
+        return Units(scheme, frames, *lengths)
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> TextContext:
+        """Encode prompts to what every pass reads."""
+        rows = self.prompt_encoder.encode(prompts)
+        return self.transformer.encode_text(rows.to(self.transformer.patch_embedding.bias))
+
+
+def _check(
+    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: Sampling
+) -> None:
+    """Raise unless a video can be made of these arguments."""
+    for prompt in (*prompts, options.negative_prompt):
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt is {prompt!r}: use a text.")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
+            )
+    if not any(prompt.strip() for prompt in prompts):
+        raise ValueError("The prompt is empty: describe the video in a few words.")
+    check_whole("num_frames", num_frames)
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}: use 1 or more.")
+    for seed in seeds:
+        check_whole("seed", seed)
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
+    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
+        raise ValueError(f"guidance_scale is {options.guidance_scale}: use 0 or more.")
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
+        )

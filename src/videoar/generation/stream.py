@@ -1,0 +1,162 @@
+"""A video in the making: units are sampled, decoded and written as they come."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from videoar.core.sampler import Sampler
+from videoar.core.tokens import Assembler
+from videoar.data.video import Pictures, VideoWriter
+from videoar.encoders.codec import Codec, to_frames
+from videoar.machine import peak_bytes, process_seconds
+
+
+@dataclass
+class Stats:
+    """What a generation has cost so far; seconds are wall-clock."""
+
+    passes: int = 0
+    """Forward passes of the transformer."""
+    units: int = 0
+    """Finished units."""
+    frames: int = 0
+    """Finished pixel frames."""
+    model_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    cache_tokens: int = 0
+    """Most tokens the cache held."""
+    first_frame_seconds: float | None = None
+    """From the start of the iteration to the first frames."""
+
+
+class Generation:
+    """A video in the making: iterate to get newly finished frames, `batch frames height width 3`.
+
+    Units are generated, committed and decoded as they come; nothing is kept but the cache and the
+    decoder's memory, so an endless stream needs constant memory.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        codec: Codec,
+        *,
+        num_frames: int | None,
+        given: UInt8[np.ndarray, "videos frames height width 3"] | None = None,
+    ):
+        self.sampler, self.num_frames, self.stats = sampler, num_frames, Stats()
+        self.given = given
+        """First frames; they come out as they are, not as the codec gives them back."""
+        self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
+        self._decoder = codec.stream_decoder()
+        parts = {"sampler": sampler, "decoder": self._decoder, "assembler": self._assembler}
+        self._parts: dict[str, Any] = parts
+
+    @property
+    def kept_frames(self) -> int:
+        """Number of first frames that are given, not generated."""
+        return 0 if self.given is None else self.given.shape[1]
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
+        stats, sampler = self.stats, self.sampler
+        before = started = time.perf_counter()
+        steps = iter(sampler)
+        while True:
+            with torch.inference_mode():
+                finished = next(steps, None)
+            computed = time.perf_counter()
+            stats.model_seconds += computed - before
+            stats.passes = sampler.passes
+            stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
+            if finished is None:
+                return
+            stats.units += 1
+            with torch.inference_mode():
+                latents = self._assembler.add(finished.unit, finished.tokens)
+                if latents is not None and not latents.isfinite().all():
+                    raise FloatingPointError(
+                        f"latents of unit {finished.unit.index} are not finite: the weights are"
+                        " damaged, or the dtype is too narrow; try float32, or another copy"
+                    )
+                frames = None if latents is None else to_frames(self._decoder(latents))
+            before = time.perf_counter()
+            stats.decode_seconds += before - computed
+            if frames is None:
+                continue
+            if self.num_frames is not None:
+                frames = frames[:, : self.num_frames - stats.frames]
+            if self.given is not None:
+                kept = self.given[:, stats.frames : stats.frames + frames.shape[1]]
+                frames[:, : kept.shape[1]] = kept
+            if stats.first_frame_seconds is None:
+                stats.first_frame_seconds = before - started
+            stats.frames += frames.shape[1]
+            yield frames
+            before = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that is needed to go on with the stream later."""
+        state = {"frames": torch.tensor(self.stats.frames)}
+        for name, part in self._parts.items():
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where a generation with the same arguments stood, on whatever device that was."""
+        device = self.sampler.device
+        for name, part in self._parts.items():
+            own = {key: state[key].to(device) for key in state if key.startswith(f"{name}.")}
+            part.load_state_dict({key.removeprefix(f"{name}."): own[key] for key in own})
+        self.stats.frames = int(state["frames"])
+
+
+def write(
+    generation: Generation,
+    writer: VideoWriter | Pictures,
+    *,
+    started: float,
+    fps: float,
+    show: Callable[[int, float], None],
+) -> tuple[dict[str, Any], bool]:
+    """Write the frames of one video as they come, until the end or Ctrl-C.
+
+    The work began when the clock `time.perf_counter` showed `started`; `show` gets the frames and
+    the seconds since then after every write.
+
+    Returns:
+        What was done and what it took; and whether the user stopped it.
+    """
+    stats, interrupted = generation.stats, False
+    first_frame_seconds = start_seconds = closing = None
+    write_seconds = 0.0
+    try:
+        with writer:
+            for batch in generation:
+                before = time.perf_counter()
+                if first_frame_seconds is None:
+                    first_frame_seconds, start_seconds = before - started, process_seconds()
+                writer.write(batch[0])
+                after = time.perf_counter()
+                write_seconds += after - before
+                show(stats.frames, after - started)
+            closing = time.perf_counter()
+    except KeyboardInterrupt:
+        interrupted = True
+    ended = time.perf_counter()
+    frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
+    return vars(stats) | {
+        "frames": frames,
+        "video_seconds": frames / fps,
+        "fps": frames / (ended - started),
+        "seconds": ended - started,
+        "write_seconds": write_seconds + (ended - closing if closing else 0.0),
+        "first_frame_seconds": first_frame_seconds,
+        "start_seconds": start_seconds,
+        "peak_bytes": peak_bytes(),
+    }, interrupted

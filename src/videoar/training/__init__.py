@@ -1,0 +1,1 @@
+"""The loop, its objectives and its recipes."""

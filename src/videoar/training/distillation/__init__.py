@@ -1,0 +1,1 @@
+"""A teacher of many steps becomes a student of few."""

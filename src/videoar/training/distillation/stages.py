@@ -1,0 +1,387 @@
+"""Distillation: what a slow teacher knows, learned by a causal student of few steps.
+
+Two stages, the same for every partition. First the student learns to jump along the teacher's path,
+by regression of its end (`trajectories`) or by agreement of neighbours on it (`consistency`). Then
+its own videos are moved to where the teacher finds them more likely than a *critic* does, which is
+trained on them all the while: distribution matching (`dmd`, Yin et al. 2024, arXiv:2311.18828).
+
+The critic says what the student's videos look like, and `critic` says what it may read:
+
+    full        everything: asymmetric DMD, as in CausVid and Self-Forcing
+    causal      what is visible to the student
+    symmetric   the mean of a pass that reads the past and one that reads the future, trained as one
+                predictor; `separate` trains each alone, and its fixed point is wrong
+
+`docs/distillation.md` derives why. The student's video is made by the sampler without gradients.
+Then the last step of its units is taken again, side by side, each reading the finished units from a
+cache: gradients never enter the cache, and activations that are recomputed find it as it was.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
+from videoar.core.loss import Reads
+from videoar.core.schemes import Scheme
+from videoar.core.tokens import to_tokens
+from videoar.core.units import Units
+from videoar.training.distillation.rollout import Rollout, last_step, rollout
+from videoar.training.distillation.scores import (
+    FIELDS,
+    PASSES,
+    Context,
+    Critics,
+    Scorer,
+    critic_loss,
+    identity_loss,
+    matching_loss,
+    score,
+)
+from videoar.training.objectives import Alone, TextToVideo
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a student is distilled; one configuration serves all stages."""
+
+    stage: Literal["trajectories", "consistency", "dmd"] = "dmd"
+    """What is learned: see `videoar.distillation`."""
+    num_inference_steps: int = 4
+    """Denoising steps of the student."""
+    shift: float = 5.0
+    """Shift of its sigmas towards noise."""
+    clip_frames: int = 8
+    """Latent frames of the videos that are scored."""
+    guidance_scale: float = 3.0
+    """Guidance of the teacher; the student needs none."""
+    path_steps: int = 24
+    """Steps of the teacher's path in the first stage, a multiple of the student's."""
+    critic: Critics = "symmetric"
+    """What the critic reads, and how it is trained."""
+    separate_weight: float = 0.0
+    """Weight of the loss of each pass of a symmetric critic alone, beside that of their mean."""
+    critic_steps: int = 5
+    """Steps of the critic for each of the student."""
+    critic_draws: int = 4
+    """Noisy copies of each of the student's videos that the critic learns from: they cost less than
+    a new video."""
+    critic_warmup: int = 200
+    """Steps of the critic before the first of the student."""
+    gradient_units: int | None = None
+    """Units of a video that carry gradients, drawn anew each time; None for all of them."""
+    loss: Literal["dmd", "sid"] = "dmd"
+    """`sid` is score identity distillation (Zhou et al. 2024, arXiv:2404.04057)."""
+    score_shift: float = 5.0
+    """Shift of the sigmas at which videos are scored."""
+    min_sigma: float = 0.02
+    """Lowest of them."""
+    max_sigma: float = 0.98
+    """Highest of them."""
+    unit_sigmas: bool = False
+    """Whether every unit is scored at a sigma of its own, which a causal teacher can do."""
+
+    def __post_init__(self) -> None:
+        whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
+        check_ranges(self, **dict.fromkeys(whole, 1))
+        check_ranges(self, critic_warmup=0, separate_weight=0, guidance_scale=0)
+        for name in ("shift", "score_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a number above 0, as 5.")
+        if self.gradient_units is not None and self.gradient_units < 1:
+            raise ValueError(f"gradient_units is {self.gradient_units}: use 1 or more, or None.")
+        if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
+            raise ValueError(
+                f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
+                f"path of {self.path_steps} steps: make path_steps a multiple of them."
+            )
+        if not 0 < self.min_sigma < self.max_sigma < 1:
+            raise ValueError(
+                f"min_sigma {self.min_sigma} and max_sigma {self.max_sigma} must rise between 0"
+                " and 1."
+            )
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise levels of the student."""
+        return sigma_steps(self.num_inference_steps, shift=self.shift)
+
+
+def check_ranges(config: Any, **least: int) -> None:
+    """Raise unless fields of a configuration have at least these values."""
+    for name, low in least.items():
+        if (value := getattr(config, name)) < low:
+            raise ValueError(f"{name} is {value}: use {low} or more.")
+
+
+class Critic(nn.Module):
+    """The network that follows the student's distribution."""
+
+    def __init__(self, model: TextToVideo) -> None:
+        super().__init__()
+        self.model = model
+        size = model.transformer.config.hidden_size
+        self.direction = nn.Embedding(2, size)
+        """Tells passes over the past and over the future apart."""
+        nn.init.zeros_(self.direction.weight)
+
+
+class Players(nn.Module):
+    """Who is trained in distribution matching."""
+
+    def __init__(self, student: TextToVideo, critic: Critic) -> None:
+        super().__init__()
+        self.student, self.critic = student, critic
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a step works on."""
+
+    units: Units
+    tokens: Float[Tensor, FIELDS]
+    words: Tensor
+    unit: Int[Tensor, " tokens"]
+    """On the device of the tokens."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], scheme: Scheme, *, frames: int, patch: int) -> "Clip":
+        """Cut the first frames of a batch into units."""
+        latents = batch["latents"][:, :frames]
+        height, width = latents.shape[3] // patch, latents.shape[4] // patch
+        units = Units(scheme, latents.shape[1], height, width)
+        tokens = to_tokens(latents, units, patch=patch)
+        return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
+
+
+class _Taught:
+    """What all stages share: a teacher, and what it says."""
+
+    def __init__(
+        self,
+        *,
+        teacher: TextToVideo,
+        context: Context,
+        schemes: tuple[Scheme, ...],
+        config: DistillationConfig,
+        seed: int = 0,
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.frozen: tuple[Any, ...] = (self.teacher,)
+        self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
+        self.reads: Reads = "all" if context == "full" else "past"
+
+    def drawn(self, step: int) -> torch.Generator:
+        """Random numbers that all batches of a step share, on every rank."""
+        words = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0]) >> 1)
+
+    def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
+        """Cut a batch by a scheme that is drawn for the whole step."""
+        scheme = self.schemes[int(torch.randint(len(self.schemes), (), generator=drawn))]
+        patch = self.teacher.transformer.config.patch
+        return Clip.of(batch, scheme, frames=self.config.clip_frames, patch=patch)
+
+    def copies(self, clean: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Return clean copies as context, with their sigmas."""
+        return clean.detach(), clean.new_zeros(len(clean), len(clip.units.sizes))
+
+    def teach(self, clip: Clip, clean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what gives the teacher's guided velocity of noisy tokens."""
+        words, scale = clip.words, self.config.guidance_scale
+        if scale != 1:
+            every = torch.ones(len(words), dtype=torch.bool, device=words.device)
+            words = torch.cat([words, self.teacher.without(words, every)])
+        with torch.no_grad():
+            text = self.teacher.context(words)
+        copies = self.copies(clean, clip) if self.context == "clean" else None
+        scorer = Scorer(self.teacher.transformer, text, clip.units, scale, copies)
+        return partial(scorer, reads=self.reads)
+
+
+class Initialisation(_Taught, Alone):
+    """Teach a causal student to jump along the path of a teacher.
+
+    The teacher may read everything or be causal itself. Then it reads clean copies of the data, and
+    so does the student: noise and context decide the end of the path (Causal Forcing,
+    arXiv:2602.02214).
+
+    Args:
+        student: what is trained.
+        taught: teacher, context, schemes and config of `_Taught`.
+    """
+
+    def __init__(self, student: TextToVideo, **taught: Any) -> None:
+        super().__init__(**taught)
+        self.module = self.student = student
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        clip = self.clip(batch, self.drawn(step))
+        if self.config.stage == "trajectories":
+            return self._trajectory_loss(clip, rng)
+        return self._consistency_loss(clip, rng)
+
+    def student_clean(self, clip: Clip, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """Return what the student takes noisy tokens for, reading clean copies of `context`."""
+        text = self.student.context(clip.words)
+        copies = self.copies(context, clip)
+        scorer = Scorer(self.student.transformer, text, clip.units, copies=copies)
+        return clean_of(x, scorer(x, sigma, "past").float(), sigma[:, clip.unit, None])
+
+    def _trajectory_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
+        config, batch, count = self.config, len(clip.tokens), len(clip.units.sizes)
+        path = sigma_steps(config.path_steps, shift=config.shift)
+        every = config.path_steps // config.num_inference_steps
+        x = torch.randn(clip.tokens.shape, generator=rng, device=rng.device).to(clip.tokens)
+        teach, kept = self.teach(clip, clip.tokens), []
+        with torch.no_grad():
+            for number, (sigma, after) in enumerate(itertools.pairwise(path)):
+                if number % every == 0:
+                    kept.append(x)
+                velocity = teach(x, x.new_full((batch, count), sigma)).float()
+                x = euler_step(x, velocity, sigma, after, x)
+        index = torch.randint(len(kept), (batch, count), generator=rng, device=rng.device)
+        index = index.to(x.device)
+        sigma = torch.tensor(config.sigmas[:-1], device=x.device)[index]
+        place = index[:, clip.unit, None].expand_as(x)[None]
+        noisy = torch.stack(kept).gather(0, place)[0]
+        context = x if self.context == "full" else clip.tokens
+        found = self.student_clean(clip, noisy, sigma, context)
+        return {"loss": (found - x).square().mean()}
+
+    def _consistency_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
+        config, (batch, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
+        path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift))
+        levels = 1 if self.context == "full" else count
+        draw = {"generator": rng, "device": rng.device}
+        index = torch.randint(config.path_steps, (batch, levels), **draw).cpu()
+        index = index.expand(batch, count)
+        sigma, after = (path[index + k].to(clip.tokens) for k in (0, 1))
+        noise = torch.randn(clip.tokens.shape, **draw).to(clip.tokens)
+        x = add_noise(clip.tokens, noise, sigma[:, clip.unit, None])
+        with torch.no_grad():
+            velocity = self.teach(clip, clip.tokens)(x, sigma).float()
+            closer = x + (after - sigma)[:, clip.unit, None] * velocity
+            # The student itself is the target, without an average of its weights (Song and
+            # Dhariwal 2023, arXiv:2310.14189): at sigma 0 what it is given.
+            target = self.student_clean(clip, closer, after, clip.tokens)
+        found = self.student_clean(clip, x, sigma, clip.tokens)
+        return {"loss": (found - target).square().mean()}
+
+
+class DistributionMatching(_Taught):
+    """Train a student on its own videos, and a critic that follows them.
+
+    Steps take turns: `critic_steps` of the critic, then one of the student. They are optimizer
+    steps, whatever the accumulation.
+
+    Args:
+        student: a causal generator; `Initialisation` makes one.
+        critic: a copy of the teacher, or of the student where the teacher is causal.
+        taught: teacher, context, schemes and config of `_Taught`.
+    """
+
+    def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
+        super().__init__(**taught)
+        self.module = Players(student, Critic(critic))
+        if self.context != "full" and self.config.critic != "causal":
+            raise ValueError(
+                f"critic is {self.config.critic}, but the teacher reads the past alone (context "
+                f"{self.context}): use a causal critic, or a teacher that reads everything."
+            )
+        if self.context == "full" and self.config.unit_sigmas:
+            raise ValueError(
+                "unit_sigmas is set, but a teacher that reads everything was trained with one "
+                "sigma per clip: leave it out, or use a causal teacher."
+            )
+
+    players = ("student", "critic")
+
+    @property
+    def result(self) -> nn.Module:
+        return self.module.student
+
+    def turn(self, step: int) -> str:
+        late = step - self.config.critic_warmup
+        period = self.config.critic_steps + 1
+        return "student" if late >= 0 and late % period == period - 1 else "critic"
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        drawn = self.drawn(step)
+        clip = self.clip(batch, drawn)
+        last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
+        sigmas = (*self.config.sigmas[: last + 1], 0.0)
+        if self.turn(step) == "critic":
+            loss = self.learn(clip, self.made(clip, sigmas, rng).clean, rng)
+            return {"loss": loss, "critic_loss": loss}
+        return self._student_loss(clip, sigmas, rng, drawn)
+
+    def made(self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator) -> Rollout:
+        """Let the student make a video of its own."""
+        student = self.module.student
+        with torch.no_grad():
+            text = student.context(clip.words)
+        return rollout(student.transformer, clip.units, text, sigmas=sigmas, rng=rng)
+
+    def noised(
+        self, clean: Tensor, clip: Clip, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy tokens, their sigmas by unit, and the noise."""
+        config, count = self.config, len(clip.units.sizes)
+        levels = count if config.unit_sigmas else 1
+        sigma = random_sigmas((len(clean), levels), rng, shift=config.score_shift)
+        sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
+        noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
+        return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
+
+    def follow(self, clip: Clip, clean: Tensor) -> Scorer:
+        """Return the critic's predictions."""
+        critic = self.module.critic
+        text = critic.model.context(clip.words)
+        copies = self.copies(clean, clip) if self.context == "clean" else None
+        both = torch.arange(2, device=clean.device)
+        direction = critic.direction(both) if len(PASSES[self.config.critic]) > 1 else None
+        return Scorer(
+            critic.model.transformer, text, clip.units, copies=copies, direction=direction
+        )
+
+    def learn(self, clip: Clip, clean: Tensor, rng: torch.Generator) -> Tensor:
+        """Return the critic's loss on videos of the student."""
+        config, draws = self.config, self.config.critic_draws
+        clean = clean.repeat(draws, 1, 1)
+        x, sigma, noise = self.noised(clean, clip, rng)
+        follow = self.follow(clip, clean)
+        text = [(key.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for key, v in follow.text]
+        how = {"critic": config.critic, "separate_weight": config.separate_weight}
+        return critic_loss(replace(follow, text=text), x, noise - clean, sigma, **how)
+
+    def _student_loss(
+        self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator, drawn: torch.Generator
+    ) -> dict[str, Tensor]:
+        config, student, count = self.config, self.module.student, len(clip.units.sizes)
+        made = self.made(clip, sigmas, rng)
+        chosen = torch.randperm(count, generator=drawn) < (config.gradient_units or count)
+        text = student.context(clip.words)
+        clean = last_step(student.transformer, clip.units, text, made, chosen=chosen)
+        through = config.loss == "sid"
+        x, sigma, _ = self.noised(clean if through else clean.detach(), clip, rng)
+        level = sigma[:, clip.unit, None]
+        with torch.set_grad_enabled(through):
+            follow, teach = self.follow(clip, clean), self.teach(clip, clean)
+            fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), level)
+            real = clean_of(x, teach(x, sigma).float(), level)
+        loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
+        loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
+        apart = (fake - real).detach().square().mean()
+        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": apart}

@@ -1,0 +1,364 @@
+"""One training loop for everything; it knows of no videos. `runs.py` says what a run leaves."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from videoar import files, machine
+from videoar.data.batches import Batches
+from videoar.training import run_folder
+from videoar.training.distributed import gather, join, split, whole
+from videoar.training.objectives import Objective
+from videoar.training.optimizer import OptimizerConfig, Player, check, ema_decay_at, learning_rate
+from videoar.training.run_folder import Report, Row
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained, on what, and what comes out."""
+
+    tokens_per_batch: int
+    flops_per_batch: float
+    """Floating point operations, forward and backward, for the share of peak."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is trained, and its loss."""
+
+    @property
+    def batches(self) -> Batches:
+        """What it is trained on."""
+
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+        """Measure the averaged weights, with generators of its own; may return nothing."""
+
+    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        """Write the averaged weights and `meta`, replacing an earlier export."""
+
+
+@runtime_checkable
+class TaskConfig(Protocol):
+    """A frozen dataclass that knows how to build its task."""
+
+    def build(self, config: "TrainConfig", report: Report) -> Task:
+        """Build the task; the global generator is seeded, and `report` hears of what takes long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A complete run."""
+
+    name: str
+    """Name of the run."""
+    task: TaskConfig
+    """What is trained, on what."""
+    out: Path
+    """Folder of the run."""
+    steps: int
+    """Optimizer steps in all."""
+    batch_size: int
+    """Samples per batch; an optimizer step takes `batch_size * accumulate` of them."""
+    accumulate: int = 1
+    """Batches per optimizer step, which all processes share."""
+    seed: int = 0
+    """Seed of the first weights, the order of the samples and all noise."""
+    optimizer: OptimizerConfig
+    """Optimizer and schedule."""
+    critic_learning_rate: float | None = None
+    """Step size of the critic, in objectives that have one; None: the same. Muon's scales alike."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones exported."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; weights and moments stay float32."""
+    device: str = "cpu"
+    """Where to train."""
+    num_threads: int | None = None
+    """CPU threads; None leaves torch's choice. A run repeats bit for bit at the same count only."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    sample_every: int = 0
+    """Steps between two validations; 0 for none."""
+    keep: int = 1
+    """How many of the newest checkpoints stay."""
+
+    def optimizer_of(self, player: str) -> OptimizerConfig:
+        """Return the optimizer of one who takes turns: see `Objective.players`."""
+        rate, muon = self.critic_learning_rate, self.optimizer.muon_learning_rate
+        if player != "critic" or rate is None:
+            return self.optimizer
+        muon = muon and muon * rate / self.optimizer.learning_rate
+        return replace(self.optimizer, learning_rate=rate, muon_learning_rate=muon)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+            check(self, name, getattr(self, name) >= 1, "1 or more")
+        check(self, "seed", self.seed >= 0, "0 or more")
+        check(self, "sample_every", self.sample_every >= 0, "0 or more")
+        check(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
+        check(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "1 or more")
+
+
+def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
+    """Train to the end, or go on where the same run stopped, and return the exported checkpoint.
+
+    Whatever stops a run, the same call goes on from its newest checkpoint, and its losses equal
+    those of a run that never stopped. `report` gets a line per logged step and per event.
+
+    Raises:
+        FloatingPointError: A loss or gradient is not finite; the step was not taken.
+        KeyboardInterrupt: Ctrl-C, after the step was finished and saved.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    found = run_folder.checkpoints(config.out)
+    if found and (step := int(found[-1].name.removeprefix("step-"))) > config.steps:
+        raise ValueError(
+            f"{config.out} is at step {step} already, past the {config.steps} steps asked for:"
+            " raise steps, or name another folder"
+        )
+    run = _Run(config, report)
+    if run.step:
+        run.report(f"going on from step {run.step} of {config.out}")
+    if run.step < config.steps:
+        with _others_named(run):
+            _loop(run)
+    return run.export()
+
+
+def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
+    """Export the newest checkpoint of a run that is not finished, and return the folder."""
+    if not run_folder.checkpoints(config.out):
+        raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
+    return _Run(config, report).export()
+
+
+@contextlib.contextmanager
+def _others_named(run: "_Run") -> Iterator[None]:
+    """Say what it means when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if run.ranks.count == 1 or not lost:
+            raise
+        kept = [folder.name for folder in run_folder.checkpoints(run.config.out)][-1:]
+        raise ConnectionError(
+            f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step {run.step},"
+            f" and stops: the same command goes on from {kept[0] if kept else 'the start'}"
+        ) from error
+
+
+def _loop(run: "_Run") -> None:
+    config, ranks = run.config, run.ranks
+    peak = machine.measure_matmul_rate(run.device, precision=config.precision)
+    log = run_folder.Log(config.out, after=run.step, report=run.report) if ranks.first else None
+    with (
+        contextlib.closing(log or contextlib.ExitStack()),
+        run_folder.deferred_interrupt() as asked,
+    ):
+        while run.step < config.steps:
+            run.advance()
+            last = run.step == config.steps
+            if run.step % config.log_every == 0 or last:
+                row = run.row(peak)
+                if log is not None:
+                    log.write(row, total=config.steps)
+            if config.sample_every and (run.step % config.sample_every == 0 or last):
+                average = run.average()
+                if log is not None:
+                    log.write_validation(run.step, run.task.validate(average, step=run.step))
+            interrupted = ranks.total({"": float(asked.is_set())})[""] > 0
+            if run.step % config.save_every == 0 or last or interrupted:
+                run.save()
+            if interrupted and not last:
+                run.report(
+                    f"stopped and saved at step {run.step}: the same command goes on from there"
+                )
+                raise KeyboardInterrupt
+
+
+class _Run:
+    """Everything that a step changes, as the newest checkpoint has it, and how it is kept."""
+
+    def __init__(self, config: TrainConfig, report: Report) -> None:
+        self.config = config
+        self.ranks, self.device = join(config.device)
+        self.report: Report = report if self.ranks.first else lambda line: None
+        self._share()
+        if self.ranks.first:
+            run_folder.claim(config.out, files.to_json(config))
+        self.ranks.wait()
+        # Initial weights come from the global generator: seeded here, and given back as it was.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            self.task = config.task.build(config, self.report)
+        objective = self.task.objective
+        self.module, self.result = objective.module.train(), objective.result
+        self.ema = copy.deepcopy(self.result).float().requires_grad_(False).eval()
+        self.plain = copy.deepcopy(self.ema) if self.ranks.count > 1 else self.ema
+        for network in (self.module, self.ema, *objective.frozen):
+            split(network, self.ranks, self.device)
+            network.to(self.device)
+        averages = dict(self.ema.named_parameters())
+        self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.players = {
+            name: Player(config.optimizer_of(name), self._parameters_of(name), config.precision)
+            for name in objective.players
+        }
+        self.step = 0
+        self.window = run_folder.Window()
+        self.began = time.perf_counter()
+        if found := run_folder.checkpoints(config.out):
+            self._restore(found[-1])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on this run so far, over all its resumptions."""
+        return time.perf_counter() - self.began
+
+    def _share(self) -> None:
+        """Raise unless the batches of a step can be shared among the ranks."""
+        config, count = self.config, self.ranks.count
+        if config.accumulate % count:
+            raise ValueError(
+                f"accumulate is {config.accumulate}, but {count} processes share the batches of a"
+                f" step: make it a multiple of {count}"
+            )
+        if count > 1 and config.optimizer.muon_learning_rate is not None:
+            raise ValueError(
+                f"Muon moves whole matrices, which {count} processes split among them: set"
+                " --optimizer.muon-learning-rate None"
+            )
+
+    def _parameters_of(self, player: str) -> dict[str, nn.Parameter]:
+        prefix = f"{player}." if player else ""
+        return {name: p for name, p in self.parameters.items() if name.startswith(prefix)}
+
+    def advance(self) -> None:
+        """Take one optimizer step, or raise before the weights change."""
+        config, started = self.config, time.perf_counter()
+        terms: dict[str, float] = {}
+        for micro in range(self.ranks.index, config.accumulate, self.ranks.count):
+            for name, value in self._backward(micro).items():
+                terms[name] = terms.get(name, 0.0) + value / config.accumulate
+        terms = self.ranks.total(terms)
+        player = self.players[self.task.objective.turn(self.step)]
+        norm = nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
+        terms["grad_norm"] = whole(norm).item()
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"step {self.step + 1} of {config.out} was not taken, as its {name} is {value}:"
+                    " look at its data, or begin in another folder with a lower learning rate"
+                )
+        when = {"step": self.step, "steps": config.steps, "moved": player.steps}
+        rate = learning_rate(player.config, **when)
+        player.move(rate)
+        self.module.zero_grad(set_to_none=True)  # that of who waits, too
+        with torch.no_grad():
+            weight = 1 - ema_decay_at(config.ema_decay, step=player.steps)
+            for parameter in player.parameters.values():
+                if parameter in self.averages:
+                    self.averages[parameter].lerp_(parameter.float(), weight)
+        player.steps += 1
+        self.step += 1
+        self.window.add(terms, rate, time.perf_counter() - started)
+
+    def _backward(self, micro: int) -> dict[str, float]:
+        config, device = self.config, self.device
+        number = self.step * config.accumulate + micro
+        batch = {
+            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in self.task.batches.batch(number).items()
+        }
+        # A generator of its own per batch: nothing random has to be kept to go on exactly.
+        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0])
+        rng = torch.Generator(device).manual_seed(seed >> 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            terms = self.task.objective.loss(batch, rng, step=self.step)
+        # The mean over ranks is FSDP's.
+        (terms["loss"] * (self.ranks.count / config.accumulate)).backward()
+        return {name: value.item() for name, value in terms.items()}
+
+    def row(self, peak: float) -> Row:
+        """Return the log line of the steps since the last one, and begin anew."""
+        window, self.window = self.window, run_folder.Window()
+        batches = window.count * self.config.accumulate / window.seconds
+        return {
+            "step": self.step,
+            **window.means,
+            "learning_rate": window.learning_rate,
+            "seconds_per_step": window.seconds / window.count,
+            "tokens_per_second": batches * self.task.tokens_per_batch,
+            "share_of_peak": batches * self.task.flops_per_batch / (peak * self.ranks.count),
+            "seconds": self.seconds,
+        }
+
+    def average(self) -> nn.Module:
+        """Return the averaged weights beside the buffers of now."""
+        for target, source in zip(self.ema.buffers(), self.result.buffers(), strict=True):
+            target.copy_(source)
+        return self.ema if self.plain is self.ema else gather(self.ema, self.plain)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and remove those that are too old."""
+        tensors = {
+            "module": run_folder.named_tensors(self.module),
+            "ema": run_folder.named_tensors(self.ema),
+            "optimizer": {
+                f"{name}/{key}": value
+                for player in self.players.values()
+                for name, moments in player.moments.items()
+                for key, value in moments.items()
+            },
+        }
+        state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
+        state["steps_of"] = {name: player.steps for name, player in self.players.items()}
+        how = {"keep": self.config.keep, "ranks": self.ranks}
+        run_folder.write_checkpoint(
+            self.config.out, step=self.step, tensors=tensors, state=state, **how
+        )
+
+    def _restore(self, folder: Path) -> None:
+        state, shapes = run_folder.read_state(folder)
+        run_folder.read_tensors(
+            folder, "module", run_folder.named_tensors(self.module), ranks=self.ranks
+        )
+        run_folder.read_tensors(folder, "ema", run_folder.named_tensors(self.ema), ranks=self.ranks)
+        moments = {n: m for player in self.players.values() for n, m in player.moments.items()}
+        places = {}
+        for full_name, shape in shapes.items():
+            name, _, key = full_name.rpartition("/")
+            parameter = self.parameters[name]
+            # Moments take the memory layout of their parameter: fused AdamW walks both alike.
+            alike = tuple(parameter.shape) == shape
+            place = torch.empty_like(parameter) if alike else torch.empty(shape)
+            places[full_name] = moments[name][key] = place.detach().to(self.device)
+        run_folder.read_tensors(folder, "optimizer", places, ranks=self.ranks)
+        for name, count in state["steps_of"].items():
+            self.players[name].steps = count
+        self.step = state["step"]
+        self.began -= state["seconds"]
+        self.window = run_folder.Window(**state["window"])
+
+    def export(self) -> Path:
+        """Have the task write the averaged weights, and return their folder."""
+        out, config = self.config.out, files.to_json(self.config)
+        average = self.average()
+        if self.ranks.first:
+            meta = run_folder.provenance(out, config, step=self.step, seconds=self.seconds)
+            self.task.export(out / "checkpoint", average, meta)
+        self.ranks.wait()
+        return out / "checkpoint"

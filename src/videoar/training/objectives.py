@@ -1,0 +1,124 @@
+"""Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
+from videoar.core.schemes import Scheme
+from videoar.core.transformer import TextContext, VideoTransformer
+from videoar.encoders.text_encoder import PAD, StoredText
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training loop needs to know: the module it updates, and the loss of a batch."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What the optimizers update."""
+        ...
+
+    @property
+    def result(self) -> nn.Module:
+        """The part of it that is wanted in the end: its weights are averaged and exported."""
+        ...
+
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """Networks that are asked and not trained."""
+        ...
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Children of the module with optimizers of their own, or "" for all of it."""
+        ...
+
+    def turn(self, step: int) -> str:
+        """Return the player that moves in a step."""
+        ...
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int
+    ) -> dict[str, Tensor]:
+        """Return scalar tensors; `loss` is minimised, the others are logged.
+
+        The number and the shapes of passes depend on `step` alone: ranks keep in step.
+        """
+        ...
+
+
+class Alone:
+    """An objective that moves everything in every step."""
+
+    module: Any
+    frozen: tuple[Any, ...] = ()
+    players = ("",)
+
+    @property
+    def result(self) -> nn.Module:
+        return self.module
+
+    def turn(self, step: int) -> str:
+        return ""
+
+
+class TextToVideo(nn.Module):
+    """A transformer and the encoder of its prompts, trained together unless that is frozen."""
+
+    def __init__(self, transformer: VideoTransformer, text: nn.Module):
+        super().__init__()
+        self.transformer, self.text = transformer, text
+
+    def context(self, words: Tensor) -> TextContext:
+        """What the transformer reads of prompts: token ids, or stored rows."""
+        return self.transformer.encode_text(self.text(words))
+
+    def without(self, words: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor:
+        """Return the prompts, empty where `dropped`."""
+        if isinstance(self.text, StoredText):
+            return torch.where(dropped[:, None, None], self.text.empty.to(words), words)
+        return words.masked_fill(dropped[:, None], PAD)
+
+
+class FlowMatching(Alone):
+    """Train one transformer, and its text encoder, on several schemes in turn.
+
+    Args:
+        module: the model and its text encoder.
+        schemes: drawn from at every step.
+        config: see `FlowMatchingConfig`.
+    """
+
+    def __init__(
+        self,
+        module: TextToVideo,
+        *,
+        schemes: tuple[Scheme, ...],
+        config: FlowMatchingConfig,
+    ):
+        self.module, self.schemes, self.config = module, schemes, config
+
+    def loss(
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
+    ) -> dict[str, Tensor]:
+        scheme = self.schemes[int(torch.randint(len(self.schemes), (), **on(rng)))]
+        dropped = torch.rand(len(batch["text"]), **on(rng)) < self.config.text_dropout
+        words = self.module.without(batch["text"], dropped)
+        latents, short = batch["latents"], self.config.short_probability
+        if short and torch.rand((), **on(rng)) < short:
+            latents = latents[:, :2]
+        clip, text = draw_clip(latents, scheme, self.config, rng), self.module.context(words)
+        loss = flow_matching_loss(
+            self.module.transformer, clip, text, scheme=scheme, config=self.config, rng=rng
+        )
+        return {"loss": loss}
+
+
+def own_weights(module: nn.Module) -> nn.Module:
+    """Copy the weights into memory of their own, in float32; they may be mapped from a file."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return module

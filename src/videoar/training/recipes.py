@@ -1,0 +1,384 @@
+"""Recipes: functions that return a complete `TrainConfig`.
+
+A name on the command line is a function here, or `package.module:function` anywhere.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from videoar.core.loss import FlowMatchingConfig
+from videoar.core.transformer import ModelConfig
+from videoar.encoders.text_encoder import TextEncoderConfig
+from videoar.encoders.tiny_codec import TinyCodecConfig
+from videoar.generation.config import Sampling
+from videoar.training.codec import CodecTask
+from videoar.training.distillation.stages import DistillationConfig
+from videoar.training.distillation.task import DistillTask
+from videoar.training.loop import TrainConfig
+from videoar.training.optimizer import OptimizerConfig
+from videoar.training.text_to_video import FinetuneTask, GeneratorTask
+
+TOY_UNITS = (
+    "frame",
+    "chunk:2",
+    "chunk:3",
+    "key-detail:4",
+    "multiscale:4,2,1",
+    "cube:1x2x2",
+    "cube:2x2x2",
+)
+
+
+def codec_toy() -> TrainConfig:
+    """The codec of the embedded checkpoint: `videoar train codec-toy`, 8 minutes on 2 cores."""
+    return TrainConfig(
+        name="codec-toy",
+        out=Path("runs/codec-toy"),
+        task=CodecTask(codec=TinyCodecConfig.toy()),
+        steps=1200,
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.6),
+        ema_decay=0.99,
+        precision="bfloat16",
+        log_every=50,
+        save_every=250,
+        sample_every=100,
+    )
+
+
+def codec_toy_decoder() -> TrainConfig:
+    """A wider decoder for the latents of `codec-toy`: `videoar train codec-toy-decoder`."""
+    first = codec_toy()
+    wider = replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16))
+    return replace(
+        first,
+        name="codec-toy-decoder",
+        out=Path("runs/codec-toy-decoder"),
+        task=CodecTask(codec=wider, init=first.out / "checkpoint"),
+        steps=3000,
+    )
+
+
+def toy_images() -> TrainConfig:
+    """First pictures from text: `videoar train toy-images`.
+
+    What a thing looks like is learned 20 times as fast from pictures as from clips.
+    """
+    final = toy()
+    assert isinstance(final.task, GeneratorTask)
+    return replace(
+        final,
+        name="toy-images",
+        out=Path("runs/toy-images"),
+        task=replace(
+            final.task,
+            latents=Path("runs/world-64-short"),
+            num_videos=20_000,
+            num_latents=4,
+            units=("frame",),
+            flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
+            sampling=replace(final.task.sampling, units="frame", window_frames=1, sink_frames=0),
+            init=None,
+        ),
+        steps=2500,
+        batch_size=256,
+        optimizer=replace(final.optimizer, decay_fraction=0.0),
+    )
+
+
+def toy_pairs() -> TrainConfig:
+    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
+
+    In longer clips the context shows it, and what the words for it mean is not learned.
+    """
+    images = toy_images()
+    assert isinstance(images.task, GeneratorTask)
+    return replace(
+        images,
+        name="toy-pairs",
+        out=Path("runs/toy-pairs"),
+        task=replace(
+            images.task,
+            flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
+            sampling=replace(images.task.sampling, window_frames=2, sink_frames=2),
+            init=images.out / "checkpoint",
+        ),
+        steps=1000,
+        batch_size=128,
+    )
+
+
+def toy_short() -> TrainConfig:
+    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
+    pairs, final = toy_pairs(), toy()
+    assert isinstance(pairs.task, GeneratorTask)
+    assert isinstance(final.task, GeneratorTask)
+    return replace(
+        pairs,
+        name="toy-short",
+        out=Path("runs/toy-short"),
+        task=replace(
+            pairs.task,
+            units=TOY_UNITS,
+            flow=FlowMatchingConfig(clip_frames=4),
+            sampling=replace(final.task.sampling, window_frames=4),
+            init=pairs.out / "checkpoint",
+        ),
+        steps=900,
+        batch_size=64,
+    )
+
+
+def toy() -> TrainConfig:
+    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
+    return TrainConfig(
+        name="toy",
+        out=Path("runs/toy"),
+        task=GeneratorTask(
+            codec=Path("runs/codec-toy-decoder/checkpoint"),
+            latents=Path("runs/world-64"),
+            num_videos=10_000,
+            num_latents=12,
+            units=TOY_UNITS,
+            model=ModelConfig(
+                num_layers=6,
+                num_heads=4,
+                head_dim=32,
+                ffn_dim=512,
+                text_dim=128,
+                freq_dim=64,
+                rope_theta=100.0,
+                prediction="clean",
+            ),
+            text=TextEncoderConfig(),
+            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
+            sampling=Sampling(guidance_scale=3.0),
+            init=Path("runs/toy-short/checkpoint"),
+        ),
+        steps=1500,
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=100, decay_fraction=0.4
+        ),
+        ema_decay=0.998,
+        precision="bfloat16",
+        log_every=20,
+        save_every=200,
+        sample_every=400,
+    )
+
+
+def toy_teacher() -> TrainConfig:
+    """A teacher that reads everything, from `toy-base`: `videoar train toy-teacher`.
+
+    It learns the lattice of multiscale units, too, so that it can teach them.
+    """
+    final = toy()
+    assert isinstance(final.task, GeneratorTask)
+    return replace(
+        final,
+        name="toy-teacher",
+        out=Path("runs/toy-teacher"),
+        task=replace(
+            final.task,
+            codec=Path("toy-base"),
+            units=("full", "full", "full", "multiscale:4,2,1"),
+            flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+            sampling=replace(
+                final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
+            ),
+            init=Path("toy-base"),
+        ),
+        steps=2400,
+        batch_size=64,
+    )
+
+
+def toy_start() -> TrainConfig:
+    """The first stage of distillation: `videoar distill toy-start`.
+
+    The teacher is causal as the student is: with one that reads everything motions were lost
+    (`docs/log.md`).
+    """
+    rates = OptimizerConfig(learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20)
+    return TrainConfig(
+        name="toy-start",
+        out=Path("runs/toy-start"),
+        task=DistillTask(
+            teacher="toy-base",
+            teacher_mask="same",
+            student="toy-base",
+            latents=Path("runs/world-64"),
+            units=TOY_UNITS,
+            distillation=DistillationConfig(stage="consistency"),
+        ),
+        steps=240,
+        batch_size=32,
+        optimizer=replace(rates, decay_fraction=0.5),
+        ema_decay=0.98,
+        precision="bfloat16",
+        log_every=20,
+        save_every=100,
+        sample_every=80,
+    )
+
+
+def toy_same() -> TrainConfig:
+    """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
+    start = toy_start()
+    assert isinstance(start.task, DistillTask)
+    rates = OptimizerConfig(
+        learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
+    )
+    return replace(
+        start,
+        name="toy-same",
+        out=Path("runs/toy-same"),
+        task=replace(
+            start.task,
+            student="runs/toy-start/checkpoint",
+            distillation=DistillationConfig(
+                critic="causal", critic_steps=2, critic_draws=1, critic_warmup=40
+            ),
+        ),
+        steps=400,
+        batch_size=16,
+        optimizer=rates,
+        critic_learning_rate=3e-4,
+        ema_decay=0.95,
+        sample_every=200,
+    )
+
+
+def toy_dmd() -> TrainConfig:
+    """Symmetric DMD: `videoar distill toy-dmd`, after `toy-same` and `toy-teacher`."""
+    same = toy_same()
+    assert isinstance(same.task, DistillTask)
+    return replace(
+        same,
+        name="toy-dmd",
+        out=Path("runs/toy-dmd"),
+        task=replace(
+            same.task,
+            teacher="runs/toy-teacher/checkpoint",
+            teacher_mask="full",
+            student="runs/toy-same/checkpoint",
+            distillation=replace(same.task.distillation, critic="symmetric"),
+        ),
+        steps=320,
+        sample_every=160,
+    )
+
+
+def wan_dmd() -> TrainConfig:
+    """Wan2.1 1.3B to 4 steps by chunks of 3, under `torchrun`: `videoar distill wan-1.3b-dmd`.
+
+    Rates, noise levels and turns are those of Self-Forcing (arXiv:2506.08009).
+    """
+    wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    return TrainConfig(
+        name="wan-1.3b-dmd",
+        out=Path("runs/wan-1.3b-dmd"),
+        task=DistillTask(
+            teacher=wan,
+            student=wan,
+            latents=Path("latents"),
+            units=("chunk:3",),
+            distillation=DistillationConfig(
+                clip_frames=21,
+                guidance_scale=4.0,
+                critic_draws=1,
+                critic_warmup=500,
+            ),
+            recompute=True,
+        ),
+        steps=1700,
+        batch_size=1,
+        accumulate=64,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-6,
+            betas=(0.0, 0.999),
+            warmup_steps=0,
+            decay_fraction=0.0,
+            clip_norm=10.0,
+        ),
+        critic_learning_rate=4e-7,
+        ema_decay=0.99,
+        precision="bfloat16",
+        device="cuda",
+        save_every=100,
+    )
+
+
+def finetune() -> TrainConfig:
+    """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
+    return TrainConfig(
+        name="finetune",
+        out=Path("runs/finetune"),
+        task=FinetuneTask(latents=Path("latents"), units=TOY_UNITS),
+        steps=500,
+        batch_size=8,
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, muon_learning_rate=0.005, warmup_steps=20, decay_fraction=0.5
+        ),
+        ema_decay=0.99,
+        precision="bfloat16",
+        save_every=100,
+        sample_every=100,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "codec-toy": codec_toy,
+    "codec-toy-decoder": codec_toy_decoder,
+    "toy-images": toy_images,
+    "toy-pairs": toy_pairs,
+    "toy-short": toy_short,
+    "toy": toy,
+    "toy-teacher": toy_teacher,
+    "finetune": finetune,
+}
+DISTILLATIONS: dict[str, Callable[[], TrainConfig]] = {
+    "toy-start": toy_start,
+    "toy-same": toy_same,
+    "toy-dmd": toy_dmd,
+    "wan-1.3b-dmd": wan_dmd,
+}
+RECIPES |= DISTILLATIONS
+
+
+def distils(config: TrainConfig) -> bool:
+    """Say whether a recipe distils a teacher."""
+    return isinstance(config.task, DistillTask)
+
+
+def find(name: str) -> TrainConfig:
+    """Build the recipe of that name.
+
+    Raises:
+        ValueError: there is no such recipe or function.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    module, colon, function = name.partition(":")
+    if colon:
+        try:
+            config = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"Recipe {name!r} cannot be imported ({error}): check both names."
+            ) from error
+        if not isinstance(config, TrainConfig):
+            raise ValueError(
+                f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig."
+            )
+        return config
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)},"
+        f" or package.module:function.{hint}"
+    )

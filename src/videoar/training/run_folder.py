@@ -1,0 +1,295 @@
+"""A run from outside: its folder, its log, its checkpoints and its machine. Nothing here trains.
+
+The folder of a run holds:
+
+out/run.json             the configuration that owns the folder
+out/log.jsonl            one line per logged step
+out/tensorboard/         the same, if TensorBoard is installed
+out/checkpoints/step-N/  everything needed to go on from step N, exactly
+out/checkpoint/          what the task exports at the end
+
+A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+
+from videoar.files import Json
+from videoar.machine import git_commit, hardware
+from videoar.training.distributed import Ranks, load, save, sizes
+
+ALONE = Ranks()
+Report = Callable[[str], None]
+
+Row = dict[str, int | float]
+
+
+# What may differ when a run goes on: none of these changes what a step computes, except that the
+# decay at the end of the schedule moves with `steps`.
+FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
+LOSS_CURVE_POINTS = 100
+
+
+def claim(out: Path, config: Json) -> None:
+    """Make `out` the folder of the run `config`, or raise if it belongs to anything else.
+
+    A run that ended before it began, for a wrong name say, keeps no folder.
+    """
+    owner = out / "run.json"
+    begun = (out / "log.jsonl").exists() or (out / "checkpoints").exists()
+    if owner.is_file() and begun:
+        old, new = _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config)
+        for key in sorted((old.keys() | new.keys()) - FREE_FIELDS):
+            before, after = old.get(key, "absent"), new.get(key, "absent")
+            if before != after:
+                raise ValueError(
+                    f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the"
+                    " old value, or name another folder"
+                )
+    elif out.exists() and (
+        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.partial"}
+    ):
+        raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / ".run.partial", config)
+    os.replace(out / ".run.partial", owner)
+
+
+def _flatten(value: Any, prefix: str = "") -> Json:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, the newest last."""
+    found = (out / "checkpoints").glob("step-*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def write_checkpoint(
+    out: Path,
+    *,
+    step: int,
+    keep: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: Json,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Write a checkpoint that appears only when complete; keep the newest `keep`.
+
+    Every entry of `tensors` becomes a folder; `state` is everything that is not a tensor.
+    """
+    target = out / "checkpoints" / f"step-{step}"
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    ranks.wait()
+    if ranks.first:
+        for left_over in target.parent.glob(".step-*"):
+            shutil.rmtree(left_over)
+        partial.mkdir(parents=True)
+        _write_json(partial / "state.json", state)
+    ranks.wait()
+    for stem, named in tensors.items():
+        save(partial / stem, named, ranks)
+    ranks.wait()
+    if ranks.first:
+        os.replace(partial, target)
+        for old in checkpoints(out)[:-keep]:
+            removed = old.with_name(f".{old.name}.removed")
+            os.replace(old, removed)
+            shutil.rmtree(removed)
+    ranks.wait()
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Say in one sentence that a checkpoint is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException) as e:
+        message = f"{folder} cannot be read ({e}): remove that folder to go on without it"
+        raise ValueError(message) from e
+
+
+def read_state(folder: Path) -> tuple[Json, dict[str, tuple[int, ...]]]:
+    """Return what a checkpoint says besides tensors, and the shapes of the optimizer's."""
+    with reading(folder):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return state, sizes(folder / "optimizer")
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what `state_dict` holds, but a shared parameter only once."""
+    kept = module.state_dict().keys()
+    buffers = {name: value for name, value in module.named_buffers() if name in kept}
+    return dict(module.named_parameters()) | buffers
+
+
+def read_tensors(folder: Path, stem: str, target: dict[str, Tensor], *, ranks: Ranks) -> None:
+    """Read an entry of a checkpoint into tensors, which must have its names and shapes."""
+    with reading(folder):
+        found = sizes(folder / stem)
+    expected = {name: tuple(value.shape) for name, value in target.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if (wanted := expected.get(name)) != (shape := found.get(name)):
+            raise ValueError(
+                f"{folder} has {name} of shape {shape}, but the model has {wanted}: go on with the"
+                " code that began the run, or name another folder"
+            )
+    with reading(folder), torch.no_grad():
+        load(folder / stem, target, ranks)
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums over the steps since the last line of the log; part of a checkpoint."""
+
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.0
+    count: int = 0
+    seconds: float = 0.0
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over the steps that have each."""
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
+
+    def add(self, terms: dict[str, float], rate: float, seconds: float) -> None:
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.learning_rate = rate
+        self.count += 1
+        self.seconds += seconds
+
+
+class Log:
+    """The log of a run: JSON lines, TensorBoard if it is installed, and a line for the user.
+
+    Lines of steps later than `after` are dropped: they are about to be computed again.
+    """
+
+    def __init__(self, out: Path, *, after: int, report: Report) -> None:
+        self.report = report
+        path = out / "log.jsonl"
+        rows = [row for row in read_log(out) if row["step"] <= after]
+        partial = path.with_name(".log.partial")
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+        # Line by line, so that a checkpoint never knows of a line that the file lacks.
+        self.file = path.open("a", buffering=1, encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=after + 1)
+        except ImportError:
+            report(f"TensorBoard is not installed (extra `train`): the log is {path} alone")
+            self.board = None
+
+    def write(self, row: Row, *, total: int) -> None:
+        """Write the line of a step and report it; `total` is the number of steps of the run."""
+        self._write(row)
+        left = timedelta(seconds=round((total - row["step"]) * row["seconds_per_step"]))
+        # Of players who take turns, each has its own; their mean says nothing.
+        losses = [name for name in row if name.endswith("_loss")] or ["loss"]
+        shown = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in losses)
+        self.report(
+            f"step {row['step']:>{len(str(total))}}/{total}  {shown}"
+            f"  norm {row['grad_norm']:.2f}  rate {row['learning_rate']:.1e}"
+            f"  {row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
+            f"  {left} left"
+        )
+
+    def write_validation(self, step: int, values: Row) -> None:
+        """Write what a validation measured, in a line of its own."""
+        if not values:
+            return
+        self._write({"step": step} | {f"validation/{name}": v for name, v in values.items()})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.report(f"step {step}  validation: {shown}")
+
+    def _write(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(out: Path) -> list[Row]:
+    """Return the lines of the log; one cut short when the run was killed is left out."""
+    path = out / "log.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def provenance(out: Path, config: Json, *, step: int, seconds: float) -> Json:
+    """Return what a checkpoint says of its making: configuration, code, machine, time, losses."""
+    curve = [[row["step"], row["loss"]] for row in read_log(out) if "loss" in row]
+    count = min(len(curve), LOSS_CURVE_POINTS)
+    chosen = np.linspace(0, len(curve) - 1, count).round().astype(int)
+    return {
+        "config": config,
+        "step": step,
+        "seed": config["seed"],
+        "git_commit": git_commit(),
+        "hardware": hardware(config["device"]),
+        "seconds": seconds,
+        "loss_curve": [curve[index] for index in chosen],
+    }
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Have a first Ctrl-C, or SIGTERM, only set the event, so that no step is cut in half.
+
+    Schedulers of clusters, and `torchrun` to its processes, send SIGTERM. A second one stops at
+    once. Only a main thread receives signals; elsewhere nothing happens.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

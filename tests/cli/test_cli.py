@@ -1,0 +1,672 @@
+"""The command line: what users type, what they read, what is refused, and the pictures it draws."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import SCHEMES, TEXT, tiny_pipeline
+from torch import nn
+
+from videoar.cli import drawing
+from videoar.cli.generate import generate
+from videoar.cli.main import COMMANDS, main, parse
+from videoar.cli.progress import Progress, how_far
+from videoar.core import cache, schemes
+from videoar.core.schemes import Scheme
+from videoar.core.schemes import parse as parse_units
+from videoar.core.units import Units, Visible
+from videoar.data.batches import Batches
+from videoar.data.video import read_video
+from videoar.encoders.text_encoder import PromptEncoder, TextEncoder
+from videoar.training.loop import TrainConfig
+from videoar.training.objectives import Alone
+from videoar.training.optimizer import OptimizerConfig
+from videoar.training.recipes import RECIPES
+from videoar.training.run_folder import Report
+
+Run = Callable[..., tuple[int, str, str]]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+FROZEN = {
+    "generate": "base lora preset dtype prompt units image video keep fit seconds num_frames seed "
+    "out model codec height width device offload num_inference_steps shift guidance_scale "
+    "negative_prompt window sink lag threads report force",
+    "train": "recipe list export",
+    "distill": "recipe list export",
+    "convert": "base lora preset dtype source target format force",
+    "info": "base lora preset dtype checkpoint seconds window",
+    "units": "schemes frames height width window sink steps out force",
+    "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
+    "held_out max_seconds timeout workers device engine",
+    "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
+    "repeats threads out",
+    "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
+    "num_inference_steps shift guidance_scale out data",
+    "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
+    "out",
+    "demo": "out model seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny checkpoint that takes prompts of 96 tokens."""
+    pipe = tiny_pipeline()
+    encoder = TextEncoder(dataclasses.replace(TEXT, max_tokens=96)).eval()
+    pipe.prompt_encoder = PromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
+    return str(pipe.save_pretrained(tmp_path_factory.mktemp("checkpoints") / "tiny"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in an empty folder: its exit code, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return run_command
+
+
+# ---------------------------------------------------------------- what can be typed
+
+
+def test_commands_and_options_are_frozen() -> None:
+    """A name that users type does not change by accident; their scripts would break."""
+    names = {
+        name: " ".join(field.name for field in dataclasses.fields(kind))
+        for name, kind in COMMANDS.items()
+    }
+    assert names == FROZEN
+
+
+def test_help_comes_without_torch() -> None:
+    """Help of every command needs neither torch nor numpy; else it would take seconds."""
+    code = (
+        "import sys; from videoar.cli.main import COMMANDS, main\n"
+        "codes = [main([])] + [main([name, '--help']) for name in COMMANDS]\n"
+        "assert not {'torch', 'numpy', 'av', 'PIL'} & sys.modules.keys()\n"
+        "sys.exit(any(codes))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+    assert "--num-inference-steps" in done.stdout
+
+
+def test_every_option_is_explained() -> None:
+    """Help without a word on an option makes the user read the source."""
+    for kind in COMMANDS.values():
+        bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+        lines = [line for base in bases for line in inspect.getsource(base).splitlines()]
+        for name in (field.name for field in dataclasses.fields(kind)):
+            (at,) = (k for k, line in enumerate(lines) if line.startswith(f"    {name}:"))
+            assert lines[at + 1].startswith('    """'), f"{kind.__name__}.{name}"
+
+
+def test_the_module_returns_the_exit_code() -> None:
+    """`python -m videoar` tells the shell of a failure; else scripts would go on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "videoar", "generatex", "x"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("videoar: error: unknown command 'generatex'")
+    assert "did you mean generate?" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_who_stops_reading_gets_no_error() -> None:
+    """`videoar train --list | head -1` ends quietly, as other commands do."""
+    command = f"{shlex.quote(sys.executable)} -m videoar units {'frame ' * 400} | head -c 1"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert len(done.stdout) == 1
+    assert done.stderr == ""
+
+
+def test_version(run: Run) -> None:
+    """`--version` says which version runs, for reports of errors."""
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("videoar 0.")
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
+    """File, report and summary tell of the same video; else the printed speed would be fiction."""
+    code, out, _ = run(
+        "generate", "a red ball", "--model", checkpoint, "--seconds", "1.5", "--units", "chunk:2",
+        "--window", "4", "--sink", "2", "--out", "ball.mp4", "--report", "ball.json",
+    )  # fmt: skip
+    assert code == 0
+    figures = json.loads(Path("ball.json").read_text())
+    video = read_video("ball.mp4")
+    assert figures["frames"] == len(video.frames) == 24
+    assert video.fps == 16
+    assert figures["fps"] * figures["seconds"] == pytest.approx(24)
+    parts = [figures[f"{part}_seconds"] for part in ("model", "decode", "write")]
+    assert min(parts) > 0
+    assert sum(parts) <= figures["seconds"] * 1.001
+    assert figures["first_frame_seconds"] < figures["seconds"]
+    assert figures["peak_bytes"] > 2**24
+    # 7 latent frames are 4 units of 2 steps; 2 sink and 2 window frames of 16 tokens are read.
+    assert (figures["units"], figures["passes"], figures["cache_tokens"]) == (4, 8, 2 * 16)
+    assert "24 frames, 1.5 s" in out
+    assert "chunk:2" in out
+
+
+def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
+    """The seed decides the pixels; a video that cannot be made again cannot be discussed."""
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        words = ("--model", checkpoint, "--num-frames", "9", "--seed", seed)
+        assert run("generate", "a ball", *words, "--out", f"{name}.mkv")[0] == 0
+    first, again, other = (read_video(f"{name}.mkv").frames for name in "abc")
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def _milliseconds(picture: Image.Image) -> int:
+    """Return the length of an animation; equal pictures are stored as one that stays longer."""
+    total = 0
+    for index in range(picture.n_frames):
+        picture.seek(index)
+        picture.load()
+        total += picture.info["duration"]
+    return total
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "png"])
+def test_generate_writes_pictures(run: Run, checkpoint: str, suffix: str) -> None:
+    """Formats that are written in one piece get every frame, too."""
+    file = Path(f"ball.{suffix}")
+    words = ("--model", checkpoint, "--num-frames", "5", "--out", str(file))
+    assert run("generate", "a ball", *words)[0] == 0
+    with Image.open(file) as picture:
+        if suffix == "png":
+            assert picture.width > 5 * 64
+        else:
+            assert _milliseconds(picture) == pytest.approx(5000 / 16, abs=10)
+
+
+def test_all_of_the_past_can_be_read(run: Run, checkpoint: str) -> None:
+    """`--window all` lifts the checkpoint's window; a missing value must not stand for it."""
+    cached = []
+    for window in ((), ("--window", "all")):
+        words = ("--model", checkpoint, "--num-frames", "41", "--units", "frame", *window)
+        assert run("generate", "a ball", *words, "--report", "r.json", "--force")[0] == 0
+        cached.append(json.loads(Path("r.json").read_text())["cache_tokens"])
+    assert cached == [5 * 16, 10 * 16]
+
+
+def test_an_existing_file_is_replaced_only_by_force(run: Run, checkpoint: str) -> None:
+    """A video that took an hour is not lost to a second start of the same command."""
+    Path("ball.mp4").write_text("precious")
+    words = ("generate", "a ball", "--model", checkpoint, "--num-frames", "5", "--out", "ball.mp4")
+    code, _, error = run(*words)
+    assert (code, Path("ball.mp4").read_text()) == (2, "precious")
+    assert "--force" in error
+    assert run(*words, "--force")[0] == 0
+    assert len(read_video("ball.mp4").frames) == 5
+
+
+def test_ctrl_c_leaves_a_playable_file(checkpoint: str, tmp_path: Path) -> None:
+    """Whoever stops a long generation keeps what was finished, and reads so."""
+    file = tmp_path / "long.mp4"
+    words = ["generate", "a ball", "--model", checkpoint, "--seconds", "100000", "--out", str(file)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "videoar", *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    partial = file.with_name(".long.mp4.partial.mp4")
+    deadline = time.monotonic() + 90
+    while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert "holds what was finished" in error
+    assert "Traceback" not in error
+    assert f"{len(read_video(file, max_frames=10**6).frames)} frames" in out
+    assert not partial.exists()
+
+
+def test_progress_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """A long generation says how long it will take, in plain lines when no terminal reads them."""
+    progress, line = (
+        Progress(sys.stderr, every=5),
+        how_far(80, 8, total=160, fps=16),
+    )
+    progress.show(line)
+    assert capsys.readouterr().err == ""
+    progress.shown -= 8
+    progress.show(line)
+    assert capsys.readouterr().err == "5.0 of 10.0 s, 10.0 frames/s, 8 s left\n"
+
+
+# ---------------------------------------------------------------- bad input
+
+OUT = ("--out", "x.mp4")
+BAD = [
+    (("generate", "ball", "--seconds", "0"), "seconds is 0"),
+    (("generate", "ball", "--seconds", "-3"), "seconds is -3"),
+    (("generate", "ball", "--seconds", "nan"), "seconds is nan"),
+    (("generate", "ball", "--seconds", "inf"), "seconds is inf"),
+    (("generate", "ball", "--seconds", "x"), "--seconds"),
+    (("generate", "ball", "--seconds", "1", "--num-frames", "9"), "choose one"),
+    (("generate", "ball", "--num-frames", "0"), "num_frames is 0"),
+    (("generate", "ball", "--seed", "-1"), "seed is -1"),
+    (("generate", "ball", "--num-inference-steps", "0"), "num_inference_steps is 0"),
+    (("generate", "ball", "--shift", "0"), "shift is 0"),
+    (("generate", "ball", "--guidance-scale", "nan"), "guidance_scale is nan"),
+    (("generate", "ball", "--lag", "9"), "lag is 9"),
+    (("generate", "ball", "--threads", "0"), "threads is 0"),
+    (("generate", "ball", "--window", "1", "--units", "chunk:2"), "smaller than one unit"),
+    (("generate", "ball", "--sink", "-1"), "sink_frames is -1"),
+    (("generate", ""), "prompt is empty"),
+    (("generate", "ball " * 2000), "10000 characters"),
+    (("generate", "ball " * 100), "tokens"),
+    (("generate", "ball", "--units", "cbe:1x2x2"), "Did you mean cube:1x2x2?"),
+    (("generate", "ball", "--units", "cube:1x0x2"), "0"),
+    (("generate", "ball", "--out", "missing/x.mp4"), "missing does not exist"),
+    (("generate", "ball", "--out", "x.avi"), ".avi"),
+    (("generate", "ball", "--out", "x.webp", "--num-frames", "4000"), "held in memory"),
+    (("generate", "ball", "--report", "missing/x.json"), "missing does not exist"),
+    (("generate", "ball", "--secnds", "3"), "did you mean --seconds?"),
+    (("generate",), "PROMPT"),
+    (("units", "chunk:0"), "0"),
+    (("units", "chnk:2"), "Did you mean chunk:3?"),
+    (("units",), "no scheme"),
+    (("units", "frame", "--frames", "0"), "frames >= 1"),
+    (("units", "frame", "--steps", "0"), "steps is 0"),
+    (("units", "frame", "--window", "0"), "smaller than one unit"),
+    (("units", "frame", "--out", "missing/folder"), "missing does not exist"),
+    (("units", "frame", "--frames", "999", "--out", "x"), "too many to draw"),
+    (("train", "tyo"), "Did you mean toy?"),
+    (("train", "nowhere.at.all:recipe"), "cannot be imported"),
+    (("train", "toy", "--stepz", "3"), "did you mean --steps?"),
+    (("train", "toy", "--optimizer.learning-rat", "3"), "--optimizer.learning-rate?"),
+    (("train", "toy", "--steps", "0"), "steps is 0"),
+    (("train", "toy", "--device", "abacus"), "abacus"),
+    (("train", "toy", "--export", "--out", "missing"), "no checkpoint"),
+    (("info", "missing"), "missing"),
+    (("info", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
+    (("demo", "--out", "missing/demo"), "missing does not exist"),
+    (("evaluate", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
+    (("bench", "CHECKPOINT", "--num-inference-steps", "0"), "num_inference_steps is 0"),
+]
+
+
+INSTANT = (
+    "seconds is", "num_frames is", "num_inference_steps is", "shift is", "threads is", "steps is",
+    "choose one", "missing does not exist", ".avi", "did you mean --seconds?", "PROMPT",
+    "no scheme",
+)  # fmt: skip
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
+    """A slip of the keyboard is told at once, not after the seconds that torch takes to start."""
+    slow = ("train", "bench", "evaluate")
+    lines = [words for words, part in BAD if part.startswith(INSTANT) and words[0] not in slow]
+    code = (
+        "import json, sys; from videoar.cli.main import main\n"
+        "codes = [main(words) for words in json.loads(sys.argv[1])]\n"
+        "assert set(codes) == {2} and 'torch' not in sys.modules, codes"
+    )
+    command = [sys.executable, "-c", code, json.dumps(lines)]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("videoar: error:") == len(lines) > 15
+
+
+@pytest.mark.parametrize(("words", "part"), BAD, ids=[" ".join(w)[:50] for w, _ in BAD])
+def test_bad_input_gets_one_sentence(
+    run: Run, checkpoint: str, words: tuple[str, ...], part: str
+) -> None:
+    """What cannot be done is refused in a sentence with exit code 2, and nothing is written."""
+    words = tuple(checkpoint if word == "CHECKPOINT" else word for word in words)
+    extra = ("--model", checkpoint) if words[0] == "generate" else ()
+    code, _, error = run(*words, *extra)
+    assert code == 2
+    assert error.startswith("videoar: error: ")
+    assert error.count("\n") == 1
+    assert part in error
+    assert not list(Path().iterdir())
+
+
+def test_an_unwritable_folder_is_refused_first(
+    run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing rights show before the work, not after it."""
+    Path("locked").mkdir()
+    # Root may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    for words in (
+        ("generate", "ball", "--out", "locked/x.mp4"),
+        ("units", "frame", "--out", "locked"),
+        ("demo", "--out", "locked"),
+    ):
+        code, _, error = run(*words)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "locked is not writable" in error
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "transformer" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _change(name: str, field: str, value: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (_truncate, "truncated"),
+        (_change("videoar.json", "format", 99), "format 99"),
+        (_change("transformer/config.json", "ffn_dim", 32), "shape"),
+        (_change("text/config.json", "new_field", 1), "new_field"),
+        (lambda folder: (folder / "codec" / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "text" / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda folder: (folder / "videoar.json").unlink(), "videoar.json"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_a_damaged_checkpoint_gets_one_sentence(
+    run: Run, command: str, damage: Callable[[Path], None], part: str
+) -> None:
+    """A checkpoint that was cut, mixed up or written by a newer version is named as such."""
+    folder = tiny_pipeline().save_pretrained("damaged")
+    damage(folder)
+    words = ("ball", "--model", "damaged") if command == "generate" else ("damaged",)
+    code, _, error = run(command, *words)
+    assert (code, error.count("\n")) == (2, 1)
+    assert part in error
+    assert not Path("video.mp4").exists()
+
+
+# ---------------------------------------------------------------- train
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineTask:
+    """Fit a line; with `poisoned`, the loss is not a number."""
+
+    poisoned: bool = False
+    """Whether the loss is not a number."""
+
+    def build(self, config: TrainConfig, report: Report) -> "Line":
+        """Build the task."""
+        return Line(self, config)
+
+
+class Line(Alone):
+    """The task, the objective and the data of a line."""
+
+    tokens_per_batch, flops_per_batch = 1, 1.0
+
+    def __init__(self, task: LineTask, config: TrainConfig) -> None:
+        self.task, self.module, self.objective = task, nn.Linear(1, 1), self
+        self.batches = Batches(self, batch_size=config.batch_size, seed=config.seed)
+
+    def __len__(self) -> int:
+        return 8
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(indices).float()[:, None]}
+
+    def loss(self, batch: dict[str, torch.Tensor], rng: torch.Generator, *, step: int) -> dict:
+        loss = (self.module(batch["x"]) - 2 * batch["x"]).square().mean()
+        return {"loss": loss * float("nan") if self.task.poisoned else loss}
+
+    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+        return {}
+
+    def export(self, folder: Path, module: nn.Module, meta: dict) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def line() -> TrainConfig:
+    """A recipe outside of the package."""
+    return TrainConfig(
+        name="line",
+        task=LineTask(),
+        out=Path("runs/line"),
+        steps=3,
+        batch_size=2,
+        optimizer=OptimizerConfig(learning_rate=0.01),
+    )
+
+
+def test_overrides_reach_the_run(run: Run) -> None:
+    """Options on the command line change the recipe, nested fields too, and end in its record."""
+    words = ("--steps", "2", "--optimizer.learning-rate", "0.5", "--out", "short", "--seed", "5")
+    code, out, _ = run("train", "test_cli:line", *words)
+    assert code == 0
+    assert "short/checkpoint" in out
+    config = json.loads(Path("short/checkpoint/meta.json").read_text())["config"]
+    assert (config["steps"], config["seed"]) == (2, 5)
+    assert config["optimizer"]["learning_rate"] == 0.5
+    assert config["batch_size"] == 2
+
+
+def test_export_takes_the_newest_checkpoint(run: Run) -> None:
+    """`--export` writes a result without a further step; a long run can be looked at early."""
+    assert run("train", "test_cli:line", "--out", "r")[0] == 0
+    Path("r/checkpoint/meta.json").unlink()
+    assert run("train", "test_cli:line", "--out", "r", "--steps", "9", "--export")[0] == 0
+    assert json.loads(Path("r/checkpoint/meta.json").read_text())["step"] == 3
+
+
+def test_a_loss_that_is_not_a_number_ends_with_one(run: Run) -> None:
+    """A run that diverges says so in one sentence, apart from bad input: exit code 1."""
+    code, _, error = run("train", "test_cli:line", "--task.poisoned", "--out", "bad")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "nan" in error
+
+
+def test_train_lists_recipes(run: Run) -> None:
+    """Without a recipe the user sees which there are."""
+    for words in ((), ("--list",)):
+        code, out, _ = run("train", *words)
+        assert code == 0
+        assert [text.split()[0] for text in out.splitlines()] == list(RECIPES)
+
+
+def test_the_help_of_a_recipe_shows_its_fields(run: Run) -> None:
+    """Every field can be found without reading the source."""
+    code, out, _ = run("train", "toy", "--help")
+    assert code == 0
+    assert "--task.model.num-layers" in out
+
+
+# ---------------------------------------------------------------- info and units
+
+
+@pytest.mark.parametrize("units", [*SCHEMES, "full"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_forecast_of_the_cache_is_what_a_generation_needs(
+    units: str, window: int | None
+) -> None:
+    """`info` and `units` promise the memory that a generation then takes."""
+    pipe = tiny_pipeline()
+    generation = pipe.generate(
+        ["a ball"],
+        num_frames=33,
+        seeds=[0],
+        units=units,
+        num_inference_steps=1,
+        window_frames=window,
+        sink_frames=2,
+    )
+    visible = generation.sampler.config.visible
+    forecast = cache.cached_tokens(generation.sampler.units, visible)
+    for _ in generation:
+        pass
+    assert forecast == generation.stats.cache_tokens
+
+
+def test_info_tells_size_and_history(run: Run, checkpoint: str) -> None:
+    """A stranger's checkpoint explains itself."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"config": {"name": "tiny"}, "step": 7, "seconds": 7200.0, "units": ["frame"]}
+    pipe.save_pretrained("known")
+    code, out, _ = run("info", "known", "--seconds", "10", "--window", "4")
+    assert code == 0
+    assert f"{pipe.transformer.num_parameters:,}" in out
+    for words in (["recipe", "tiny"], ["steps", "7"], ["hours", "2.00"]):
+        assert words in [text.split() for text in out.splitlines()]
+    # 3 frames of 16 tokens are read; keys and values of 2 layers of 24 channels in float32.
+    assert f"{3 * 16 * 2 * 2 * 24 * 4 / 2**20:.2f} MiB, 48 tokens" in out
+
+
+def test_units_prints_the_partition(run: Run) -> None:
+    """The table says what a scheme costs before anything is generated."""
+    code, out, _ = run("units", "multiscale:4,2,1", "cube:1x2x2/wavefront", "--steps", "3")
+    assert code == 0
+    cells = [text.split() for text in out.splitlines()]
+    assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "36", "136"] in cells
+    # Two cubes of each frame share a wave.
+    assert ["cube:1x2x2/wavefront", "32", "4", "24", "72", "124"] in cells
+
+
+def test_units_draws_into_a_folder(run: Run) -> None:
+    """One scheme gives order, mask and filling; several fill side by side in one picture."""
+    assert run("units", "cube:1x2x2", "--frames", "2", "--out", "one")[0] == 0
+    assert {file.name for file in Path("one").iterdir()} == {
+        "order.png",
+        "mask.png",
+        "filling.webp",
+    }
+    before = Path("one/mask.png").read_bytes()
+    code, _, error = run("units", "frame", "--frames", "2", "--out", "one")
+    assert (code, Path("one/mask.png").read_bytes()) == (2, before)
+    assert "--force" in error
+    assert run("units", "frame", "chunk:2", "--frames", "2", "--out", "two")[0] == 0
+    assert [file.name for file in Path("two").iterdir()] == ["units.webp"]
+    with Image.open("two/units.webp") as picture:
+        seconds = drawing.FILL_SECONDS + drawing.HOLD_SECONDS
+        assert _milliseconds(picture) == pytest.approx(1000 * seconds, rel=0.01)
+
+
+def _shades(picture: Image.Image) -> set[tuple[int, ...]]:
+    return {shade for _, shade in picture.getcolors(2**20)}
+
+
+@dataclass(frozen=True)
+class Checkers(Scheme):
+    """Black fields of a board, then white ones: a scheme that the package does not know."""
+
+    frames: int = 1
+
+    def segment(self, frames: int, height: int, width: int) -> list[list]:
+        """Cut by the parity of row and column."""
+        cells = [(0, h, w, 0) for h, w in itertools.product(range(height), range(width))]
+        return [[tuple(c for c in cells if (c[1] + c[2]) % 2 == parity)] for parity in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "scheme", [parse_units("multiscale:4,2,1"), parse_units("cube:1x2x2"), Checkers()], ids=str
+)
+def test_pictures_show_every_unit(scheme: Scheme) -> None:
+    """Order and mask hold the colour of every unit, for a scheme that was just written, too."""
+    units = Units(scheme, 2, 4, 4)
+    ramp = {drawing.color(k / (units.count - 1)) for k in range(units.count)}
+    assert len(ramp) == units.count
+    assert ramp <= _shades(drawing.order(units, title="order"))
+    assert ramp <= _shades(drawing.mask(units, Visible(), title="mask"))
+
+
+def test_the_mask_shows_who_reads_whom() -> None:
+    """A dot is coloured where a token is read, and empty where it is not."""
+    units, visible = Units(parse_units("frame"), 3, 1, 1), Visible(window=2)
+    pixels = np.asarray(drawing.mask(units, visible, title="mask"))[84:, 64:]
+    size = 760 // 3
+    dots = pixels[size // 2 : 3 * size : size, size // 2 : 3 * size : size]
+    read = (dots != drawing.EMPTY).any(-1)
+    assert read.tolist() == [[True, False, False], [True, True, False], [False, True, True]]
+
+
+def test_the_lattice_fills_from_empty_to_full() -> None:
+    """The animation begins empty, adds units in their order, and ends with all of them."""
+    pictures = drawing.filling({"cube": Units(parse_units("cube:1x2x2"), 2, 4, 4)}, steps=4)
+    ramp = [drawing.color(k / 7) for k in range(8)]
+    counts = []
+    for picture in pictures:
+        shades = _shades(picture)
+        shown = [shade in shades for shade in ramp]
+        counts.append(sum(shown))
+        assert shown == sorted(shown, reverse=True)
+    assert (counts[0], counts[-1]) == (0, 8)
+    assert counts == sorted(counts)
+
+
+def test_lightness_falls_evenly_along_the_ramp() -> None:
+    """Later units are darker, so the order survives a printer without colours."""
+    grey = [np.dot(drawing.color(k / 20), (0.2126, 0.7152, 0.0722)) for k in range(21)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(grey))
+
+
+# ---------------------------------------------------------------- demo
+
+
+@pytest.mark.slow
+def test_the_demo_makes_its_files(run: Run, checkpoint: str) -> None:
+    """The first command a stranger runs ends in two videos and a table over all kinds."""
+    code, out, _ = run("demo", "--model", checkpoint, "--seconds", "5", "--out", "demo")
+    assert code == 0
+    assert len(read_video("demo/minute.mp4").frames) == 80
+    with Image.open("demo/units.webp") as picture:
+        assert _milliseconds(picture) == pytest.approx(4000, abs=10)
+    table = out[out.rindex("units  ") :]
+    assert all(kind in table for kind in schemes.KINDS)
+
+
+def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> None:
+    """The commands beside the tables of the README make such tables."""
+    words = ("--units", "frame", "--seconds", "2")
+    code, out, _ = run("evaluate", checkpoint, *words, "--num-prompts", "2")
+    assert code == 0
+    assert "| units | videos | color |" in out
+    words = (*words, "--repeats", "1", "--uncached-seconds", "0")
+    code, out, _ = run("bench", checkpoint, *words)
+    assert code == 0
+    assert "| units | frames/s |" in out
+
+
+def test_words_become_options() -> None:
+    """`parse` runs nothing, so that documents can be checked against it."""
+    command = parse(["generate", "a ball", "--seconds", "60", "--window", "all"])
+    (given,) = command.args
+    assert command.func is generate
+    assert (given.prompt, given.seconds, given.window) == ("a ball", 60.0, "all")

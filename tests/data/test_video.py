@@ -1,0 +1,255 @@
+"""Video files: frames come back, interrupted files play, and nothing is overwritten by accident."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from jaxtyping import UInt8
+from PIL import Image
+
+from videoar.data.video import (
+    Video,
+    VideoWriter,
+    check_output,
+    contact_sheet,
+    decode_frames,
+    read_video,
+    side_by_side,
+    upscale,
+)
+
+
+def _noise(num_frames: int, height: int, width: int) -> UInt8[np.ndarray, "frames height width 3"]:
+    return np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def _smooth(num_frames: int, height: int, width: int) -> UInt8[np.ndarray, "frames height width 3"]:
+    """Return slow ramps in all colours, which lossy codecs hold well."""
+    t, y, x = np.meshgrid(
+        *(np.linspace(0, 1, n) for n in (num_frames, height, width)), indexing="ij"
+    )
+    return np.stack([200 * x, 200 * y, 55 + 200 * t], axis=-1).astype(np.uint8)
+
+
+def _write_and_raise(
+    writer: VideoWriter, frames: UInt8[np.ndarray, "frames height width 3"], error: BaseException
+) -> None:
+    with writer:
+        writer.write(frames)
+        assert not writer.path.exists()
+        raise error
+
+
+def test_mkv_gives_back_every_bit(tmp_path: Path) -> None:
+    """Noise of an odd size survives the lossless format; otherwise tests could not rely on it."""
+    frames = _noise(5, 7, 9)
+    path = Video(frames=frames, fps=24).save(tmp_path / "a.mkv")
+    video = read_video(path)
+    assert np.array_equal(video.frames, frames)
+    assert video.fps == 24
+
+
+def test_mp4_keeps_colours_length_and_speed(tmp_path: Path) -> None:
+    """Flat colours come back within 4 levels; a wrong matrix would shift them by 10 to 30."""
+    colours = np.array(
+        [[230, 20, 20], [20, 200, 20], [20, 40, 230], [240, 240, 240], [0, 0, 0], [128, 128, 128]],
+        dtype=np.uint8,
+    )
+    frames = np.broadcast_to(colours[:, None, None], (6, 32, 48, 3)).repeat(3, axis=0)
+    path = Video(frames=frames, fps=24000 / 1001).save(tmp_path / "a.mp4")
+    video = read_video(path)
+    assert video.frames.shape == frames.shape
+    assert np.abs(video.frames.astype(int) - frames).max() <= 4
+    assert Fraction(video.fps).limit_denominator(1001) == Fraction(24000, 1001)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.codec_context.colorspace == 1
+
+
+def test_mp4_of_an_odd_size_repeats_the_edge(tmp_path: Path) -> None:
+    """One row and column are added and the picture inside stays in place."""
+    frames = _smooth(4, 33, 47)
+    video = read_video(Video(frames=frames, fps=16).save(tmp_path / "a.mp4"))
+    assert video.frames.shape == (4, 34, 48, 3)
+    assert np.abs(video.frames[:, :33, :47].astype(int) - frames).mean() < 3
+    assert np.abs(video.frames[:, 33].astype(int) - video.frames[:, 32]).mean() < 3
+
+
+def test_a_stream_writes_what_one_call_writes(tmp_path: Path) -> None:
+    """Frames that come in pieces make the same file as all at once."""
+    frames = _smooth(12, 16, 16)
+    with VideoWriter(tmp_path / "a.mp4", fps=8) as writer:
+        for piece in np.split(frames, [1, 5]):
+            writer.write(piece)
+    Video(frames=frames, fps=8).save(tmp_path / "b.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_an_interrupt_leaves_a_video_that_plays(tmp_path: Path) -> None:
+    """Ctrl-C keeps the frames so far under the name asked for, and is passed on."""
+    path = tmp_path / "ball.mp4"
+    with pytest.raises(KeyboardInterrupt):
+        _write_and_raise(VideoWriter(path, fps=16), _smooth(9, 16, 16), KeyboardInterrupt())
+    assert len(read_video(path).frames) == 9
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_keeps_the_name_free(tmp_path: Path) -> None:
+    """After a failure the target does not exist, and what was written is beside it and plays."""
+    path = tmp_path / "ball.mp4"
+    writer = VideoWriter(path, fps=16)
+    with pytest.raises(RuntimeError):
+        _write_and_raise(writer, _smooth(9, 16, 16), RuntimeError())
+    assert not path.exists()
+    assert len(read_video(writer.partial).frames) == 9
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError()])
+def test_no_frame_means_no_file(tmp_path: Path, error: BaseException) -> None:
+    """A run that fails before its first frame leaves nothing behind."""
+    writer = VideoWriter(tmp_path / "ball.mp4", fps=16)
+    with pytest.raises(type(error)):
+        _write_and_raise(writer, _noise(0, 8, 8), error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
+    """The sentence gives both sizes."""
+    with VideoWriter(tmp_path / "a.mkv", fps=16) as writer:
+        writer.write(_noise(1, 8, 8))
+        with pytest.raises(ValueError, match="8x6 does not fit into a video of 8x8"):
+            writer.write(_noise(1, 6, 8))
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_animations_last_as_long_as_the_video(tmp_path: Path, suffix: str) -> None:
+    """At 16 frames per second a frame is no whole number of units; the sum must be right still."""
+    path = Video(frames=_noise(16, 16, 16), fps=16).save(tmp_path / f"a{suffix}")
+    with Image.open(path) as picture:
+        assert picture.n_frames == 16
+        total = 0
+        for k in range(16):
+            picture.seek(k)
+            picture.load()
+            total += picture.info["duration"]
+    assert total == 1000
+
+
+def test_png_is_a_contact_sheet_from_first_to_last(tmp_path: Path) -> None:
+    """Of a long clip 32 evenly spaced frames are shown, both ends included."""
+    frames = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 4, 4, 3))
+    path = Video(frames=frames, fps=16).save(tmp_path / "a.png")
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape == (4 * 6 + 2, 8 * 6 + 2, 3)
+    assert sheet[3, 3, 0] == 0
+    assert sheet[-4, -4, 0] == 99
+
+
+def test_an_existing_file_stays_until_force(tmp_path: Path) -> None:
+    """A video is not overwritten without being asked, and the sentence says how to ask."""
+    path = tmp_path / "a.mkv"
+    old, new = _noise(1, 4, 4), _noise(2, 4, 4)
+    Video(frames=old, fps=1).save(path)
+    with pytest.raises(ValueError, match=r"exists already.*--force"):
+        Video(frames=new, fps=1).save(path)
+    assert np.array_equal(read_video(path).frames, old)
+    Video(frames=new, fps=1).save(path, overwrite=True)
+    assert np.array_equal(read_video(path).frames, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.avi", r"'\.avi'.*\.mp4, \.mkv"),
+        ("a", "no suffix"),
+        ("missing/a.mp4", "does not exist; create it"),
+        ("folder.mp4", "is a folder"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused_early(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    """Minutes of work are not lost to a path that was wrong from the start."""
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match=words):
+        check_output(tmp_path / name, overwrite=True)
+
+
+def test_a_file_that_is_no_video_says_so(tmp_path: Path) -> None:
+    """Missing files, text and cut videos give a sentence with the path."""
+    text = tmp_path / "a.mp4"
+    with pytest.raises(ValueError, match="there is no file"):
+        read_video(text)
+    text.write_text("hello")
+    with pytest.raises(ValueError, match="no video that FFmpeg knows"):
+        read_video(text)
+    whole = Video(frames=_noise(8, 16, 16), fps=8).save(tmp_path / "b.mp4").read_bytes()
+    text.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.mp4"):
+        read_video(text)
+
+
+def test_a_long_video_is_refused_and_can_be_read_in_parts(tmp_path: Path) -> None:
+    """A film does not fill the memory by accident; frame by frame it can be read."""
+    frames = _noise(6, 4, 4)
+    path = Video(frames=frames, fps=8).save(tmp_path / "a.mkv")
+    assert len(read_video(path, max_frames=6).frames) == 6
+    with pytest.raises(ValueError, match="more than 5 frames"):
+        read_video(path, max_frames=5)
+    assert np.array_equal(next(decode_frames(path)), frames[0])
+
+
+def test_a_video_needs_frames_and_speed() -> None:
+    """Empty videos and standing time are refused where they are made."""
+    with pytest.raises(ValueError, match="0 frames"):
+        Video(frames=np.zeros((0, 4, 4, 3), np.uint8), fps=8)
+    with pytest.raises(ValueError, match="fps is 0"):
+        Video(frames=np.zeros((1, 4, 4, 3), np.uint8), fps=0)
+
+
+def test_upscaling_repeats_pixels() -> None:
+    """Every pixel becomes a square, so taking every n-th gives the original back."""
+    frames = _noise(2, 3, 5)
+    large = upscale(frames, 3)
+    for dy in range(3):
+        for dx in range(3):
+            assert np.array_equal(large[:, dy::3, dx::3], frames)
+
+
+def test_a_contact_sheet_reads_from_left_to_right() -> None:
+    """Frame k stands in row k // columns; unused places are blank."""
+    frames = _noise(5, 4, 6) // 2
+    sheet = contact_sheet(frames, columns=3, gap=1)
+    assert sheet.shape == (11, 22, 3)
+    for k in range(5):
+        top, left = 1 + 5 * (k // 3), 1 + 7 * (k % 3)
+        assert np.array_equal(sheet[top : top + 4, left : left + 6], frames[k])
+    assert len(np.unique(sheet[6:, 15:])) == 1
+
+
+def test_side_by_side_shows_each_video_below_its_label() -> None:
+    """Tiles hold the enlarged frames in order, short videos their last frame, labels have ink."""
+    first, second = _noise(4, 32, 48), _noise(2, 32, 48) // 2
+    both = side_by_side(
+        [Video(frames=first, fps=16), Video(frames=second, fps=16)], ["frame", "cube"], scale=2
+    )
+    assert both.fps == 16
+    assert len(both.frames) == 4
+    top = 4 + 20
+    assert np.array_equal(both.frames[:, top : top + 64, 4:100], upscale(first, 2))
+    tile = both.frames[:, top : top + 64, 104:200]
+    assert np.array_equal(tile, upscale(second, 2)[[0, 1, 1, 1]])
+    for left in (4, 104):
+        assert both.frames[0, 4:24, left : left + 96].min() < 100
+
+
+def test_side_by_side_refuses_what_does_not_match() -> None:
+    """Sizes, speeds and numbers of labels must agree; nothing is resized in silence."""
+    small = Video(frames=_noise(1, 4, 4), fps=16)
+    with pytest.raises(ValueError, match="1 videos have 2 labels"):
+        side_by_side([small], ["a", "b"])
+    with pytest.raises(ValueError, match=r"\(4, 4, 8\).*\(4, 4, 16\)"):
+        side_by_side([small, Video(frames=_noise(1, 4, 4), fps=8)], ["a", "b"])

@@ -1,0 +1,161 @@
+"""Prompts survive the tokenizer, and padding never reaches what a prompt means."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videoar.encoders.text_encoder import (
+    PAD,
+    PromptEncoder,
+    TextEncoder,
+    TextEncoderConfig,
+    Tokenizer,
+)
+
+COLORS = ("red", "green", "blue", "yellow")
+CORPUS = [f"a small {color} ball moves {way}" for color in COLORS for way in ("left", "right")]
+TOKENIZER = Tokenizer.train(CORPUS, vocab_size=300)
+CONFIG = TextEncoderConfig(vocab_size=300, hidden_size=32, num_heads=2, max_tokens=24)
+
+
+@pytest.fixture
+def encoder() -> TextEncoder:
+    """A tiny encoder with random weights."""
+    return TextEncoder(CONFIG).eval()
+
+
+@given(st.text())
+def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+    """Bytes are the alphabet, so no text is unknown; else prompts would silently lose letters."""
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert PAD not in ids
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n\t",
+        "\x00",
+        "<pad>",
+        "a <pad> b",
+        "e\u0301 \u00e9",
+        "日本語",
+        "🏳️‍🌈👩‍👩‍👧",
+        "\ufeff",
+        "\u202eabc",
+        "x" * 5000,
+    ],
+)
+def test_hostile_text_comes_back_from_its_tokens(text: str) -> None:
+    """Control characters, joiners and the padding token's own spelling are ordinary text."""
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert PAD not in ids
+
+
+def test_words_of_the_corpus_are_single_tokens() -> None:
+    """Merges are learned: else prompts would be bytes, and long."""
+    assert len(TOKENIZER.encode("a small green ball moves right")) == 6
+
+
+def test_training_and_saving_give_the_same_tokenizer() -> None:
+    """Ids are an interface to trained weights; if they moved, a checkpoint would talk nonsense."""
+    loaded = Tokenizer.from_json(TOKENIZER.to_json())
+    again = Tokenizer.train(CORPUS, vocab_size=300)
+    for other in (loaded, again):
+        assert other.to_json() == TOKENIZER.to_json()
+        assert other.encode("Ein <pad> röter ball") == TOKENIZER.encode("Ein <pad> röter ball")
+
+
+def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
+    """A smaller one would have unknown letters."""
+    with pytest.raises(ValueError, match=r"256 has no room .* raise it to 257"):
+        Tokenizer.train(CORPUS, vocab_size=256)
+
+
+def test_a_batch_is_padded_behind_the_prompts() -> None:
+    """Prompts keep their tokens whatever else is in the batch."""
+    batch = TOKENIZER.encode_batch(["a red ball", "", "blue"], max_tokens=5)
+    for row, text in zip(batch.tolist(), ["a red ball", "", "blue"], strict=True):
+        ids = TOKENIZER.encode(text)
+        assert row == ids + [PAD] * (5 - len(ids))
+
+
+def test_a_prompt_at_the_limit_is_taken_and_one_token_more_is_refused() -> None:
+    """Cutting a prompt silently would generate something else than was asked for."""
+    text = "a small red ball moves left"
+    assert TOKENIZER.encode_batch([text], max_tokens=6).tolist() == [TOKENIZER.encode(text)]
+    with pytest.raises(ValueError, match=r"has 6 tokens, but the limit is 5: shorten it"):
+        TOKENIZER.encode_batch(["a", text], max_tokens=5)
+
+
+def test_padding_does_not_reach_the_words(encoder: TextEncoder) -> None:
+    """What stands in the rows of padding changes no bit of the others."""
+    ids = TOKENIZER.encode_batch(["a small red ball", "blue"], max_tokens=24)
+    before = encoder(ids)
+    with torch.no_grad():
+        encoder.embedding.weight[PAD] = 1e3
+    assert torch.equal(encoder(ids), before)
+
+
+def test_the_number_of_padding_rows_does_not_matter(encoder: TextEncoder) -> None:
+    """A prompt means the same in a wide batch and in a narrow one."""
+    prompts = ["a small red ball", "blue"]
+    wide = encoder(TOKENIZER.encode_batch(prompts, max_tokens=24))
+    narrow = encoder(TOKENIZER.encode_batch(prompts, max_tokens=4))
+    torch.testing.assert_close(wide[:, :4], narrow)
+    assert not wide[:, 4:].any()
+
+
+def test_prompts_of_a_batch_do_not_mix(encoder: TextEncoder) -> None:
+    """A prompt's rows do not depend on its neighbours."""
+    prompts = PromptEncoder(TOKENIZER, encoder)
+    both = prompts.encode(["a red ball", "a blue ball moves left"])
+    torch.testing.assert_close(both[:1], prompts.encode(["a red ball"]))
+
+
+def test_words_and_their_order_matter(encoder: TextEncoder) -> None:
+    """Every row reads the whole prompt, and places count: else captions could not tell scenes."""
+    prompts = PromptEncoder(TOKENIZER, encoder)
+    first, other, swapped = prompts.encode(["red ball left", "red ball right", "ball red left"])
+    assert not torch.allclose(first[0], other[0])
+    assert not torch.allclose(first[2], swapped[2])
+
+
+def test_the_empty_prompt_is_zero_and_has_finite_gradients(encoder: TextEncoder) -> None:
+    """It is the unconditional embedding of guidance; a softmax over nothing would be NaN."""
+    rows = PromptEncoder(TOKENIZER, encoder).encode(["", "a red ball"])
+    assert not rows[0].any()
+    assert rows[1, :3].any()
+    rows.square().sum().backward()
+    for parameter in encoder.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def test_encoding_is_deterministic_and_survives_a_state_dict(encoder: TextEncoder) -> None:
+    """The same weights give the same bits, in this process and after a checkpoint."""
+    rows = PromptEncoder(TOKENIZER, encoder).encode(["a red ball"])
+    copy = TextEncoder(CONFIG).eval()
+    copy.load_state_dict(encoder.state_dict())
+    assert torch.equal(PromptEncoder(TOKENIZER, copy).encode(["a red ball"]), rows)
+    assert torch.equal(PromptEncoder(TOKENIZER, encoder).encode(["a red ball"]), rows)
+
+
+def test_a_tokenizer_with_more_ids_than_the_encoder_is_refused() -> None:
+    """Such a pair would fail much later, on the first rare word."""
+    small = TextEncoder(replace(CONFIG, vocab_size=260))
+    with pytest.raises(ValueError, match=r"has \d+ ids, but the encoder knows 260"):
+        PromptEncoder(TOKENIZER, small)
+
+
+def test_heads_must_divide_the_channels() -> None:
+    """A remainder would be dropped from attention."""
+    with pytest.raises(ValueError, match=r"hidden_size 30 does not divide among 4 heads"):
+        TextEncoderConfig(hidden_size=30)

@@ -1,0 +1,249 @@
+"""Evaluation: held-out prompts in pairs, a judge with a ceiling, and results that are kept."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from videoar.data import world
+from videoar.data.world import FIRST_SCENE, HELD_OUT, held_out_prompts, scene_of
+from videoar.encoders.text_encoder import PromptEncoder, TextEncoder, Tokenizer
+from videoar.evaluation.judge import judge_ends, windows
+from videoar.evaluation.options import Evaluate
+from videoar.evaluation.study import CLEAN, CODEC, fingerprint, run, tabulate
+from videoar.evaluation.tables import ATTRIBUTES, Report
+from videoar.generation.pipeline import VideoPipeline
+
+FPS = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny checkpoint whose prompts may be as long as captions."""
+    pipe: VideoPipeline = tiny.tiny_pipeline()
+    tokenizer = Tokenizer.train(["a small red ball moves left"], vocab_size=300)
+    text = TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
+    pipe.prompt_encoder = PromptEncoder(tokenizer, text)
+    return str(pipe.save_pretrained(tmp_path_factory.mktemp("evaluate") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+    """Few and short videos."""
+    return Evaluate(
+        checkpoint=checkpoint,
+        units=("frame", "cube:1x2x2"),
+        num_prompts=5,
+        seconds=2.0,
+        long_prompts=2,
+        long_seconds=9.0,
+        batch_size=3,
+        num_inference_steps=1,
+        out=tmp_path_factory.mktemp("report") / "report.json",
+    )
+
+
+@pytest.fixture(scope="module")
+def report(config: Evaluate) -> Report:
+    """One evaluation that several tests look at."""
+    return run(config, lambda line: None)
+
+
+def _row(report: Report, name: str) -> dict[str, float]:
+    row = next(row for row in report.rows if row.name == name)
+    return {key: interval.mean for key, interval in row.scores.items()}
+
+
+def test_scenes_were_never_trained_on() -> None:
+    """Prompts come from indices behind all of training; else memory would pass for faithfulness."""
+    prompt = held_out_prompts(3, seed=4)[2]
+    assert FIRST_SCENE > HELD_OUT
+    assert prompt["scene"] == scene_of(FIRST_SCENE + 2, seed=4)[0].to_json()
+    assert prompt["seed"] == 6
+
+
+def test_more_prompts_begin_with_the_same_ones() -> None:
+    """Prompt i does not depend on how many there are, so runs of different length compare."""
+    assert held_out_prompts(5, seed=0)[:2] == held_out_prompts(2, seed=0)
+
+
+def test_every_kind_gets_the_same_prompts_and_seeds(report: Report) -> None:
+    """Differences are paired; with other prompts per kind their intervals would be wrong."""
+    asked = [
+        [(video["prompt"], video["seed"]) for video in report.parts[name]["videos"]]
+        for name in (CLEAN, CODEC, "frame", "cube:1x2x2")
+    ]
+    assert len(asked[0]) == 5
+    assert all(other == asked[0] for other in asked)
+
+
+def test_the_judge_is_right_about_real_clips(report: Report) -> None:
+    """The ceiling is near 1 on clean clips; else scores say more of the judge than of a model."""
+    assert min(_row(report, CLEAN).values()) > 0.9
+
+
+def test_noise_is_not_faithful(report: Report) -> None:
+    """A model with random weights scores far below the ceiling: the scores are not a constant."""
+    assert _row(report, "frame")["motion"] < 0.5
+    assert _row(report, "frame")["shape"] < 0.5
+
+
+def test_long_videos_are_judged_at_both_ends(report: Report) -> None:
+    """Every long video has scores of its first and last window, and slopes from all windows."""
+    (video, _) = report.parts["frame, long"]["videos"]
+    assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
+    assert len(video["values"]["brightness"]) == 4  # two halves of each of two whole windows
+    tables = {row.table for row in report.rows if row.name == "frame, long"}
+    assert len(tables) == 4
+
+
+def test_ends_of_a_stream_are_its_first_and_last_seconds() -> None:
+    """The windows lie where they should when blocks of frames do not: here, things swap places."""
+    scene, _ = scene_of(0, seed=0)
+    other = replace(scene, background=next(b for b in world.BACKGROUNDS if b != scene.background))
+    clips = [world.render(s, num_frames=n)[None] for s, n in ((scene, 70), (other, 80))]
+    frames = np.concatenate(clips, axis=1)
+    prompt = {"prompt": "", "seed": 0, "scene": scene.to_json()}
+    (video,) = judge_ends(iter(np.split(frames, [1, 33, 40, 41, 140], axis=1)), [prompt], fps=FPS)
+    assert video["first"]["background"] == 1
+    assert video["last"]["background"] == 0
+    assert video["seen"]["last"]["background"] == other.background
+
+
+def test_a_steady_video_has_no_slopes(rng: np.random.Generator) -> None:
+    """Brightness that rises by 1 per minute has that slope; a constant one has none."""
+    levels = np.round(np.arange(32 * FPS) / FPS / 60 * 255).astype(np.uint8)
+    rising = np.broadcast_to(levels[None, :, None, None, None], (1, 32 * FPS, 64, 64, 3))
+    both = np.concatenate([rising, np.full_like(rising, 9)])
+    prompts = held_out_prompts(2, seed=0)
+    first, second = judge_ends(iter(np.array_split(both, 7, axis=1)), prompts, fps=FPS)
+    assert first["slopes"]["brightness"] == pytest.approx(1, abs=0.02)
+    assert second["slopes"]["brightness"] == pytest.approx(0, abs=1e-9)
+
+
+def test_windows_keep_every_frame_in_order(rng: np.random.Generator) -> None:
+    """Cutting a stream anew loses nothing, whatever the sizes of its blocks."""
+    frames = rng.integers(256, size=(2, 29, 2, 2, 3), dtype=np.uint8)
+    cut = list(windows(iter(np.split(frames, [1, 5, 6, 20], axis=1)), size=8))
+    assert [part.shape[1] for part in cut] == [8, 8, 8, 5]
+    assert np.array_equal(np.concatenate(cut, axis=1), frames)
+
+
+def _videos(colors: list[float]) -> dict:
+    scene, _ = scene_of(0, seed=0)
+    scores = [dict.fromkeys(ATTRIBUTES, 1.0) | {"color": color} for color in colors]
+    return {"videos": [{"scores": s, "scene": scene.to_json()} for s in scores]}
+
+
+def test_shares_and_differences_are_those_of_the_scores() -> None:
+    """Half right, where the judge is right in 4 of 5, is 62.5 % of the ceiling."""
+    parts = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
+    parts |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
+    rows = {(row.table, row.name): row for row in tabulate(parts, units=("a", "b"))}
+    of_codec = next(row for (table, _), row in rows.items() if table.endswith(CODEC))
+    assert of_codec.name == "a"
+    assert of_codec.scores["color"].mean == pytest.approx(0.625)
+    minus = next(row for (table, _), row in rows.items() if table.startswith("Minus a"))
+    assert minus.name == "b"
+    assert minus.scores["color"].mean == pytest.approx(0.1)
+    assert minus.scores["shape"].low <= 0 <= minus.scores["shape"].high
+
+
+def test_the_tables_hold_every_row(report: Report) -> None:
+    """Behind the first table the markdown has one line per row, with as many cells as columns."""
+    _, _, details = str(report).partition("\n\n")
+    lines = [line for line in details.splitlines() if line.startswith("|")]
+    tables = {row.table for row in report.rows}
+    assert len(lines) == len(report.rows) + 2 * len(tables)
+    assert all(line.count("|") == 10 for line in lines[:4])
+
+
+def test_the_first_table_fits_a_readme(report: Report) -> None:
+    """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
+    head, rule, *lines = str(report).partition("\n\n")[0].splitlines()
+    assert head == "| units | colour | shape | motion | all right |"
+    assert rule == "|---|---|---|---|---|".replace("---", " --- ")
+    kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == kinds
+    for line, name in zip(lines, kinds, strict=True):
+        row = next(row for row in report.rows if row.name == name)
+        for cell, key in zip(
+            line.split(" | ")[1:], ("color", "shape", "motion", "all"), strict=True
+        ):
+            score = row.scores[key]
+            shown = [100 * value for value in (score.mean, score.low, score.high)]
+            assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
+
+
+def test_the_file_holds_every_score(report: Report, config: Evaluate) -> None:
+    """The JSON reloads as what was returned, down to each video."""
+    assert json.loads(config.out.read_text()) == json.loads(json.dumps(asdict(report)))
+
+
+def test_finished_kinds_are_not_computed_again(
+    report: Report, config: Evaluate, tmp_path: Path
+) -> None:
+    """A second run only adds what is new; a mark on an old result survives it."""
+    kept = json.loads(json.dumps(asdict(report)))
+    kept["parts"]["frame"]["videos"][0]["mark"] = 7
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(kept))
+    lines: list[str] = []
+    more = run(replace(config, out=path, units=("frame", "chunk:2"), long_prompts=0), lines.append)
+    assert more.parts["frame"]["videos"][0]["mark"] == 7
+    assert {line.partition(": ")[0] for line in lines} == {"chunk:2"}
+    assert "cube:1x2x2" in json.loads(path.read_text())["parts"]
+
+
+def test_results_of_other_settings_are_not_mixed(
+    report: Report, config: Evaluate, tmp_path: Path
+) -> None:
+    """Another seed or other weights under the same name would make pairs of strangers."""
+    with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
+        run(replace(config, seed=1), lambda line: None)
+    other = tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    assert fingerprint(other) != fingerprint(Path(config.checkpoint))
+
+
+def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
+    """A file that is no evaluation is refused in one sentence, and stays as it is."""
+    path = tmp_path / "notes.json"
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        run(replace(config, out=path), lambda line: None)
+    assert path.read_text() == "my notes"
+    with pytest.raises(ValueError, match="does not exist"):
+        run(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("units", ("frame", "frame"), "twice"),
+        ("num_prompts", 1, "2 or more"),
+        ("long_prompts", 1, "use 0"),
+        ("seconds", 5.0, "2 to 4"),
+        ("seconds", float("nan"), "2 to 4"),
+        ("long_seconds", float("inf"), "8 or more"),
+        ("batch_size", 0, "batch_size is 0: use 1"),
+        ("seed", -1, "seed is -1: use 0"),
+    ],
+)
+def test_impossible_requests_are_refused(field: str, value: object, message: str) -> None:
+    """One sentence before any work, with the value and what to use."""
+    with pytest.raises(ValueError, match=message):
+        Evaluate(**{field: value})
+    with pytest.raises(ValueError, match="Did you mean chunk"):
+        run(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
+
+
+def test_an_impossible_step_count_fails_before_the_first_video(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    """Arguments that only the pipeline knows are checked for all kinds before hours of work."""
+    config = Evaluate(checkpoint=checkpoint, num_inference_steps=0)
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
+        run(config, lambda line: pytest.fail(line))

@@ -1,0 +1,158 @@
+"""Every recipe builds and takes a step at tiny size, and what it exports generates."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import CODEC, MODEL, TEXT
+
+from videoar.checkpoints.checkpoint import load_meta
+from videoar.generation.pipeline import VideoPipeline
+from videoar.training import recipes
+from videoar.training.codec import CodecTask, load_codec
+from videoar.training.distillation.task import DistillTask
+from videoar.training.loop import TrainConfig, train
+from videoar.training.recipes import RECIPES, find
+from videoar.training.run_folder import read_log
+from videoar.training.text_to_video import FinetuneTask, GeneratorTask
+
+# Of real weights: `test_wan_training.py` takes its steps.
+SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
+
+
+def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The same recipe with small parts, few videos and a few steps."""
+    task = config.task
+    if isinstance(task, CodecTask):
+        codec, init = CODEC, None
+        if task.init is not None:
+            codec = replace(CODEC, decoder_channels=(6, 4, 4, 4))
+            init = folder / task.init
+        small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
+    elif isinstance(task, GeneratorTask):
+        toy = RECIPES["toy"]().out / "checkpoint"
+        bundled = {Path("toy-base"): folder / toy}
+        small = replace(
+            task,
+            codec=bundled.get(task.codec, folder / task.codec),
+            latents=folder / task.latents,
+            model=replace(MODEL, prediction=task.model.prediction),
+            text=replace(TEXT, max_tokens=96),  # few captions make a poor tokenizer
+            num_videos=4,
+            num_latents=max(5, task.flow.clip_frames),
+            init=task.init and bundled.get(task.init, folder / task.init),
+        )
+    elif isinstance(task, FinetuneTask):
+        toy = _tiny(find("toy"), folder)
+        small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
+    elif isinstance(task, DistillTask):
+        made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
+        made["toy-base"] = "toy"
+        where = {
+            name: str(folder / RECIPES[made.get(name, name)]().out / "checkpoint")
+            for name in (task.teacher, task.student)
+        }
+        small = replace(
+            task,
+            teacher=where[task.teacher],
+            student=where[task.student],
+            latents=folder / task.latents,
+            distillation=replace(task.distillation, critic_warmup=0, critic_steps=1),
+            num_validation=2,
+        )
+    else:
+        pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
+    return replace(
+        config, task=small, out=folder / config.out, steps=2, batch_size=2, sample_every=2
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train recipes at tiny size, each once: later ones use what earlier ones left."""
+    folder = tmp_path_factory.mktemp("recipes")
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        for each in SMALL:  # in the order in which they build on each other
+            if each not in done:
+                done[each] = train(_tiny(find(each), folder))
+            if each == name:
+                break
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_recipe_trains(trained, name: str) -> None:
+    """A recipe that nobody runs rots; all its parts must fit and its losses be finite."""
+    checkpoint = trained(name)
+    rows = [row for row in read_log(checkpoint.parent) if "loss" in row]
+    assert rows
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert load_meta(checkpoint)
+
+
+def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
+    """Training and generation meet in the checkpoint: names, sizes, words, defaults."""
+    pipe = VideoPipeline.from_pretrained(trained("toy"))
+    assert pipe.sampling == find("toy").task.sampling
+    for units in find("toy").task.units:
+        video = pipe("a red ball moves left", num_frames=9, units=units, num_inference_steps=1)
+        assert video.frames.shape == (9, 64, 64, 3)
+
+
+def test_a_second_decoder_leaves_the_latents_alone(trained) -> None:
+    """Latents encoded with the first codec stay valid: only the decoder is trained on."""
+    first, second = (load_codec(trained(name)) for name in ("codec-toy", "codec-toy-decoder"))
+    video = torch.rand(1, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(first.encode(video), second.encode(video))
+    latents = first.encode(video)
+    assert not torch.equal(first.decode(latents), second.decode(latents))
+
+
+def test_recipes_agree_on_the_window_that_is_trained_and_used() -> None:
+    """What a unit reads while generating is what it read in training: as many frames and sinks."""
+    for name in RECIPES:
+        task = find(name).task
+        if isinstance(task, GeneratorTask):
+            assert task.sampling.window_frames == task.flow.clip_frames
+            assert task.sampling.sink_frames == task.flow.sink_frames
+            assert task.sampling.shift == task.flow.shift
+            assert task.sampling.lag is None or task.flow.context == "noisy"
+            assert task.sampling.units in task.units
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("toys", "Unknown recipe 'toys'.*Did you mean toy"),
+        ("", "Unknown recipe"),
+        ("nowhere:toy", "cannot be imported.*check both names"),
+        ("videoar.recipes:nothing", "cannot be imported.*check both names"),
+        ("videoar:__doc__.strip", "cannot be imported|returns str"),
+        ("videoar.checkpoints.checkpoint:bundled", "returns list: return a TrainConfig"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_sentence(name: str, message: str) -> None:
+    """Users type these names."""
+    with pytest.raises(ValueError, match=message) as caught:
+        find(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_ones_own_is_found_by_its_path() -> None:
+    """Nothing has to be registered."""
+    assert find("videoar.training.recipes:toy") == recipes.toy()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", SMALL)
+def test_every_recipe_has_the_stored_losses(trained, golden, name: str) -> None:
+    """A refactoring leaves every loss as it was; where one moves, the commit says why."""
+    rows = read_log(trained(name).parent)
+    golden(f"losses-{name}", [row["loss"] for row in rows if "loss" in row])
