@@ -5,7 +5,7 @@ import torch
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders.text_encoder import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
 CODEC = TinyCodecConfig(
@@ -57,5 +57,5 @@ def tiny_pipeline(*, seed: int = 0) -> VideoPipeline:
         transformer=tiny_transformer(seed=seed),
         prompt_encoder=PromptEncoder(tokenizer, TextEncoder(TEXT).eval()),
         codec=TinyCodec(CODEC).eval(),
-        sampling=Sampling(window_frames=6, num_inference_steps=2),
+        sampling=GenerationConfig(window_frames=6, num_inference_steps=2),
     )

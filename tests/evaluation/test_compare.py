@@ -12,7 +12,7 @@ from videoar.cli.main import main
 from videoar.encoders.text_encoder import PromptEncoder, TextEncoder
 from videoar.evaluation.compare import Entry, features, with_fields
 from videoar.evaluation.metrics import frechet_distance, frechet_interval
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 
 SMALL = ["--num-prompts", "3", "--seconds", "1.5", "--units", "frame"]
 
@@ -87,12 +87,14 @@ def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
 
 def test_fields_of_the_sampling_may_follow_a_name() -> None:
     """The same checkpoint with and without guidance is a comparison, too."""
-    changed = with_fields(Sampling(), "guidance_scale=2.5&units=frame&num_inference_steps=2")
+    changed = with_fields(
+        GenerationConfig(), "guidance_scale=2.5&units=frame&num_inference_steps=2"
+    )
     assert (changed.guidance_scale, changed.units, changed.num_inference_steps) == (2.5, "frame", 2)
-    assert with_fields(Sampling(), "") == Sampling()
+    assert with_fields(GenerationConfig(), "") == GenerationConfig()
     for bad in ("guidance=2", "shift"):
         with pytest.raises(ValueError, match="changes no field of the sampling"):
-            with_fields(Sampling(), bad)
+            with_fields(GenerationConfig(), bad)
 
 
 def test_two_entries_of_one_name_are_refused(capsys) -> None:

@@ -19,7 +19,7 @@ from videoar.core.schemes import Cells, Scheme, box, parse
 from videoar.core.tokens import to_latents, to_tokens
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.objectives import FlowMatching, TextToVideo
 
@@ -144,7 +144,7 @@ def test_a_saved_pipeline_generates_the_same(pipe, tmp_path: Path) -> None:
 def test_a_unit_reads_no_more_frames_than_the_window(units: str, window: int, sink: int) -> None:
     """The window bounds memory and was trained: its own frames and the sinks are part of it."""
     lattice = Units(parse(units), 24, 2, 2)
-    visible = Sampling(window_frames=window, sink_frames=sink).visible(lattice)
+    visible = GenerationConfig(window_frames=window, sink_frames=sink).visible(lattice)
     assert visible.window % lattice.units_per_segment == 0
     assert visible.sink % lattice.units_per_segment == 0
     segment = lattice.segment_frames
@@ -163,7 +163,7 @@ def test_a_unit_reads_no_more_frames_than_the_window(units: str, window: int, si
 def test_no_window_means_everything_before() -> None:
     """None is no limit."""
     lattice = Units(parse("frame"), 9, 2, 2)
-    assert Sampling(window_frames=None).visible(lattice) == Visible()
+    assert GenerationConfig(window_frames=None).visible(lattice) == Visible()
 
 
 # ---------------------------------------------------------------- limits

@@ -196,7 +196,7 @@ class Origin:
         return load_meta(self.source) if (self.source / META).is_file() else {}
 
     def sampling(self, preset: str | None = None) -> dict[str, Any]:
-        """Return how it is sampled by default: fields of `Sampling`, with height and width."""
+        """Return how it is sampled by default: fields of `GenerationConfig`, with height and width."""
         meta = self.meta
         if preset is not None or not meta:
             return wan.sampling(self.home, preset)

@@ -18,7 +18,7 @@ from videoar.core.units import Units, Visible
 from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.weights import as_dtype, build_empty
 
 
@@ -116,7 +116,7 @@ def _memory(
 ) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
     height, width, config = stated.pop("height"), stated.pop("width"), found.config
-    sampling = Sampling(**stated)
+    sampling = GenerationConfig(**stated)
     weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())
     stride, decoding = (4, 8, 8), "a decoder"
     if codec is not None:

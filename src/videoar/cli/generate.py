@@ -10,7 +10,10 @@ from typing import Any
 from videoar.cli import options
 from videoar.cli.progress import say
 
-FIELDS = {"window": "window_frames", "sink": "sink_frames"}  # of `Sampling`, by their options
+FIELDS = {
+    "window": "window_frames",
+    "sink": "sink_frames",
+}  # of `GenerationConfig`, by their options
 
 
 def generate(args: options.Generate) -> int:
@@ -27,14 +30,14 @@ def generate(args: options.Generate) -> int:
     from videoar.cli.progress import Progress, how_far
     from videoar.core import schemes
     from videoar.generation import stream
-    from videoar.generation.config import Sampling
+    from videoar.generation.config import GenerationConfig
     from videoar.generation.pipeline import VideoPipeline
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.units is not None:
         schemes.parse(args.units)  # what is wrong with it is said before weights are loaded
-    fields = {field.name for field in dataclasses.fields(Sampling)}
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     given = {FIELDS.get(k, k): value for k, value in vars(args).items() if value is not None}
     given = {name: value for name, value in given.items() if name in fields}
     if args.window == "all":

@@ -19,14 +19,14 @@ def draw_units(args: options.DrawUnits) -> None:
     from videoar.cli import drawing
     from videoar.core.cache import cached_tokens
     from videoar.core.units import Units
-    from videoar.generation.config import Sampling
+    from videoar.generation.config import GenerationConfig
 
     size = (args.frames, args.height, args.width)
     lattices, rows = {name: Units(parse(name), *size) for name in names}, []
     for name, units in lattices.items():
         if folder is not None:
             drawing.check_size(units)
-        sampling = Sampling(units=name, window_frames=args.window, sink_frames=args.sink)
+        sampling = GenerationConfig(units=name, window_frames=args.window, sink_frames=args.sink)
         visible = sampling.visible(units)
         waves = int(units.waves.max()) + 1
         row = {"scheme": name, "units": len(units.sizes)}

@@ -2,7 +2,7 @@
 
 An entry is a name with one checkpoint, or with several that differ in their seed of training: their
 videos of one prompt are one observation. Every checkpoint samples as it says itself, but for
-fields of `Sampling` that follow its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
+fields of `GenerationConfig` that follow its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
 """
 
 import json
@@ -23,7 +23,7 @@ from videoar.evaluation.options import Compare
 from videoar.evaluation.study import CLEAN, fingerprint, judged
 from videoar.evaluation.tables import HEADLINE, cell, markdown
 from videoar.files import Json, load, save
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
 LONG = " (long)"
@@ -94,7 +94,7 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
     return text
 
 
-def with_fields(sampling: Sampling, given: str) -> Sampling:
+def with_fields(sampling: GenerationConfig, given: str) -> GenerationConfig:
     """Override fields by `name=value&name=value`; values are JSON, or words."""
     changes: Json = {}
     for pair in filter(None, given.split("&")):

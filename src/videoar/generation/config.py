@@ -10,7 +10,7 @@ from videoar.core.units import Units, Visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class GenerationConfig:
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
     units: str | Scheme = "cube:1x2x2"

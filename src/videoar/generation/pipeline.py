@@ -29,7 +29,7 @@ from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import Prompts
 from videoar.generation.conditioning import Fit, beginning
-from videoar.generation.config import Sampling, check_whole
+from videoar.generation.config import GenerationConfig, check_whole
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
 from videoar.weights import Component, as_dtype
@@ -49,7 +49,7 @@ class VideoPipeline:
     transformer: VideoTransformer
     prompt_encoder: Prompts
     codec: Codec
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: GenerationConfig = field(default_factory=GenerationConfig)
     height: int = 64
     """Pixels of a frame."""
     width: int = 64
@@ -100,7 +100,7 @@ class VideoPipeline:
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=load_codec(origin.home if codec is None else resolve(codec), device=device),
-            sampling=Sampling(**defaults),
+            sampling=GenerationConfig(**defaults),
             meta=origin.meta,
             **size,
         )
@@ -124,7 +124,7 @@ class VideoPipeline:
     def __call__(
         self, prompt: str, *, num_frames: int = 61, seed: int = 0, **sampling: Any
     ) -> Video:
-        """Generate one video; further keywords override fields of `Sampling`."""
+        """Generate one video; further keywords override fields of `GenerationConfig`."""
         frames = list(self.stream(prompt, num_frames=num_frames, seed=seed, **sampling))
         fps = sampling.get("fps", self.sampling.fps)
         return Video(frames=np.concatenate(frames), fps=float(fps))
@@ -160,7 +160,7 @@ class VideoPipeline:
             fit: how they are brought to the model's size, by cropping or between bars.
             latents: the noise to begin with, batch x frames x channels x height x width; by default
                 it is drawn from the seeds.
-            sampling: fields of `Sampling` to override, such as `units`.
+            sampling: fields of `GenerationConfig` to override, such as `units`.
 
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
@@ -236,7 +236,7 @@ class VideoPipeline:
 
 
 def _check(
-    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: Sampling
+    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: GenerationConfig
 ) -> None:
     """Raise unless a video can be made of these arguments."""
     for prompt in (*prompts, options.negative_prompt):

@@ -13,7 +13,7 @@ from videoar.core.loss import FlowMatchingConfig
 from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.training.codec import CodecTask
 from videoar.training.distillation.stages import DistillationConfig
 from videoar.training.distillation.task import DistillTask
@@ -155,7 +155,7 @@ def toy() -> TrainConfig:
             ),
             text=TextEncoderConfig(),
             flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
-            sampling=Sampling(guidance_scale=3.0),
+            sampling=GenerationConfig(guidance_scale=3.0),
             init=Path("runs/toy-short/checkpoint"),
         ),
         steps=1500,

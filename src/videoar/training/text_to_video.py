@@ -26,7 +26,7 @@ from videoar.encoders.text_encoder import (
     TextEncoderConfig,
     Tokenizer,
 )
-from videoar.generation.config import Sampling
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
@@ -51,7 +51,7 @@ class GeneratorTask:
     """Size of the text encoder."""
     flow: FlowMatchingConfig
     """The objective."""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: GenerationConfig = field(default_factory=GenerationConfig)
     """Defaults written into the checkpoint."""
     num_videos: int = 4000
     """Videos of the world to encode."""
