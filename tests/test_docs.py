@@ -12,7 +12,7 @@ from tiny import TEXT, tiny_pipeline
 
 from videoar.checkpoints.checkpoint import bundled
 from videoar.cli.main import parse
-from videoar.encoders.text_encoder import PromptEncoder, TextEncoder
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.generation.pipeline import VideoPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def stand_in() -> VideoPipeline:
     """Return a tiny pipeline with room for the prompts of the pages."""
     pipeline = tiny_pipeline()
     encoder = TextEncoder(replace(TEXT, max_tokens=96)).eval()
-    prompts = PromptEncoder(pipeline.prompt_encoder.tokenizer, encoder)
+    prompts = TinyPromptEncoder(pipeline.prompt_encoder.tokenizer, encoder)
     return replace(pipeline, prompt_encoder=prompts)
 
 

@@ -3,7 +3,12 @@
 import torch
 
 from videoar.core.transformer import ModelConfig, VideoTransformer
-from videoar.encoders.text_encoder import PromptEncoder, TextEncoder, TextEncoderConfig, Tokenizer
+from videoar.encoders.text_encoder import (
+    TextEncoder,
+    TextEncoderConfig,
+    TinyPromptEncoder,
+    Tokenizer,
+)
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
@@ -55,7 +60,7 @@ def tiny_pipeline(*, seed: int = 0) -> VideoPipeline:
     tokenizer = Tokenizer.train(["a red ball moves left", "a blue square"], vocab_size=300)
     return VideoPipeline(
         transformer=tiny_transformer(seed=seed),
-        prompt_encoder=PromptEncoder(tokenizer, TextEncoder(TEXT).eval()),
+        prompt_encoder=TinyPromptEncoder(tokenizer, TextEncoder(TEXT).eval()),
         codec=TinyCodec(CODEC).eval(),
         sampling=GenerationConfig(window_frames=6, num_inference_steps=2),
     )

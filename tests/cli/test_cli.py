@@ -31,7 +31,7 @@ from videoar.core.schemes import parse as parse_units
 from videoar.core.units import Units, Visible
 from videoar.data.batches import Batches
 from videoar.data.video import read_video
-from videoar.encoders.text_encoder import PromptEncoder, TextEncoder
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Alone
 from videoar.training.optimizer import OptimizerConfig
@@ -67,7 +67,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny checkpoint that takes prompts of 96 tokens."""
     pipe = tiny_pipeline()
     encoder = TextEncoder(dataclasses.replace(TEXT, max_tokens=96)).eval()
-    pipe.prompt_encoder = PromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
+    pipe.prompt_encoder = TinyPromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
     return str(pipe.save_pretrained(tmp_path_factory.mktemp("checkpoints") / "tiny"))
 
 

@@ -1,4 +1,4 @@
-"""Prompts survive the tokenizer, and padding never reaches what a prompt means."""
+"""PromptEncoder survive the tokenizer, and padding never reaches what a prompt means."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from videoar.encoders.text_encoder import (
     PAD,
-    PromptEncoder,
     TextEncoder,
     TextEncoderConfig,
+    TinyPromptEncoder,
     Tokenizer,
 )
 
@@ -80,7 +80,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
 
 
 def test_a_batch_is_padded_behind_the_prompts() -> None:
-    """Prompts keep their tokens whatever else is in the batch."""
+    """PromptEncoder keep their tokens whatever else is in the batch."""
     batch = TOKENIZER.encode_batch(["a red ball", "", "blue"], max_tokens=5)
     for row, text in zip(batch.tolist(), ["a red ball", "", "blue"], strict=True):
         ids = TOKENIZER.encode(text)
@@ -115,14 +115,14 @@ def test_the_number_of_padding_rows_does_not_matter(encoder: TextEncoder) -> Non
 
 def test_prompts_of_a_batch_do_not_mix(encoder: TextEncoder) -> None:
     """A prompt's rows do not depend on its neighbours."""
-    prompts = PromptEncoder(TOKENIZER, encoder)
+    prompts = TinyPromptEncoder(TOKENIZER, encoder)
     both = prompts.encode(["a red ball", "a blue ball moves left"])
     torch.testing.assert_close(both[:1], prompts.encode(["a red ball"]))
 
 
 def test_words_and_their_order_matter(encoder: TextEncoder) -> None:
     """Every row reads the whole prompt, and places count: else captions could not tell scenes."""
-    prompts = PromptEncoder(TOKENIZER, encoder)
+    prompts = TinyPromptEncoder(TOKENIZER, encoder)
     first, other, swapped = prompts.encode(["red ball left", "red ball right", "ball red left"])
     assert not torch.allclose(first[0], other[0])
     assert not torch.allclose(first[2], swapped[2])
@@ -130,7 +130,7 @@ def test_words_and_their_order_matter(encoder: TextEncoder) -> None:
 
 def test_the_empty_prompt_is_zero_and_has_finite_gradients(encoder: TextEncoder) -> None:
     """It is the unconditional embedding of guidance; a softmax over nothing would be NaN."""
-    rows = PromptEncoder(TOKENIZER, encoder).encode(["", "a red ball"])
+    rows = TinyPromptEncoder(TOKENIZER, encoder).encode(["", "a red ball"])
     assert not rows[0].any()
     assert rows[1, :3].any()
     rows.square().sum().backward()
@@ -141,18 +141,18 @@ def test_the_empty_prompt_is_zero_and_has_finite_gradients(encoder: TextEncoder)
 
 def test_encoding_is_deterministic_and_survives_a_state_dict(encoder: TextEncoder) -> None:
     """The same weights give the same bits, in this process and after a checkpoint."""
-    rows = PromptEncoder(TOKENIZER, encoder).encode(["a red ball"])
+    rows = TinyPromptEncoder(TOKENIZER, encoder).encode(["a red ball"])
     copy = TextEncoder(CONFIG).eval()
     copy.load_state_dict(encoder.state_dict())
-    assert torch.equal(PromptEncoder(TOKENIZER, copy).encode(["a red ball"]), rows)
-    assert torch.equal(PromptEncoder(TOKENIZER, encoder).encode(["a red ball"]), rows)
+    assert torch.equal(TinyPromptEncoder(TOKENIZER, copy).encode(["a red ball"]), rows)
+    assert torch.equal(TinyPromptEncoder(TOKENIZER, encoder).encode(["a red ball"]), rows)
 
 
 def test_a_tokenizer_with_more_ids_than_the_encoder_is_refused() -> None:
     """Such a pair would fail much later, on the first rare word."""
     small = TextEncoder(replace(CONFIG, vocab_size=260))
     with pytest.raises(ValueError, match=r"has \d+ ids, but the encoder knows 260"):
-        PromptEncoder(TOKENIZER, small)
+        TinyPromptEncoder(TOKENIZER, small)
 
 
 def test_heads_must_divide_the_channels() -> None:

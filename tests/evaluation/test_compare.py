@@ -9,7 +9,7 @@ import pytest
 from tiny import TEXT, tiny_pipeline
 
 from videoar.cli.main import main
-from videoar.encoders.text_encoder import PromptEncoder, TextEncoder
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.evaluation.compare import Entry, features, with_fields
 from videoar.evaluation.metrics import frechet_distance, frechet_interval
 from videoar.generation.config import GenerationConfig
@@ -61,7 +61,7 @@ def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
     """A table of scores, one of differences; the second time nothing is made again."""
     pipe = tiny_pipeline()
     encoder = TextEncoder(dataclasses.replace(TEXT, max_tokens=96)).eval()
-    pipe.prompt_encoder = PromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
+    pipe.prompt_encoder = TinyPromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
     folders = [str(pipe.save_pretrained(tmp_path / name)) for name in ("a", "b")]
     out = tmp_path / "scores.json"
     words = ["compare", f"one={folders[0]}", f"two={folders[0]},{folders[1]}", *SMALL]

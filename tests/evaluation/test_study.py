@@ -10,7 +10,7 @@ import tiny
 
 from videoar.data import world
 from videoar.data.world import FIRST_SCENE, HELD_OUT, held_out_prompts, scene_of
-from videoar.encoders.text_encoder import PromptEncoder, TextEncoder, Tokenizer
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
 from videoar.evaluation.judge import judge_ends, windows
 from videoar.evaluation.options import Evaluate
 from videoar.evaluation.study import CLEAN, CODEC, fingerprint, run, tabulate
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     pipe: VideoPipeline = tiny.tiny_pipeline()
     tokenizer = Tokenizer.train(["a small red ball moves left"], vocab_size=300)
     text = TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
-    pipe.prompt_encoder = PromptEncoder(tokenizer, text)
+    pipe.prompt_encoder = TinyPromptEncoder(tokenizer, text)
     return str(pipe.save_pretrained(tmp_path_factory.mktemp("evaluate") / "tiny"))
 
 
@@ -58,7 +58,7 @@ def _row(report: Report, name: str) -> dict[str, float]:
 
 
 def test_scenes_were_never_trained_on() -> None:
-    """Prompts come from indices behind all of training; else memory would pass for faithfulness."""
+    """PromptEncoder come from indices behind all of training; else memory would pass for faithfulness."""
     prompt = held_out_prompts(3, seed=4)[2]
     assert FIRST_SCENE > HELD_OUT
     assert prompt["scene"] == scene_of(FIRST_SCENE + 2, seed=4)[0].to_json()

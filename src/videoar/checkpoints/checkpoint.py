@@ -31,7 +31,7 @@ from videoar.checkpoints.wan import Found, merge_lora, read_foreign
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders import umt5, wan_codec
 from videoar.encoders.codec import Codec, PatchCodec, PatchCodecConfig
-from videoar.encoders.text_encoder import PromptEncoder, Prompts
+from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.files import replaced_folder
 from videoar.weights import (
@@ -196,7 +196,7 @@ class Origin:
         return load_meta(self.source) if (self.source / META).is_file() else {}
 
     def sampling(self, preset: str | None = None) -> dict[str, Any]:
-        """Return how it is sampled by default: fields of `GenerationConfig`, with height and width."""
+        """Return its defaults: fields of `GenerationConfig`, with height and width."""
         meta = self.meta
         if preset is not None or not meta:
             return wan.sampling(self.home, preset)
@@ -230,10 +230,10 @@ def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
 
 def load_prompts(
     source: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Prompts:
+) -> PromptEncoder:
     """Load the text side of a checkpoint of any format."""
     if (source / "text" / CONFIG).is_file():
-        return PromptEncoder.load(source / "text", device=device)
+        return TinyPromptEncoder.load(source / "text", device=device)
     return umt5.UMT5PromptEncoder.find(source, dtype=dtype, device=device)
 
 

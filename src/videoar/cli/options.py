@@ -64,7 +64,7 @@ class Generate(Weights):
     num_inference_steps: int | None = None
     """Denoising steps per unit."""
     shift: float | None = None
-    """Shift of the noise levels towards noise."""
+    """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 for none, which is twice as fast."""
     negative_prompt: str | None = None

@@ -6,7 +6,7 @@
     clean    = x - sigma * velocity
 
 (rectified flow, Liu et al. 2022, arXiv:2209.03003; the signs of SD3, FLUX and Wan.) Sampling is a
-matrix of sigmas, rows x waves of units; `level` evaluates it, for a clip as for an endless stream.
+matrix of sigmas, rows x waves of units; `step_of` evaluates it, for a clip as for a stream.
 """
 
 import math
@@ -37,7 +37,7 @@ def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float,
     return tuple(shifted(grid, shift).tolist())
 
 
-def level(row: int, wave: int, *, steps: int, lag: int) -> int:
+def step_of(row: int, wave: int, *, steps: int, lag: int) -> int:
     """Index into the sigmas of a wave before row `row`: `clamp(row - lag * wave, 0, steps)`.
 
     `lag = steps` is autoregressive, `0 < lag < steps` pipelined, `lag = 0` full sequence.
@@ -48,7 +48,7 @@ def level(row: int, wave: int, *, steps: int, lag: int) -> int:
 def sigma_matrix(
     sigmas: tuple[float, ...], waves: Int[Tensor, " units"], *, lag: int
 ) -> Float[Tensor, "rows units"]:
-    """All of sampling as a table: every unit's noise level before each row, and after the last."""
+    """All of sampling as a table: every unit's sigma before each row, and after the last."""
     steps = len(sigmas) - 1
     rows = torch.arange(lag * int(waves.max()) + steps + 1)[:, None]
     return torch.tensor(sigmas)[(rows - lag * waves[None, :]).clamp(0, steps)]

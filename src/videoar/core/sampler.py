@@ -1,7 +1,7 @@
 """Sampling: one generator for clips, batches, endless streams and training rollouts.
 
 All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units
-whose level moves run through the model, together with the units that reached 0 in the row before:
+whose sigma moves run through the model, together with the units that reached 0 in the row before:
 their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
 i+1.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from videoar.core.attention import Mask, attention_mask, rope_table
 from videoar.core.cache import KVCache
-from videoar.core.flow import add_noise, euler_step, level, unit_noise
+from videoar.core.flow import add_noise, euler_step, step_of, unit_noise
 from videoar.core.tokens import Known
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
@@ -37,7 +37,7 @@ class SamplerConfig:
     """How units are generated."""
 
     sigmas: tuple[float, ...]
-    """Falling noise levels of one unit, from 1 to 0: `flow.sigma_steps`."""
+    """Falling sigmas of one unit, from 1 to 0: `flow.sigma_steps`."""
     lag: int | None = None
     """Rows between the starts of successive waves; None: one wave after the other. Less than the
     number of steps is pipelined and needs a model trained with noisy context; 0 is full
@@ -45,11 +45,11 @@ class SamplerConfig:
     visible: Visible = field(default_factory=Visible)
     """What a unit may read."""
     context_noise: float = 0.0
-    """Noise level at which finished units are written to the cache."""
+    """Sigma at which finished units are written to the cache."""
     moving_sinks: bool = True
     """Whether sinks follow the window, so that no distance is longer than in training."""
     step: Step = euler_step
-    """How a noise level is left."""
+    """How a sigma is left."""
 
     def __post_init__(self):
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
@@ -151,20 +151,20 @@ class Sampler:
             self.delivered += 1
             yield Finished(self.units.at(index), self.active[index], self._before.get(index))
 
-    def _level(self, index: int, row: int) -> int:
+    def _steps_done(self, index: int, row: int) -> int:
         wave = self.units.wave_of(index)
-        return level(row, wave, steps=self.config.num_steps, lag=self.lag)
+        return step_of(row, wave, steps=self.config.num_steps, lag=self.lag)
 
     def _shown(self, index: int) -> int:
-        """The level at which a unit is before this row; a known one does not wait for its turn."""
-        return self.config.num_steps if index in self.whole else self._level(index, self.row)
+        """The steps that a unit has done before this row; a known one does not wait for its turn."""
+        return self.config.num_steps if index in self.whole else self._steps_done(index, self.row)
 
     def _moving(self) -> bool:
         steps = self.config.num_steps
-        return any(self._level(index, self.row) < steps for index in self.active)
+        return any(self._steps_done(index, self.row) < steps for index in self.active)
 
     def _enter(self) -> bool:
-        """Start the units whose level first moves in this row; say whether there were any."""
+        """Start the units whose first step is due in this row; say whether there were any."""
         before = self.entered
         while self.units.count is None or self.entered < self.units.count:
             unit = self.units.at(self.entered)
@@ -181,29 +181,29 @@ class Sampler:
     def _advance(self) -> None:
         """Run one row, unless all in flight are known and none is due for the cache."""
         group = [self.units.at(index) for index in sorted(self.active)]
-        levels = [self._level(unit.index, self.row) for unit in group]
+        steps_done = [self._steps_done(unit.index, self.row) for unit in group]
         steps = self.config.num_steps
-        if steps in levels or not self.whole.issuperset(self.active):
+        if steps in steps_done or not self.whole.issuperset(self.active):
             output = self._forward(group, [self._shown(unit.index) for unit in group])
             velocities = output.velocity.split([len(unit.cells) for unit in group], dim=1)
-            for unit, at, velocity in zip(group, levels, velocities, strict=True):
-                if at == steps:
+            for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
+                if done == steps:
                     del self.active[unit.index]
                     self._before.pop(unit.index, None)
                 elif unit.index not in self.whole:
-                    self.active[unit.index] = self._step(unit.index, at, velocity)
-            self._commit(group, levels, output)
+                    self.active[unit.index] = self._step(unit.index, done, velocity)
+            self._commit(group, steps_done, output)
         self.row += 1
 
-    def _step(self, index: int, at: int, velocity: Tensor) -> Tensor:
-        """Return the tokens of a unit at the level after `at`."""
+    def _step(self, index: int, done: int, velocity: Tensor) -> Tensor:
+        """Return the tokens of a unit after one step more."""
         x, config = self.active[index], self.config
-        if at == config.num_steps - 1:
+        if done == config.num_steps - 1:
             self._before[index] = x
-        sigma, after = config.sigmas[at], config.sigmas[at + 1]
+        sigma, after = config.sigmas[done], config.sigmas[done + 1]
         fresh = x
         if 0 < after and config.step is not euler_step:
-            noise = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=at + 1)
+            noise = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=done + 1)
             fresh = noise.to(x)
         return self._hold(index, config.step(x, velocity, sigma, after, fresh))
 
@@ -212,20 +212,20 @@ class Sampler:
         known = self.known.get(index)
         return tokens if known is None else torch.where(known.held[:, None], known.tokens, tokens)
 
-    def _forward(self, group: list[Unit], levels: list[int]) -> Output:
+    def _forward(self, group: list[Unit], steps_done: list[int]) -> Output:
         config, device = self.config, self.device
         self._place_sinks(group[-1].index)
         tokens, sigmas, rows = [], [], []
-        for unit, at in zip(group, levels, strict=True):
-            x, sigma = self.active[unit.index], config.sigmas[at]
-            if at == config.num_steps and config.context_noise:
+        for unit, done in zip(group, steps_done, strict=True):
+            x, sigma = self.active[unit.index], config.sigmas[done]
+            if done == config.num_steps and config.context_noise:
                 sigma = config.context_noise
-                noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=at + 1)
+                noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=done + 1)
                 x = add_noise(x, noise.to(x), sigma)
             tokens.append(x)
             rows.append(torch.full((len(unit.cells),), len(sigmas), device=device))
             sigmas.append(sigma)
-            if unit.index in self.known and at < config.num_steps:
+            if unit.index in self.known and done < config.num_steps:
                 rows[-1][self.known[unit.index].held] = len(sigmas)
                 sigmas.append(0.0)
         self.passes += 1
@@ -274,15 +274,15 @@ class Sampler:
         sinks = (self.units.at(index) for index in range(self.config.visible.sink))
         return 1 + max(cell[0] for unit in sinks for cell in unit.cells)
 
-    def _commit(self, group: list[Unit], levels: list[int], output: Output) -> None:
+    def _commit(self, group: list[Unit], steps_done: list[int], output: Output) -> None:
         """Write the units that were clean in this pass to the cache, and drop what nobody reads."""
         oldest = min(self.active, default=self.entered)  # what it cannot read, no later unit can
         visible = self.config.visible
         cached = torch.unique(self.cache.unit).tolist()
         self.cache.evict([i for i in cached if visible.expired(i, oldest)])
         clean = [
-            at == self.config.num_steps and not visible.expired(unit.index, oldest)
-            for unit, at in zip(group, levels, strict=True)
+            done == self.config.num_steps and not visible.expired(unit.index, oldest)
+            for unit, done in zip(group, steps_done, strict=True)
         ]
         if not any(clean):
             return

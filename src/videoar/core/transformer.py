@@ -1,4 +1,4 @@
-"""The transformer: tokens with coordinates and noise levels in, velocity out.
+"""The transformer: tokens with coordinates and sigmas in, velocity out.
 
 No word of frames here.
 
@@ -142,7 +142,7 @@ class VideoTransformer(nn.Module):
         Args:
             tokens: noisy or clean tokens, features ordered (channel, row, column).
             coords: (t, h, w, level) of the tokens.
-            sigma: the noise level of every unit in this pass.
+            sigma: the sigma of every unit in this pass.
             unit: for every token, the row of its unit in `sigma`.
             text: from `encode_text`.
             mask: which keys a token may read; keys are the cached tokens, then these tokens.
@@ -170,8 +170,8 @@ class VideoTransformer(nn.Module):
         # column).
         out = rearrange(self.proj_out(x), "b n (p c) -> b n (c p)", c=config.latent_channels)
         if config.prediction == "clean":
-            level = sigma[:, unit, None]
-            out = (tokens - out) / level.clamp(min=config.min_sigma)
+            per_token = sigma[:, unit, None]
+            out = (tokens - out) / per_token.clamp(min=config.min_sigma)
         return Output(out, key_values)
 
     @property
@@ -310,7 +310,7 @@ class Projection(nn.Module):
 class Block(nn.Module):
     """Self-attention over tokens, cross-attention to text, feed-forward.
 
-    The first and last are modulated by sigma, whose levels are one per token, or a single one.
+    The first and last are modulated by sigma, one per token, or a single one.
     """
 
     def __init__(self, config: ModelConfig):
@@ -332,7 +332,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens channels"],
-        modulation: Float[Tensor, "batch levels 6 channels"],
+        modulation: Float[Tensor, "batch sigmas 6 channels"],
         table: Float[Tensor, "2 tokens pairs"],
         text: KeyValue,
         mask: Mask | None,

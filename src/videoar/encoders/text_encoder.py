@@ -172,7 +172,7 @@ class _Layer(nn.Module):
 
 
 @runtime_checkable
-class Prompts(Protocol):
+class PromptEncoder(Protocol):
     """What a pipeline knows of its text side."""
 
     def encode(self, prompts: list[str]) -> Rows:
@@ -186,7 +186,7 @@ class Prompts(Protocol):
 
 
 @dataclass(frozen=True)
-class PromptEncoder:
+class TinyPromptEncoder:
     """A tokenizer and the encoder trained with it."""
 
     tokenizer: Tokenizer
@@ -209,7 +209,7 @@ class PromptEncoder:
         return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "PromptEncoder":
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         classes = {"TextEncoder": (TextEncoder, TextEncoderConfig)}
         encoder = load_component(folder, classes, device=device)
@@ -237,7 +237,7 @@ class StoredText(nn.Module):
         return rows
 
 
-def tokenize_cut(prompts: PromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
+def tokenize_cut(prompts: TinyPromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
     """Return token ids; the end of a caption beyond the encoder's limit is left out."""
     limit = prompts.encoder.config.max_tokens
     ids = [prompts.tokenizer.encode(caption)[:limit] for caption in captions]

@@ -2,7 +2,7 @@
 
 An entry is a name with one checkpoint, or with several that differ in their seed of training: their
 videos of one prompt are one observation. Every checkpoint samples as it says itself, but for
-fields of `GenerationConfig` that follow its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
+fields of `GenerationConfig` after its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
 """
 
 import json

@@ -22,7 +22,7 @@ from videoar.evaluation.tables import markdown
 from videoar.files import Json, save
 from videoar.generation.pipeline import VideoPipeline
 
-DRAWS = 4  # of noise levels and noise, per clip and kind
+DRAWS = 4  # of sigmas and noise, per clip and kind
 LOSSLESS = 100.0  # dB; a mean of infinite ones would be none
 
 

@@ -62,11 +62,11 @@ class Evaluate:
     units: tuple[str, ...] = KINDS
     """Kinds of unit; differences are taken to the first."""
     num_prompts: int = 200
-    """Prompts per kind."""
+    """PromptEncoder per kind."""
     seconds: float = 3.0
     """Length of the videos: 2 to 4."""
     long_prompts: int = 0
-    """Prompts per kind for long videos, which show drift; 0: none."""
+    """PromptEncoder per kind for long videos, which show drift; 0: none."""
     long_seconds: float = 60.0
     """Length of the long videos."""
     seed: int = 0
@@ -76,7 +76,7 @@ class Evaluate:
     num_inference_steps: int | None = None
     """Denoising steps per unit; this and the next two: the checkpoint's own by default."""
     shift: float | None = None
-    """Shift of the noise levels towards noise."""
+    """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
     out: Path | None = None
@@ -106,13 +106,13 @@ class Compare:
     units: str | None = None
     """Kind of unit of all; each checkpoint's own by default."""
     num_prompts: int = 96
-    """Prompts."""
+    """PromptEncoder."""
     seeds: int = 2
     """Videos per prompt."""
     seconds: float = 1.8
     """Length of the videos."""
     long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
+    """PromptEncoder for long videos, which show drift; 0: none."""
     long_seconds: float = 60.0
     """Length of the long videos."""
     seed: int = 0

@@ -20,9 +20,9 @@ class GenerationConfig:
     shift: float = 5.0
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
-    """The noise levels themselves, from 1 to 0; None: those of the two fields above."""
+    """The sigmas themselves, from 1 to 0; None: those of the two fields above."""
     step: Literal["euler", "renoise"] = "euler"
-    """How a noise level is left: along the flow, or, by distilled models, with fresh noise."""
+    """How a sigma is left: along the flow, or, by distilled models, with fresh noise."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 runs no second, unconditional pass."""
     negative_prompt: str = ""
@@ -36,7 +36,7 @@ class GenerationConfig:
     lag: int | None = None
     """Rows between the starts of two waves: see `SamplerConfig`."""
     context_noise: float = 0.0
-    """Noise level at which finished units enter the cache."""
+    """Sigma at which finished units enter the cache."""
     fps: int = 16
     """Frames per second of the model's videos."""
 

@@ -27,7 +27,7 @@ from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
-from videoar.encoders.text_encoder import Prompts
+from videoar.encoders.text_encoder import PromptEncoder
 from videoar.generation.conditioning import Fit, beginning
 from videoar.generation.config import GenerationConfig, check_whole
 from videoar.generation.stream import Generation
@@ -47,7 +47,7 @@ class VideoPipeline:
     """
 
     transformer: VideoTransformer
-    prompt_encoder: Prompts
+    prompt_encoder: PromptEncoder
     codec: Codec
     sampling: GenerationConfig = field(default_factory=GenerationConfig)
     height: int = 64

@@ -276,7 +276,7 @@ def toy_dmd() -> TrainConfig:
 def wan_dmd() -> TrainConfig:
     """Wan2.1 1.3B to 4 steps by chunks of 3, under `torchrun`: `videoar distill wan-1.3b-dmd`.
 
-    Rates, noise levels and turns are those of Self-Forcing (arXiv:2506.08009).
+    Rates, sigmas and turns are those of Self-Forcing (arXiv:2506.08009).
     """
     wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     return TrainConfig(

@@ -21,9 +21,9 @@ from videoar.data.latents import LatentShards, check_codec, read_held_out
 from videoar.data.world import HELD_OUT
 from videoar.encoders.text_encoder import (
     PromptEncoder,
-    Prompts,
     TextEncoder,
     TextEncoderConfig,
+    TinyPromptEncoder,
     Tokenizer,
 )
 from videoar.generation.config import GenerationConfig
@@ -66,12 +66,12 @@ class GeneratorTask:
         return GeneratorTraining(self, config, report)
 
 
-def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, Prompts]:
+def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, PromptEncoder]:
     """Load what `task.init` names; its sizes must be those that the task asks for."""
     assert task.init is not None
     pipe = VideoPipeline.from_pretrained(task.init)
     found: list[Any] = [pipe.transformer.config]
-    if isinstance(pipe.prompt_encoder, PromptEncoder):
+    if isinstance(pipe.prompt_encoder, TinyPromptEncoder):
         found.append(pipe.prompt_encoder.encoder.config)
     for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=False):
         if there != wanted:
@@ -110,7 +110,7 @@ class GeneratorTraining:
             clips = LatentShards(task.latents).clips
             captions = [caption for clip in clips for caption in clip["captions"]]
             tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
-            prompt = PromptEncoder(tokenizer, TextEncoder(task.text))
+            prompt = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
             transformer = VideoTransformer(task.model)
         else:
             transformer, prompt = load_generator(task)
@@ -199,7 +199,7 @@ class FinetuneTask:
         folder = resolve(self.init)
         pipe = VideoPipeline.from_pretrained(folder)
         prompts = pipe.prompt_encoder
-        trained = isinstance(prompts, PromptEncoder)
+        trained = isinstance(prompts, TinyPromptEncoder)
         info = check_codec(self.latents, pipe.codec, checkpoint=self.init)
         task = GeneratorTask(
             codec=folder,

@@ -24,7 +24,7 @@ class Rollout:
     before: Float[Tensor, FIELDS]
     """The units before their last step."""
     sigma: float
-    """The noise level there."""
+    """The sigma there."""
 
 
 @torch.no_grad()

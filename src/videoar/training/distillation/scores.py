@@ -108,7 +108,7 @@ def matching_loss(
     """Return the loss whose gradient is `(fake - real) / n` per element, divided by their number.
 
     DMD, eq. 7 and 8: `n` is the mean distance of the sample from the teacher's estimate, here of
-    each unit, whose noise levels and difficulty may differ.
+    each unit, whose sigmas and difficulty may differ.
 
     Args:
         clean: the student's sample; gradients flow into it alone.

@@ -110,7 +110,7 @@ class DistillationConfig:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """The noise levels of the student."""
+        """The sigmas of the student."""
         return sigma_steps(self.num_inference_steps, shift=self.shift)
 
 
@@ -261,9 +261,9 @@ class Initialisation(_Taught, Alone):
     def _consistency_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
         config, (batch, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
         path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift))
-        levels = 1 if self.context == "full" else count
+        drawn = 1 if self.context == "full" else count
         draw = {"generator": rng, "device": rng.device}
-        index = torch.randint(config.path_steps, (batch, levels), **draw).cpu()
+        index = torch.randint(config.path_steps, (batch, drawn), **draw).cpu()
         index = index.expand(batch, count)
         sigma, after = (path[index + k].to(clip.tokens) for k in (0, 1))
         noise = torch.randn(clip.tokens.shape, **draw).to(clip.tokens)
@@ -339,8 +339,8 @@ class DistributionMatching(_Taught):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return noisy tokens, their sigmas by unit, and the noise."""
         config, count = self.config, len(clip.units.sizes)
-        levels = count if config.unit_sigmas else 1
-        sigma = random_sigmas((len(clean), levels), rng, shift=config.score_shift)
+        drawn = count if config.unit_sigmas else 1
+        sigma = random_sigmas((len(clean), drawn), rng, shift=config.score_shift)
         sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
         return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
@@ -376,11 +376,11 @@ class DistributionMatching(_Taught):
         clean = last_step(student.transformer, clip.units, text, made, chosen=chosen)
         through = config.loss == "sid"
         x, sigma, _ = self.noised(clean if through else clean.detach(), clip, rng)
-        level = sigma[:, clip.unit, None]
+        per_token = sigma[:, clip.unit, None]
         with torch.set_grad_enabled(through):
             follow, teach = self.follow(clip, clean), self.teach(clip, clean)
-            fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), level)
-            real = clean_of(x, teach(x, sigma).float(), level)
+            fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), per_token)
+            real = clean_of(x, teach(x, sigma).float(), per_token)
         loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
         loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
         apart = (fake - real).detach().square().mean()

@@ -20,7 +20,7 @@ from videoar.data.captions import Wording
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
-from videoar.encoders.text_encoder import PromptEncoder
+from videoar.encoders.text_encoder import TinyPromptEncoder
 from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.evaluation.judge import judge_whole
 from videoar.evaluation.study import make
@@ -62,7 +62,7 @@ class DistillTask:
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
     num_validation: int = 32
-    """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
+    """PromptEncoder of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
         check_ranges(self, num_validation=1, **({} if self.lora_rank is None else {"lora_rank": 1}))
@@ -128,7 +128,7 @@ def fitting(pipe: VideoPipeline) -> str:
     prompts = pipe.prompt_encoder
     if isinstance(prompts, UMT5PromptEncoder):
         return prompts.fingerprint()
-    assert isinstance(prompts, PromptEncoder)
+    assert isinstance(prompts, TinyPromptEncoder)
     limit = prompts.encoder.config.max_tokens
     return f"{limit} tokens of the vocabulary {prompts.tokenizer.fingerprint()}"
 
