@@ -127,7 +127,7 @@ def _make_weights(folder: Path) -> int:
         for name, tensor in shapes.items()
     }
     random["scale_embedding.weight"].zero_()  # as in every public checkpoint
-    convert.save_diffusers(folder, wan.Found(random, config, folder, ""))
+    convert.save_diffusers(folder, wan.TransformerWeights(random, config, folder, ""))
     return sum(tensor.nbytes for tensor in random.values())
 
 

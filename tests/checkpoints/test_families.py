@@ -18,7 +18,7 @@ import tiny_wan
 import torch
 from safetensors.torch import load_file, save_file
 
-from videoar.checkpoints.checkpoint import Origin
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.cache import KVCache
 from videoar.core.flow import unit_noise
@@ -441,7 +441,7 @@ def test_presets_are_the_published_loops(wan: Path, name: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     other = published | {"local": published["local"] - 3}
     assert (found - _published(pipe, **other)).abs().max() > 1e-3
-    assert Origin.find(wan).sampling(name)["height"] == 480
+    assert Checkpoint.find(wan).sampling(name)["height"] == 480
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from tiny import MODEL, tiny_transformer
 
 from videoar import weights
 from videoar.checkpoints import checkpoint, convert
-from videoar.checkpoints.checkpoint import Origin, load_meta
+from videoar.checkpoints.checkpoint import Checkpoint, load_meta
 from videoar.cli import main
 from videoar.core.transformer import VideoTransformer
 from videoar.weights import build_empty
@@ -192,8 +192,8 @@ def _base(folder: Path) -> str:
     return str(folder / "base")
 
 
-def _origin(source: Path | str) -> Origin:
-    return Origin.find(source, base=_base(Path(source).parent))
+def _origin(source: Path | str) -> Checkpoint:
+    return Checkpoint.find(source, base=_base(Path(source).parent))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -469,13 +469,13 @@ def test_stored_precisions_survive_conversion(tmp_path: Path) -> None:
     weights = {key: tensor.bfloat16() for key, tensor in _original(_ours()).items()}
     weights["head.modulation"] = weights["head.modulation"].float()
     save_file(weights, tmp_path / "mixed.safetensors")
-    origin = _origin(tmp_path / "mixed.safetensors")
-    convert.convert(origin, tmp_path / "wan", format="wan")
+    checkpoint = _origin(tmp_path / "mixed.safetensors")
+    convert.convert(checkpoint, tmp_path / "wan", format="wan")
     written = load_file(tmp_path / "wan" / "diffusion_pytorch_model.safetensors")
     assert {key: tensor.dtype for key, tensor in written.items()} == {
         key: tensor.dtype for key, tensor in weights.items()
     }
-    convert.convert(origin, tmp_path / "half", format="wan", dtype="float16")
+    convert.convert(checkpoint, tmp_path / "half", format="wan", dtype="float16")
     half = load_file(tmp_path / "half" / "diffusion_pytorch_model.safetensors")
     assert half["blocks.0.ffn.0.weight"].dtype == torch.float16
     assert half["blocks.0.modulation"].dtype == torch.float32
@@ -483,10 +483,10 @@ def test_stored_precisions_survive_conversion(tmp_path: Path) -> None:
 
 def test_a_preset_is_written_into_the_checkpoint(tmp_path: Path) -> None:
     """Who converts once need not say again how the family is sampled."""
-    origin = _origin(LAYOUTS["causvid"][0](tmp_path))
-    convert.convert(origin, tmp_path / "ours", format="videoar", preset="causvid")
+    checkpoint = _origin(LAYOUTS["causvid"][0](tmp_path))
+    convert.convert(checkpoint, tmp_path / "ours", format="videoar", preset="causvid")
     assert load_meta(tmp_path / "ours")["origin"] == "original Wan names, entry generator, file"
-    found = Origin.find(tmp_path / "ours").sampling()
+    found = Checkpoint.find(tmp_path / "ours").sampling()
     assert (found["step"], found["sigmas"]) == ("renoise", (1.0, 0.757, 0.522, 0.0))
     assert (found["height"], found["width"]) == (480, 832)
 
@@ -495,25 +495,25 @@ def test_what_others_cannot_run_is_not_written_for_them(tmp_path: Path) -> None:
     """The toy predicts clean data and has trained levels: elsewhere it would show noise."""
     for name in ("diffusers", "wan"):
         with pytest.raises(ValueError, match=r"prediction clean .* --format videoar"):
-            convert.convert(Origin.find("toy"), tmp_path / name, format=name)
+            convert.convert(Checkpoint.find("toy"), tmp_path / name, format=name)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_that_exists_is_lost(tmp_path: Path) -> None:
     """A target is replaced when asked, and only if it is a checkpoint of that format."""
-    origin = _origin(LAYOUTS["krea"][0](tmp_path))
+    checkpoint = _origin(LAYOUTS["krea"][0](tmp_path))
     how = {"preset": "self-forcing"}
     for name in ("videoar", "diffusers", "wan"):
         target = tmp_path / name
-        convert.convert(origin, target, format=name, **how)
+        convert.convert(checkpoint, target, format=name, **how)
         with pytest.raises(ValueError, match="exists already"):
-            convert.convert(origin, target, format=name, **how)
-        convert.convert(origin, target, format=name, overwrite=True, **how)
+            convert.convert(checkpoint, target, format=name, **how)
+        convert.convert(checkpoint, target, format=name, overwrite=True, **how)
         (target / "thesis.txt").write_text("years")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years")
     with pytest.raises(ValueError, match="left alone"):
-        convert.convert(origin, tmp_path / "other", format="wan", overwrite=True)
+        convert.convert(checkpoint, tmp_path / "other", format="wan", overwrite=True)
 
 
 def test_info_names_the_format_and_forecasts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,7 @@ from einops import rearrange
 from safetensors.torch import load, load_file, save
 
 from videoar.checkpoints import checkpoint
-from videoar.checkpoints.checkpoint import Origin
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.flow import unit_noise
 from videoar.core.schemes import parse
@@ -74,7 +74,7 @@ def test_the_transformer_is_that_of_diffusers(
 ) -> None:
     """With the same weights the same velocity: bit for bit in bfloat16, else to 1e-6."""
     reference = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
-    ours = Origin.find(folder).transformer().build(dtype=dtype)
+    ours = Checkpoint.find(folder).transformer().build(dtype=dtype)
     for name, parameter in reference.named_parameters():
         assert parameter.dtype == ours.get_parameter(name).dtype, name
     rng = torch.Generator().manual_seed(1)

@@ -58,7 +58,7 @@ def _row(report: Report, name: str) -> dict[str, float]:
 
 
 def test_scenes_were_never_trained_on() -> None:
-    """PromptEncoder come from indices behind all of training; else memory would pass for faithfulness."""
+    """Prompts come from indices behind all of training; else memory would pass for faithfulness."""
     prompt = held_out_prompts(3, seed=4)[2]
     assert FIRST_SCENE > HELD_OUT
     assert prompt["scene"] == scene_of(FIRST_SCENE + 2, seed=4)[0].to_json()

@@ -27,7 +27,7 @@ import torch
 
 from videoar import __version__
 from videoar.checkpoints import wan
-from videoar.checkpoints.wan import Found, merge_lora, read_foreign
+from videoar.checkpoints.wan import TransformerWeights, merge_lora, read_foreign
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders import umt5, wan_codec
 from videoar.encoders.codec import Codec, PatchCodec, PatchCodecConfig
@@ -137,7 +137,7 @@ def _assets() -> Path:
 
 def read_transformer(
     source: Path, *, lora: Path | None = None, head_dim: int | None = None
-) -> Found:
+) -> TransformerWeights:
     """Read a transformer: a folder of ours, of diffusers or of the original, or a single file.
 
     Args:
@@ -151,7 +151,7 @@ def read_transformer(
     if (source / META).is_file():
         folder = source / "transformer"
         module = load_component(folder, {"VideoTransformer": (VideoTransformer, ModelConfig)})
-        found = Found(module.state_dict(), module.config, folder, "videoar")
+        found = TransformerWeights(module.state_dict(), module.config, folder, "videoar")
     else:
         found = read_foreign(source, head_dim)
     if lora is not None:
@@ -168,7 +168,7 @@ CODECS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Checkpoint:
     """Where the parts of a model come from."""
 
     source: Path
@@ -181,7 +181,7 @@ class Origin:
     @classmethod
     def find(
         cls, name: str | Path, *, base: str | Path | None = None, lora: str | Path | None = None
-    ) -> "Origin":
+    ) -> "Checkpoint":
         """Find a bundled checkpoint, a folder, a file, or a Hugging Face repository."""
         source = Path(name).expanduser()
         found = split_entry(source)[0]
@@ -206,7 +206,7 @@ class Origin:
             stated["sigmas"] = tuple(stated["sigmas"])
         return stated
 
-    def check_preset(self, found: Found, preset: str | None) -> None:
+    def check_preset(self, found: TransformerWeights, preset: str | None) -> None:
         """Raise if weights alone, which may be of any family, would be sampled like plain Wan."""
         alone = self.lora is not None or not found.file.is_dir()
         if preset is None and alone and not self.meta:
@@ -215,7 +215,7 @@ class Origin:
                 f" one of {', '.join(wan.PRESETS)}"
             )
 
-    def transformer(self) -> Found:
+    def transformer(self) -> TransformerWeights:
         """Read the transformer; its weights are mapped and not yet in memory."""
         head_dim = wan.stated_head_dim(self.home)
         return read_transformer(self.source, lora=self.lora, head_dim=head_dim)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from videoar.checkpoints import wan
-from videoar.checkpoints.checkpoint import Origin, save_checkpoint, surroundings
-from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, Found, renamed
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint, surroundings
+from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, TransformerWeights, renamed
 from videoar.core.transformer import ModelConfig
 from videoar.encoders import umt5, wan_codec
 from videoar.files import replaced_folder
@@ -31,7 +31,7 @@ def wan_names(weights: Weights) -> Weights:
     return renamed(weights, top, block)
 
 
-def plain(found: Found) -> Weights:
+def plain(found: TransformerWeights) -> Weights:
     """Return what can be written for others.
 
     Raises:
@@ -51,7 +51,7 @@ def plain(found: Found) -> Weights:
     return weights
 
 
-def save_diffusers(folder: Path, found: Found) -> None:
+def save_diffusers(folder: Path, found: TransformerWeights) -> None:
     """Write `transformer/` of a diffusers folder."""
     fields, patch = asdict(found.config), found.config.patch
     config = {"_class_name": "WanTransformer3DModel", **FIXED}
@@ -60,7 +60,7 @@ def save_diffusers(folder: Path, found: Found) -> None:
     save_weights(folder / FILE, plain(found), config)
 
 
-def save_wan(folder: Path, found: Found) -> None:
+def save_wan(folder: Path, found: TransformerWeights) -> None:
     """Write a folder under the original's names."""
     fields, channels = asdict(found.config), found.config.latent_channels
     same = ("eps", "ffn_dim", "freq_dim", "num_heads", "num_layers")
@@ -74,7 +74,7 @@ Format = Literal["videoar", "diffusers", "wan"]
 
 
 def convert(
-    origin: Origin,
+    checkpoint: Checkpoint,
     target: Path,
     *,
     format: Format,
@@ -89,13 +89,13 @@ def convert(
     Returns:
         What was written, in sentences.
     """
-    found = origin.transformer()
+    found = checkpoint.transformer()
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
-    parts = {} if format == "wan" else surroundings(origin.home)
+    parts = {} if format == "wan" else surroundings(checkpoint.home)
     if format == "videoar":
-        origin.check_preset(found, preset)
-    sampling = origin.sampling(preset)
+        checkpoint.check_preset(found, preset)
+    sampling = checkpoint.sampling(preset)
     report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
     if format == "videoar":
         transformer = Component(module=found.build(), config=found.config)
@@ -104,11 +104,11 @@ def convert(
             components["codec"] = Component(module=parts["codec"], config=parts["codec"].config)
         if "text" in parts:
             components["text"] = parts["text"].save
-        meta = {**origin.meta, "origin": found.format, "sampling": sampling}
+        meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
         save_checkpoint(target, components, meta, overwrite=overwrite)
     elif format == "diffusers":
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
-            _write_diffusers(folder, found, parts, shift=sampling["shift"], home=origin.home)
+            _write_diffusers(folder, found, parts, shift=sampling["shift"], home=checkpoint.home)
     else:
         with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
             save_wan(folder, found)
@@ -117,7 +117,7 @@ def convert(
 
 
 def _write_diffusers(
-    folder: Path, found: Found, parts: Mapping[str, Any], *, shift: float, home: Path
+    folder: Path, found: TransformerWeights, parts: Mapping[str, Any], *, shift: float, home: Path
 ) -> None:
     """Write a folder that diffusers' `WanPipeline` loads, as far as there are its parts."""
     save_diffusers(folder / "transformer", found)

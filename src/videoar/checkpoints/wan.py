@@ -79,7 +79,7 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
-class Found:
+class TransformerWeights:
     """A transformer as it lies on disk."""
 
     weights: Weights
@@ -116,7 +116,7 @@ def stated_head_dim(folder: Path) -> int | None:
     return None
 
 
-def read_foreign(source: Path, head_dim: int | None) -> Found:
+def read_foreign(source: Path, head_dim: int | None) -> TransformerWeights:
     """Read a transformer under other names: a folder or a file, whatever is wrapped around it."""
     source, entry = split_entry(source)
     if source.is_dir() and not any(source.glob("*.json")) and not any(source.glob("*.safe*")):
@@ -141,7 +141,9 @@ def read_foreign(source: Path, head_dim: int | None) -> Found:
         like = next(iter(weights.values()))
         weights["scale_embedding.weight"] = like.new_zeros(config.num_levels, config.hidden_size)
     words = f"{names} names" + "".join(f", entry {name}" for name in wrappers)
-    found = Found(weights, config, folder, f"{words}, {'folder' if folder.is_dir() else 'file'}")
+    found = TransformerWeights(
+        weights, config, folder, f"{words}, {'folder' if folder.is_dir() else 'file'}"
+    )
     assign_weights(build_empty(VideoTransformer, config), dict(weights), file=folder)
     return found
 

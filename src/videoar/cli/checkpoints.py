@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from videoar.checkpoints import convert as conversion
-from videoar.checkpoints.checkpoint import CODECS, Origin, surroundings
-from videoar.checkpoints.wan import Found
+from videoar.checkpoints.checkpoint import CODECS, Checkpoint, surroundings
+from videoar.checkpoints.wan import TransformerWeights
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.core.cache import cached_tokens
@@ -25,24 +25,24 @@ from videoar.weights import as_dtype, build_empty
 def convert(args: options.Convert) -> None:
     """Convert a checkpoint."""
     check_folder(args.target)
-    origin = Origin.find(args.source, base=args.base, lora=args.lora)
+    checkpoint = Checkpoint.find(args.source, base=args.base, lora=args.lora)
     how = {"format": args.format, "preset": args.preset, "dtype": args.dtype}
-    for line in conversion.convert(origin, args.target, **how, overwrite=args.force):
+    for line in conversion.convert(checkpoint, args.target, **how, overwrite=args.force):
         say(line)
 
 
 def info(args: options.Info) -> None:
     """Describe a checkpoint and forecast its memory."""
-    origin = Origin.find(args.checkpoint, base=args.base, lora=args.lora)
+    checkpoint = Checkpoint.find(args.checkpoint, base=args.base, lora=args.lora)
     asked = {name: getattr(args, name) for name in ("seconds", "window", "preset", "dtype")}
-    say(describe(origin, **asked))
+    say(describe(checkpoint, **asked))
 
 
 MIB = 2**20
 
 
 def describe(
-    origin: Origin,
+    checkpoint: Checkpoint,
     *,
     seconds: float,
     window: int | None,
@@ -50,7 +50,7 @@ def describe(
     dtype: str | torch.dtype | None = None,
 ) -> str:
     """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
-    meta, parts, memory = origin.meta, surroundings(origin.home), ""
+    meta, parts, memory = checkpoint.meta, surroundings(checkpoint.home), ""
     kinds = {name: type(part).__name__ for name, part in parts.items()}
     tensors: dict[str, list[Tensor]] = {
         name: list(part.parameters() if isinstance(part, Codec) else part.tensors())
@@ -58,7 +58,7 @@ def describe(
     }
     about, stated = "format    videoar", None
     if "transformer" in meta.get("components", ["transformer"]):
-        found, stated = origin.transformer(), origin.sampling(preset)
+        found, stated = checkpoint.transformer(), checkpoint.sampling(preset)
         kinds["transformer"] = "VideoTransformer"
         tensors["transformer"] = list(found.weights.values())
         about = f"format    {found.format}"
@@ -79,7 +79,7 @@ def describe(
     ]
     history = _history(meta | ({} if stated is None else {"sampling": stated}))
     table = columns(cells(components))
-    return f"{origin.source}\n\n{table}\n\n{about}\n{history}\n\n{memory}".rstrip()
+    return f"{checkpoint.source}\n\n{table}\n\n{about}\n{history}\n\n{memory}".rstrip()
 
 
 def _history(meta: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def _history(meta: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _memory(
-    found: Found,
+    found: TransformerWeights,
     codec: Codec | None,
     trained: list[str] | None,
     stated: dict[str, Any],

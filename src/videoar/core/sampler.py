@@ -156,7 +156,7 @@ class Sampler:
         return step_of(row, wave, steps=self.config.num_steps, lag=self.lag)
 
     def _shown(self, index: int) -> int:
-        """The steps that a unit has done before this row; a known one does not wait for its turn."""
+        """The steps of a unit before this row; a known one does not wait for its turn."""
         return self.config.num_steps if index in self.whole else self._steps_done(index, self.row)
 
     def _moving(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import (
-    Origin,
+    Checkpoint,
     load_codec,
     load_prompts,
     resolve,
@@ -85,23 +85,23 @@ class VideoPipeline:
         Raises:
             ValueError: nothing of that name, or something is wrong with the files.
         """
-        origin = Origin.find(name_or_path, base=base, lora=lora)
-        defaults = origin.sampling(preset)
+        checkpoint = Checkpoint.find(name_or_path, base=base, lora=lora)
+        defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
         wanted, host = as_dtype(dtype), "cpu" if offload else device
-        found = origin.transformer()
-        origin.check_preset(found, preset)
-        prompts = load_prompts(origin.home, dtype=wanted, device=host)
+        found = checkpoint.transformer()
+        checkpoint.check_preset(found, preset)
+        prompts = load_prompts(checkpoint.home, dtype=wanted, device=host)
         transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
         if offload:
             weights.offload(transformer, transformer.blocks, device)
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
-            codec=load_codec(origin.home if codec is None else resolve(codec), device=device),
+            codec=load_codec(checkpoint.home if codec is None else resolve(codec), device=device),
             sampling=GenerationConfig(**defaults),
-            meta=origin.meta,
+            meta=checkpoint.meta,
             **size,
         )
 

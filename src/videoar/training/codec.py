@@ -17,7 +17,7 @@ from videoar.encoders.codec import from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import psnr
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import Alone
+from videoar.training.objectives import SingleModule
 from videoar.training.run_folder import Report
 from videoar.weights import Component, load_component
 
@@ -66,7 +66,7 @@ def load_decoder(task: CodecTask) -> TinyCodec:
     return codec
 
 
-class Reconstruction(Alone):
+class Reconstruction(SingleModule):
     """Train a codec to give back its input.
 
     The latents are slightly noisy on the way, so that the decoder forgives what a generator gets

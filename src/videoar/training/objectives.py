@@ -50,7 +50,7 @@ class Objective(Protocol):
         ...
 
 
-class Alone:
+class SingleModule:
     """An objective that moves everything in every step."""
 
     module: Any
@@ -83,7 +83,7 @@ class TextToVideo(nn.Module):
         return words.masked_fill(dropped[:, None], PAD)
 
 
-class FlowMatching(Alone):
+class FlowMatching(SingleModule):
     """Train one transformer, and its text encoder, on several schemes in turn.
 
     Args:

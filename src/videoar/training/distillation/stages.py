@@ -45,7 +45,7 @@ from videoar.training.distillation.scores import (
     matching_loss,
     score,
 )
-from videoar.training.objectives import Alone, TextToVideo
+from videoar.training.objectives import SingleModule, TextToVideo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class Clip:
         return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
 
 
-class _Taught:
+class TeacherObjective:
     """What all stages share: a teacher, and what it says."""
 
     def __init__(
@@ -206,7 +206,7 @@ class _Taught:
         return partial(scorer, reads=self.reads)
 
 
-class Initialisation(_Taught, Alone):
+class Initialisation(TeacherObjective, SingleModule):
     """Teach a causal student to jump along the path of a teacher.
 
     The teacher may read everything or be causal itself. Then it reads clean copies of the data, and
@@ -215,7 +215,7 @@ class Initialisation(_Taught, Alone):
 
     Args:
         student: what is trained.
-        taught: teacher, context, schemes and config of `_Taught`.
+        taught: teacher, context, schemes and config of `TeacherObjective`.
     """
 
     def __init__(self, student: TextToVideo, **taught: Any) -> None:
@@ -278,7 +278,7 @@ class Initialisation(_Taught, Alone):
         return {"loss": (found - target).square().mean()}
 
 
-class DistributionMatching(_Taught):
+class DistributionMatching(TeacherObjective):
     """Train a student on its own videos, and a critic that follows them.
 
     Steps take turns: `critic_steps` of the critic, then one of the student. They are optimizer
@@ -287,7 +287,7 @@ class DistributionMatching(_Taught):
     Args:
         student: a causal generator; `Initialisation` makes one.
         critic: a copy of the teacher, or of the student where the teacher is causal.
-        taught: teacher, context, schemes and config of `_Taught`.
+        taught: teacher, context, schemes and config of `TeacherObjective`.
     """
 
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
