@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 
 from videoar.data.latents import LatentsInfo, ShardWriter
 from videoar.training.distillation.stages import DistillationConfig
-from videoar.training.distillation.task import DistillTask
+from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.optimizer import OptimizerConfig
 
@@ -40,7 +40,7 @@ def prepare(root: Path) -> Path:
 
 def config(root: Path, out: Path, **changes) -> TrainConfig:
     """Two players on tiny latents; a step has six batches, for one, two, or three ranks."""
-    task = DistillTask(
+    task = StudentConfig(
         teacher=str(root / "teacher"),
         student=str(root / "student"),
         latents=root / "latents",

@@ -12,12 +12,12 @@ from tiny import CODEC, MODEL, TEXT
 from videoar.checkpoints.checkpoint import load_meta
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
-from videoar.training.codec import CodecTask, load_codec
-from videoar.training.distillation.task import DistillTask
+from videoar.training.codec import ReconstructionConfig, load_codec
+from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
-from videoar.training.text_to_video import FinetuneTask, GeneratorTask
+from videoar.training.text_to_video import FinetuneConfig, TextToVideoConfig
 
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
@@ -26,13 +26,13 @@ SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
 def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
     """The same recipe with small parts, few videos and a few steps."""
     task = config.task
-    if isinstance(task, CodecTask):
+    if isinstance(task, ReconstructionConfig):
         codec, init = CODEC, None
         if task.init is not None:
             codec = replace(CODEC, decoder_channels=(6, 4, 4, 4))
             init = folder / task.init
         small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
-    elif isinstance(task, GeneratorTask):
+    elif isinstance(task, TextToVideoConfig):
         toy = RECIPES["toy"]().out / "checkpoint"
         bundled = {Path("toy-base"): folder / toy}
         small = replace(
@@ -45,10 +45,10 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             num_latents=max(5, task.flow.clip_frames),
             init=task.init and bundled.get(task.init, folder / task.init),
         )
-    elif isinstance(task, FinetuneTask):
+    elif isinstance(task, FinetuneConfig):
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
-    elif isinstance(task, DistillTask):
+    elif isinstance(task, StudentConfig):
         made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
         made["toy-base"] = "toy"
         where = {
@@ -119,7 +119,7 @@ def test_recipes_agree_on_the_window_that_is_trained_and_used() -> None:
     """What a unit reads while generating is what it read in training: as many frames and sinks."""
     for name in RECIPES:
         task = find(name).task
-        if isinstance(task, GeneratorTask):
+        if isinstance(task, TextToVideoConfig):
             assert task.sampling.window_frames == task.flow.clip_frames
             assert task.sampling.sink_frames == task.flow.sink_frames
             assert task.sampling.shift == task.flow.shift

@@ -31,7 +31,7 @@ def load_codec(checkpoint: Path) -> TinyCodec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecTask:
+class ReconstructionConfig:
     """Train a codec on clips of the procedural world, rendered as they are needed."""
 
     codec: TinyCodecConfig
@@ -46,11 +46,11 @@ class CodecTask:
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
 
-    def build(self, config: TrainConfig, report: Report) -> "CodecTraining":
-        return CodecTraining(self, config)
+    def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
+        return ReconstructionTask(self, config)
 
 
-def load_decoder(task: CodecTask) -> TinyCodec:
+def load_decoder(task: ReconstructionConfig) -> TinyCodec:
     """Load the codec of `task.init`, its encoder fixed, with a decoder of the task's widths."""
     assert task.init is not None
     codec, wanted = load_codec(task.init), task.codec
@@ -90,7 +90,7 @@ class Reconstruction(SingleModule):
 class WorldClips:
     """Clips of the procedural world: clip i is always the same."""
 
-    def __init__(self, task: CodecTask, *, seed: int):
+    def __init__(self, task: ReconstructionConfig, *, seed: int):
         self.task, self.seed = task, seed
 
     def __len__(self) -> int:
@@ -105,10 +105,10 @@ class WorldClips:
         return {"video": from_frames(np.stack(clips))}
 
 
-class CodecTraining:
+class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
-    def __init__(self, task: CodecTask, config: TrainConfig):
+    def __init__(self, task: ReconstructionConfig, config: TrainConfig):
         self.task = task
         codec = TinyCodec(task.codec) if task.init is None else load_decoder(task)
         self.objective = Reconstruction(codec, latent_noise=task.latent_noise)

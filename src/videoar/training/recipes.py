@@ -14,12 +14,12 @@ from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
-from videoar.training.codec import CodecTask
+from videoar.training.codec import ReconstructionConfig
 from videoar.training.distillation.stages import DistillationConfig
-from videoar.training.distillation.task import DistillTask
+from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig
-from videoar.training.text_to_video import FinetuneTask, GeneratorTask
+from videoar.training.text_to_video import FinetuneConfig, TextToVideoConfig
 
 TOY_UNITS = (
     "frame",
@@ -37,7 +37,7 @@ def codec_toy() -> TrainConfig:
     return TrainConfig(
         name="codec-toy",
         out=Path("runs/codec-toy"),
-        task=CodecTask(codec=TinyCodecConfig.toy()),
+        task=ReconstructionConfig(codec=TinyCodecConfig.toy()),
         steps=1200,
         batch_size=8,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.6),
@@ -57,7 +57,7 @@ def codec_toy_decoder() -> TrainConfig:
         first,
         name="codec-toy-decoder",
         out=Path("runs/codec-toy-decoder"),
-        task=CodecTask(codec=wider, init=first.out / "checkpoint"),
+        task=ReconstructionConfig(codec=wider, init=first.out / "checkpoint"),
         steps=3000,
     )
 
@@ -68,7 +68,7 @@ def toy_images() -> TrainConfig:
     What a thing looks like is learned 20 times as fast from pictures as from clips.
     """
     final = toy()
-    assert isinstance(final.task, GeneratorTask)
+    assert isinstance(final.task, TextToVideoConfig)
     return replace(
         final,
         name="toy-images",
@@ -95,7 +95,7 @@ def toy_pairs() -> TrainConfig:
     In longer clips the context shows it, and what the words for it mean is not learned.
     """
     images = toy_images()
-    assert isinstance(images.task, GeneratorTask)
+    assert isinstance(images.task, TextToVideoConfig)
     return replace(
         images,
         name="toy-pairs",
@@ -114,8 +114,8 @@ def toy_pairs() -> TrainConfig:
 def toy_short() -> TrainConfig:
     """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
     pairs, final = toy_pairs(), toy()
-    assert isinstance(pairs.task, GeneratorTask)
-    assert isinstance(final.task, GeneratorTask)
+    assert isinstance(pairs.task, TextToVideoConfig)
+    assert isinstance(final.task, TextToVideoConfig)
     return replace(
         pairs,
         name="toy-short",
@@ -137,7 +137,7 @@ def toy() -> TrainConfig:
     return TrainConfig(
         name="toy",
         out=Path("runs/toy"),
-        task=GeneratorTask(
+        task=TextToVideoConfig(
             codec=Path("runs/codec-toy-decoder/checkpoint"),
             latents=Path("runs/world-64"),
             num_videos=10_000,
@@ -177,7 +177,7 @@ def toy_teacher() -> TrainConfig:
     It learns the lattice of multiscale units, too, so that it can teach them.
     """
     final = toy()
-    assert isinstance(final.task, GeneratorTask)
+    assert isinstance(final.task, TextToVideoConfig)
     return replace(
         final,
         name="toy-teacher",
@@ -207,7 +207,7 @@ def toy_start() -> TrainConfig:
     return TrainConfig(
         name="toy-start",
         out=Path("runs/toy-start"),
-        task=DistillTask(
+        task=StudentConfig(
             teacher="toy-base",
             teacher_mask="same",
             student="toy-base",
@@ -229,7 +229,7 @@ def toy_start() -> TrainConfig:
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
     start = toy_start()
-    assert isinstance(start.task, DistillTask)
+    assert isinstance(start.task, StudentConfig)
     rates = OptimizerConfig(
         learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
     )
@@ -256,7 +256,7 @@ def toy_same() -> TrainConfig:
 def toy_dmd() -> TrainConfig:
     """Symmetric DMD: `videoar distill toy-dmd`, after `toy-same` and `toy-teacher`."""
     same = toy_same()
-    assert isinstance(same.task, DistillTask)
+    assert isinstance(same.task, StudentConfig)
     return replace(
         same,
         name="toy-dmd",
@@ -282,7 +282,7 @@ def wan_dmd() -> TrainConfig:
     return TrainConfig(
         name="wan-1.3b-dmd",
         out=Path("runs/wan-1.3b-dmd"),
-        task=DistillTask(
+        task=StudentConfig(
             teacher=wan,
             student=wan,
             latents=Path("latents"),
@@ -318,7 +318,7 @@ def finetune() -> TrainConfig:
     return TrainConfig(
         name="finetune",
         out=Path("runs/finetune"),
-        task=FinetuneTask(latents=Path("latents"), units=TOY_UNITS),
+        task=FinetuneConfig(latents=Path("latents"), units=TOY_UNITS),
         steps=500,
         batch_size=8,
         optimizer=OptimizerConfig(
@@ -352,7 +352,7 @@ RECIPES |= DISTILLATIONS
 
 def distils(config: TrainConfig) -> bool:
     """Say whether a recipe distils a teacher."""
-    return isinstance(config.task, DistillTask)
+    return isinstance(config.task, StudentConfig)
 
 
 def find(name: str) -> TrainConfig:

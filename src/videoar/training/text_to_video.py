@@ -36,7 +36,7 @@ from videoar.training.run_folder import Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorTask:
+class TextToVideoConfig:
     """Train a transformer and its text encoder, by flow matching over a mix of units."""
 
     codec: Path
@@ -62,11 +62,11 @@ class GeneratorTask:
     compile: bool = False
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
-    def build(self, config: TrainConfig, report: Report) -> "GeneratorTraining":
-        return GeneratorTraining(self, config, report)
+    def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
+        return TextToVideoTask(self, config, report)
 
 
-def load_generator(task: GeneratorTask) -> tuple[VideoTransformer, PromptEncoder]:
+def load_generator(task: TextToVideoConfig) -> tuple[VideoTransformer, PromptEncoder]:
     """Load what `task.init` names; its sizes must be those that the task asks for."""
     assert task.init is not None
     pipe = VideoPipeline.from_pretrained(task.init)
@@ -95,10 +95,10 @@ def _report_unused(
         report(cut)
 
 
-class GeneratorTraining:
+class TextToVideoTask:
     """A `Task`: what the loop needs to train a generator."""
 
-    def __init__(self, task: GeneratorTask, config: TrainConfig, report: Report):
+    def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
         self.codec = checkpoint.load_codec(resolve(task.codec))
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
@@ -178,7 +178,7 @@ class GeneratorTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneTask:
+class FinetuneConfig:
     """Train the generator of a checkpoint on prepared videos; sizes are those it has."""
 
     latents: Annotated[Path, arg(aliases=["--data.path"])]
@@ -190,7 +190,7 @@ class FinetuneTask:
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
 
-    def build(self, config: TrainConfig, report: Report) -> GeneratorTraining:
+    def build(self, config: TrainConfig, report: Report) -> TextToVideoTask:
         if not self.latents.is_dir():
             raise ValueError(
                 f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
@@ -201,7 +201,7 @@ class FinetuneTask:
         prompts = pipe.prompt_encoder
         trained = isinstance(prompts, TinyPromptEncoder)
         info = check_codec(self.latents, pipe.codec, checkpoint=self.init)
-        task = GeneratorTask(
+        task = TextToVideoConfig(
             codec=folder,
             latents=self.latents,
             units=self.units,
@@ -211,4 +211,4 @@ class FinetuneTask:
             sampling=replace(pipe.sampling, fps=round(info.fps)),
             init=folder,
         )
-        return GeneratorTraining(task, config, report)
+        return TextToVideoTask(task, config, report)

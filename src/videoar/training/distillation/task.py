@@ -40,7 +40,7 @@ from videoar.training.run_folder import Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillTask:
+class StudentConfig:
     """Distil a teacher into a causal student of few steps."""
 
     teacher: str
@@ -67,13 +67,13 @@ class DistillTask:
     def __post_init__(self) -> None:
         check_ranges(self, num_validation=1, **({} if self.lora_rank is None else {"lora_rank": 1}))
 
-    def build(self, config: TrainConfig, report: Report) -> "StudentTraining":
+    def build(self, config: TrainConfig, report: Report) -> "StudentTask":
         if not self.latents.is_dir():
             raise ValueError(
                 f"there is no folder {self.latents}: prepare one, train the teacher's recipe, which"
                 " makes it, or name it with --task.latents"
             )
-        return StudentTraining(self, config, report)
+        return StudentTask(self, config, report)
 
 
 def load_part(name: str, role: str) -> VideoPipeline:
@@ -94,7 +94,7 @@ def context_of(pipe: VideoPipeline) -> Context:
 
 
 def check_parts(
-    task: DistillTask, teacher: VideoPipeline, parts: dict[str, VideoPipeline]
+    task: StudentConfig, teacher: VideoPipeline, parts: dict[str, VideoPipeline]
 ) -> Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
@@ -164,10 +164,10 @@ def _size(clip: dict[str, Any]) -> tuple[int, int]:
     return clip["height"], clip["width"]
 
 
-class StudentTraining:
+class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
-    def __init__(self, task: DistillTask, config: TrainConfig, report: Report) -> None:
+    def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
         self.task, self.config = task, config
         teacher = load_part(task.teacher, "teacher")
         student = load_part(task.student, "student")
