@@ -28,7 +28,7 @@ from videoar.training.distillation.rollout import last_step
 from videoar.training.distillation.scores import Critics
 from videoar.training.distillation.stages import Clip, DistillationConfig, DistributionMatching
 from videoar.training.objectives import TextToVideo
-from videoar.training.optimizer import OptimizerConfig, Player
+from videoar.training.optimizer import OptimizerConfig, ParameterGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,16 @@ def parts(
         return lambda: of.learn(clip, made.clean, rng).backward()
 
     again()  # the update needs gradients
-    player = Player(OptimizerConfig(learning_rate=1e-9), dict(student.named_parameters()), "")
+    group = ParameterGroup(
+        OptimizerConfig(learning_rate=1e-9), dict(student.named_parameters()), ""
+    )
     return {
         "rollout": lambda: full.made(clip, sigmas, rng),
         "rollout without a cache": uncached,
         "last step, with gradients": again,
         "teacher, guided": torch.no_grad()(lambda: full.teach(clip, made.clean)(x, sigma)),
         **{f"critic, {critic}": learn(of) for critic, of in matching.items()},
-        "update": lambda: player.move(1e-9),
+        "update": lambda: group.move(1e-9),
     }
 
 

@@ -9,12 +9,12 @@ from videoar.core.flow import (
     add_noise,
     clean_of,
     euler_step,
-    level,
     random_sigmas,
     renoise_step,
     shifted,
     sigma_matrix,
     sigma_steps,
+    step_of,
     unit_noise,
     velocity_of,
 )
@@ -101,7 +101,7 @@ def test_the_table_of_sigmas_is_the_rule_for_every_row_and_wave(lag: int) -> Non
     assert len(table) == 2 * lag + 4
     for row, (unit, wave) in itertools.product(range(len(table)), enumerate(waves.tolist())):
         steps_made = min(max(row - lag * wave, 0), 3)
-        assert level(row, wave, steps=3, lag=lag) == steps_made
+        assert step_of(row, wave, steps=3, lag=lag) == steps_made
         assert table[row, unit] == torch.tensor(sigmas)[steps_made]
     assert table[0].tolist() == [1.0] * 4
     assert table[-1].tolist() == [0.0] * 4

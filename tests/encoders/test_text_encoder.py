@@ -1,4 +1,4 @@
-"""PromptEncoder survive the tokenizer, and padding never reaches what a prompt means."""
+"""Prompts survive the tokenizer, and padding never reaches what a prompt means."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
 
 
 def test_a_batch_is_padded_behind_the_prompts() -> None:
-    """PromptEncoder keep their tokens whatever else is in the batch."""
+    """Prompts keep their tokens whatever else is in the batch."""
     batch = TOKENIZER.encode_batch(["a red ball", "", "blue"], max_tokens=5)
     for row, text in zip(batch.tolist(), ["a red ball", "", "blue"], strict=True):
         ids = TOKENIZER.encode(text)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from videoar.data import world
-from videoar.data.world import FIRST_SCENE, HELD_OUT, held_out_prompts, scene_of
+from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
 from videoar.evaluation.judge import judge_ends, windows
 from videoar.evaluation.options import Evaluate
@@ -60,7 +60,7 @@ def _row(report: Report, name: str) -> dict[str, float]:
 def test_scenes_were_never_trained_on() -> None:
     """Prompts come from indices behind all of training; else memory would pass for faithfulness."""
     prompt = held_out_prompts(3, seed=4)[2]
-    assert FIRST_SCENE > HELD_OUT
+    assert FIRST_SCENE > FIRST_HELD_OUT
     assert prompt["scene"] == scene_of(FIRST_SCENE + 2, seed=4)[0].to_json()
     assert prompt["seed"] == 6
 

@@ -45,7 +45,7 @@ def alone(root: Path) -> Path:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_compute_what_one_process_does(root: Path, alone: Path, ranks: int) -> None:
-    """Losses of both players and the weights at the end are equal up to rounding."""
+    """Losses of both groups and the weights at the end are equal up to rounding."""
     out = root / f"of-{ranks}"
     done = _torchrun(root, out, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from videoar.evaluation.options import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class CheckpointOptions:
     """What may be said of a checkpoint beside its name: see docs/wan.md."""
 
     base: str | None = None
@@ -26,7 +26,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Weights):
+class Generate(CheckpointOptions):
     """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
 
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
@@ -113,7 +113,7 @@ class Distill(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Weights):
+class Convert(CheckpointOptions):
     """Write a checkpoint in another format, with every tensor accounted for."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
@@ -127,7 +127,7 @@ class Convert(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info(Weights):
+class Info(CheckpointOptions):
     """Say what a checkpoint is, how it was trained, and what memory it needs."""
 
     checkpoint: Positional[Checkpoint]

@@ -38,7 +38,7 @@ from videoar.encoders.codec import Codec
 from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.files import Json, write_json
 
-WORK, HELD_OUT = ".work", "heldout"
+WORK, HELD_OUT_FOLDER = ".work", "heldout"
 ABOUT, REJECTED, STATISTICS = "prepare.json", "rejected.jsonl", "statistics.json"
 SHEET = "contact-sheet.png"
 OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME, EMPTY_TEXT)
@@ -257,7 +257,7 @@ def _join(
     encoder: UMT5PromptEncoder | None,
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
-    work, apart = folder / WORK, folder / HELD_OUT
+    work, apart = folder / WORK, folder / HELD_OUT_FOLDER
     for stale in (*folder.glob("shard-*"), *(folder / name for name in OUTPUTS)):
         stale.unlink(missing_ok=True)
     shutil.rmtree(apart, ignore_errors=True)

@@ -217,7 +217,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"{text}." if rng.random() < 0.2 else text
 
 
-HELD_OUT = 1_000_000
+FIRST_HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
 
 
@@ -227,7 +227,7 @@ def scene_of(index: int, *, seed: int) -> tuple[Scene, np.random.Generator]:
     return sample_scene(rng), rng
 
 
-FIRST_SCENE = 2 * HELD_OUT  # training ends below `HELD_OUT`, validation soon after it
+FIRST_SCENE = 2 * FIRST_HELD_OUT  # training ends below `FIRST_HELD_OUT`, validation soon after it
 
 
 def held_out_prompts(count: int, *, seed: int) -> list[Json]:

@@ -62,11 +62,11 @@ class Evaluate:
     units: tuple[str, ...] = KINDS
     """Kinds of unit; differences are taken to the first."""
     num_prompts: int = 200
-    """PromptEncoder per kind."""
+    """Prompts per kind."""
     seconds: float = 3.0
     """Length of the videos: 2 to 4."""
     long_prompts: int = 0
-    """PromptEncoder per kind for long videos, which show drift; 0: none."""
+    """Prompts per kind for long videos, which show drift; 0: none."""
     long_seconds: float = 60.0
     """Length of the long videos."""
     seed: int = 0
@@ -106,13 +106,13 @@ class Compare:
     units: str | None = None
     """Kind of unit of all; each checkpoint's own by default."""
     num_prompts: int = 96
-    """PromptEncoder."""
+    """Prompts."""
     seeds: int = 2
     """Videos per prompt."""
     seconds: float = 1.8
     """Length of the videos."""
     long_prompts: int = 0
-    """PromptEncoder for long videos, which show drift; 0: none."""
+    """Prompts for long videos, which show drift; 0: none."""
     long_seconds: float = 60.0
     """Length of the long videos."""
     seed: int = 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from videoar.checkpoints.checkpoint import save_checkpoint
 from videoar.data import world
 from videoar.data.batches import Batches
-from videoar.data.world import HELD_OUT, scene_of
+from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import psnr
@@ -139,9 +139,9 @@ class ReconstructionTask:
         return total / 2
 
     def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
-        return self.clips.get(list(range(HELD_OUT, HELD_OUT + count)), np.random.default_rng(0))[
-            "video"
-        ]
+        return self.clips.get(
+            list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count)), np.random.default_rng(0)
+        )["video"]
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:

@@ -18,8 +18,14 @@ from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective
-from videoar.training.optimizer import OptimizerConfig, Player, check, ema_decay_at, learning_rate
-from videoar.training.run_folder import Report, Row
+from videoar.training.optimizer import (
+    OptimizerConfig,
+    ParameterGroup,
+    check,
+    ema_decay_at,
+    learning_rate,
+)
+from videoar.training.run_folder import LogLine, Report
 
 
 @runtime_checkable
@@ -92,10 +98,10 @@ class TrainConfig:
     keep: int = 1
     """How many of the newest checkpoints stay."""
 
-    def optimizer_of(self, player: str) -> OptimizerConfig:
-        """Return the optimizer of one who takes turns: see `Objective.players`."""
+    def optimizer_of(self, group: str) -> OptimizerConfig:
+        """Return the optimizer of one who takes turns: see `Objective.groups`."""
         rate, muon = self.critic_learning_rate, self.optimizer.muon_learning_rate
-        if player != "critic" or rate is None:
+        if group != "critic" or rate is None:
             return self.optimizer
         muon = muon and muon * rate / self.optimizer.learning_rate
         return replace(self.optimizer, learning_rate=rate, muon_learning_rate=muon)
@@ -213,9 +219,11 @@ class _Run:
         averages = dict(self.ema.named_parameters())
         self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.players = {
-            name: Player(config.optimizer_of(name), self._parameters_of(name), config.precision)
-            for name in objective.players
+        self.groups = {
+            name: ParameterGroup(
+                config.optimizer_of(name), self._parameters_of(name), config.precision
+            )
+            for name in objective.groups
         }
         self.step = 0
         self.window = run_folder.Window()
@@ -242,8 +250,8 @@ class _Run:
                 " --optimizer.muon-learning-rate None"
             )
 
-    def _parameters_of(self, player: str) -> dict[str, nn.Parameter]:
-        prefix = f"{player}." if player else ""
+    def _parameters_of(self, group: str) -> dict[str, nn.Parameter]:
+        prefix = f"{group}." if group else ""
         return {name: p for name, p in self.parameters.items() if name.startswith(prefix)}
 
     def advance(self) -> None:
@@ -254,8 +262,8 @@ class _Run:
             for name, value in self._backward(micro).items():
                 terms[name] = terms.get(name, 0.0) + value / config.accumulate
         terms = self.ranks.total(terms)
-        player = self.players[self.task.objective.turn(self.step)]
-        norm = nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
+        group = self.groups[self.task.objective.group_of(self.step)]
+        norm = nn.utils.clip_grad_norm_(group.parameters.values(), group.config.clip_norm)
         terms["grad_norm"] = whole(norm).item()
         for name, value in terms.items():
             if not math.isfinite(value):
@@ -263,16 +271,16 @@ class _Run:
                     f"step {self.step + 1} of {config.out} was not taken, as its {name} is {value}:"
                     " look at its data, or begin in another folder with a lower learning rate"
                 )
-        when = {"step": self.step, "steps": config.steps, "moved": player.steps}
-        rate = learning_rate(player.config, **when)
-        player.move(rate)
+        when = {"step": self.step, "steps": config.steps, "moved": group.steps}
+        rate = learning_rate(group.config, **when)
+        group.move(rate)
         self.module.zero_grad(set_to_none=True)  # that of who waits, too
         with torch.no_grad():
-            weight = 1 - ema_decay_at(config.ema_decay, step=player.steps)
-            for parameter in player.parameters.values():
+            weight = 1 - ema_decay_at(config.ema_decay, step=group.steps)
+            for parameter in group.parameters.values():
                 if parameter in self.averages:
                     self.averages[parameter].lerp_(parameter.float(), weight)
-        player.steps += 1
+        group.steps += 1
         self.step += 1
         self.window.add(terms, rate, time.perf_counter() - started)
 
@@ -292,7 +300,7 @@ class _Run:
         (terms["loss"] * (self.ranks.count / config.accumulate)).backward()
         return {name: value.item() for name, value in terms.items()}
 
-    def row(self, peak: float) -> Row:
+    def row(self, peak: float) -> LogLine:
         """Return the log line of the steps since the last one, and begin anew."""
         window, self.window = self.window, run_folder.Window()
         batches = window.count * self.config.accumulate / window.seconds
@@ -319,13 +327,13 @@ class _Run:
             "ema": run_folder.named_tensors(self.ema),
             "optimizer": {
                 f"{name}/{key}": value
-                for player in self.players.values()
-                for name, moments in player.moments.items()
+                for group in self.groups.values()
+                for name, moments in group.moments.items()
                 for key, value in moments.items()
             },
         }
         state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
-        state["steps_of"] = {name: player.steps for name, player in self.players.items()}
+        state["steps_of"] = {name: group.steps for name, group in self.groups.items()}
         how = {"keep": self.config.keep, "ranks": self.ranks}
         run_folder.write_checkpoint(
             self.config.out, step=self.step, tensors=tensors, state=state, **how
@@ -337,7 +345,7 @@ class _Run:
             folder, "module", run_folder.named_tensors(self.module), ranks=self.ranks
         )
         run_folder.read_tensors(folder, "ema", run_folder.named_tensors(self.ema), ranks=self.ranks)
-        moments = {n: m for player in self.players.values() for n, m in player.moments.items()}
+        moments = {n: m for group in self.groups.values() for n, m in group.moments.items()}
         places = {}
         for full_name, shape in shapes.items():
             name, _, key = full_name.rpartition("/")
@@ -348,7 +356,7 @@ class _Run:
             places[full_name] = moments[name][key] = place.detach().to(self.device)
         run_folder.read_tensors(folder, "optimizer", places, ranks=self.ranks)
         for name, count in state["steps_of"].items():
-            self.players[name].steps = count
+            self.groups[name].steps = count
         self.step = state["step"]
         self.began -= state["seconds"]
         self.window = run_folder.Window(**state["window"])

@@ -32,12 +32,12 @@ class Objective(Protocol):
         ...
 
     @property
-    def players(self) -> tuple[str, ...]:
+    def groups(self) -> tuple[str, ...]:
         """Children of the module with optimizers of their own, or "" for all of it."""
         ...
 
-    def turn(self, step: int) -> str:
-        """Return the player that moves in a step."""
+    def group_of(self, step: int) -> str:
+        """Return the group that moves in a step."""
         ...
 
     def loss(
@@ -55,13 +55,13 @@ class SingleModule:
 
     module: Any
     frozen: tuple[Any, ...] = ()
-    players = ("",)
+    groups = ("",)
 
     @property
     def result(self) -> nn.Module:
         return self.module
 
-    def turn(self, step: int) -> str:
+    def group_of(self, step: int) -> str:
         return ""
 
 

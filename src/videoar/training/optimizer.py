@@ -60,7 +60,7 @@ def ema_decay_at(decay: float, *, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-class Player:
+class ParameterGroup:
     """Parameters that move together, with the state of their optimizers.
 
     Args:

@@ -37,7 +37,7 @@ from videoar.training.distributed import Ranks, load, save, sizes
 ALONE = Ranks()
 Report = Callable[[str], None]
 
-Row = dict[str, int | float]
+LogLine = dict[str, int | float]
 
 
 # What may differ when a run goes on: none of these changes what a step computes, except that the
@@ -206,11 +206,11 @@ class Log:
             report(f"TensorBoard is not installed (extra `train`): the log is {path} alone")
             self.board = None
 
-    def write(self, row: Row, *, total: int) -> None:
+    def write(self, row: LogLine, *, total: int) -> None:
         """Write the line of a step and report it; `total` is the number of steps of the run."""
         self._write(row)
         left = timedelta(seconds=round((total - row["step"]) * row["seconds_per_step"]))
-        # Of players who take turns, each has its own; their mean says nothing.
+        # Of groups who take turns, each has its own; their mean says nothing.
         losses = [name for name in row if name.endswith("_loss")] or ["loss"]
         shown = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in losses)
         self.report(
@@ -220,7 +220,7 @@ class Log:
             f"  {left} left"
         )
 
-    def write_validation(self, step: int, values: Row) -> None:
+    def write_validation(self, step: int, values: LogLine) -> None:
         """Write what a validation measured, in a line of its own."""
         if not values:
             return
@@ -228,7 +228,7 @@ class Log:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.report(f"step {step}  validation: {shown}")
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: LogLine) -> None:
         self.file.write(json.dumps(row) + "\n")
         if self.board is not None:
             for name, value in row.items():
@@ -240,7 +240,7 @@ class Log:
             self.board.close()
 
 
-def read_log(out: Path) -> list[Row]:
+def read_log(out: Path) -> list[LogLine]:
     """Return the lines of the log; one cut short when the run was killed is left out."""
     path = out / "log.jsonl"
     rows = []

@@ -18,7 +18,7 @@ from videoar.data.batches import Batches
 from videoar.data.captions import Wording
 from videoar.data.clips import encode_scenes, encode_world
 from videoar.data.latents import LatentShards, check_codec, read_held_out
-from videoar.data.world import HELD_OUT
+from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders.text_encoder import (
     PromptEncoder,
     TextEncoder,
@@ -132,7 +132,7 @@ class TextToVideoTask:
         common = shards.clips[int(np.argmax(kinds == np.bincount(kinds).argmax()))]
         self.size = common["height"], common["width"]
         if "scene" in common.get("extra", {}) and tokenize is not None:
-            indices = range(HELD_OUT, HELD_OUT + 32)
+            indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
             unseen = encode_scenes(self.codec, indices, **how)
             videos = list(unseen)
             latents = torch.stack([video.latents for video in videos])

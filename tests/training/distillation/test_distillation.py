@@ -211,7 +211,7 @@ def test_only_chosen_units_carry_gradients() -> None:
 def test_each_player_gets_its_own_gradients(loss: str) -> None:
     """A step of the critic leaves the student alone, and the teacher never learns."""
     objective = _objective(critic_warmup=1, critic_steps=1, loss=loss)
-    assert [objective.turn(step) for step in range(5)] == [
+    assert [objective.group_of(step) for step in range(5)] == [
         *("critic", "critic", "student", "critic", "student"),
     ]
     for step, moves in ((0, "critic"), (2, "student")):

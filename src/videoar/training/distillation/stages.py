@@ -133,7 +133,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.direction.weight)
 
 
-class Players(nn.Module):
+class StudentAndCritic(nn.Module):
     """Who is trained in distribution matching."""
 
     def __init__(self, student: TextToVideo, critic: Critic) -> None:
@@ -292,7 +292,7 @@ class DistributionMatching(TeacherObjective):
 
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
         super().__init__(**taught)
-        self.module = Players(student, Critic(critic))
+        self.module = StudentAndCritic(student, Critic(critic))
         if self.context != "full" and self.config.critic != "causal":
             raise ValueError(
                 f"critic is {self.config.critic}, but the teacher reads the past alone (context "
@@ -304,13 +304,13 @@ class DistributionMatching(TeacherObjective):
                 "sigma per clip: leave it out, or use a causal teacher."
             )
 
-    players = ("student", "critic")
+    groups = ("student", "critic")
 
     @property
     def result(self) -> nn.Module:
         return self.module.student
 
-    def turn(self, step: int) -> str:
+    def group_of(self, step: int) -> str:
         late = step - self.config.critic_warmup
         period = self.config.critic_steps + 1
         return "student" if late >= 0 and late % period == period - 1 else "critic"
@@ -322,7 +322,7 @@ class DistributionMatching(TeacherObjective):
         clip = self.clip(batch, drawn)
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
         sigmas = (*self.config.sigmas[: last + 1], 0.0)
-        if self.turn(step) == "critic":
+        if self.group_of(step) == "critic":
             loss = self.learn(clip, self.made(clip, sigmas, rng).clean, rng)
             return {"loss": loss, "critic_loss": loss}
         return self._student_loss(clip, sigmas, rng, drawn)

@@ -62,7 +62,7 @@ class StudentConfig:
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
     num_validation: int = 32
-    """PromptEncoder of a validation: held-out ones of the procedural world, else of the folder."""
+    """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
         check_ranges(self, num_validation=1, **({} if self.lora_rank is None else {"lora_rank": 1}))
