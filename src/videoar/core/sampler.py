@@ -86,7 +86,7 @@ class Sampler:
         text: from `VideoTransformer.encode_text`.
         config: see `SamplerConfig`.
         seeds: of the noise, one per video.
-        known: what is given, by unit: see `tokens.known_tokens`.
+        known: what is known beforehand, by unit: see `tokens.known_tokens`.
         noise: the starting noise of a clip, tokens in unit order; None: drawn from the seeds.
         device: where the network is.
         dtype: of the tokens.
@@ -109,11 +109,11 @@ class Sampler:
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
         self._noise = None if noise is None else noise.split(list(units.sizes), dim=1)
         self.known = {
-            index: Known(part.held.to(device), part.tokens.to(device, dtype))
+            index: Known(part.mask.to(device), part.tokens.to(device, dtype))
             for index, part in known.items()
         }
-        self.whole = {index for index, part in known.items() if part.held.all()}
-        """Units that are known whole."""
+        self.known_units = {index for index, part in known.items() if part.mask.all()}
+        """Those of which every token is known."""
         self.lag = config.num_steps if config.lag is None else config.lag
         if self.lag == 0 and units.count is None:
             raise ValueError(
@@ -157,7 +157,11 @@ class Sampler:
 
     def _shown(self, index: int) -> int:
         """The steps of a unit before this row; a known one does not wait for its turn."""
-        return self.config.num_steps if index in self.whole else self._steps_done(index, self.row)
+        return (
+            self.config.num_steps
+            if index in self.known_units
+            else self._steps_done(index, self.row)
+        )
 
     def _moving(self) -> bool:
         steps = self.config.num_steps
@@ -171,8 +175,10 @@ class Sampler:
             if unit.wave * self.lag > self.row:
                 break
             shape = (len(unit.cells), self.network.config.token_dim)
-            given = None if self._noise is None else self._noise[unit.index]
-            noise = unit_noise(self.seeds, unit.index, shape) if given is None else given
+            if self._noise is None:
+                noise = unit_noise(self.seeds, unit.index, shape)
+            else:
+                noise = self._noise[unit.index]
             noise = noise.to(self.device, self.dtype)
             self.active[unit.index] = self._hold(unit.index, noise)
             self.entered += 1
@@ -183,14 +189,14 @@ class Sampler:
         group = [self.units.at(index) for index in sorted(self.active)]
         steps_done = [self._steps_done(unit.index, self.row) for unit in group]
         steps = self.config.num_steps
-        if steps in steps_done or not self.whole.issuperset(self.active):
+        if steps in steps_done or not self.known_units.issuperset(self.active):
             output = self._forward(group, [self._shown(unit.index) for unit in group])
             velocities = output.velocity.split([len(unit.cells) for unit in group], dim=1)
             for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
                 if done == steps:
                     del self.active[unit.index]
                     self._before.pop(unit.index, None)
-                elif unit.index not in self.whole:
+                elif unit.index not in self.known_units:
                     self.active[unit.index] = self._step(unit.index, done, velocity)
             self._commit(group, steps_done, output)
         self.row += 1
@@ -210,7 +216,7 @@ class Sampler:
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
         """Put in what is known of a unit."""
         known = self.known.get(index)
-        return tokens if known is None else torch.where(known.held[:, None], known.tokens, tokens)
+        return tokens if known is None else torch.where(known.mask[:, None], known.tokens, tokens)
 
     def _forward(self, group: list[Unit], steps_done: list[int]) -> Output:
         config, device = self.config, self.device
@@ -226,7 +232,7 @@ class Sampler:
             rows.append(torch.full((len(unit.cells),), len(sigmas), device=device))
             sigmas.append(sigma)
             if unit.index in self.known and done < config.num_steps:
-                rows[-1][self.known[unit.index].held] = len(sigmas)
+                rows[-1][self.known[unit.index].mask] = len(sigmas)
                 sigmas.append(0.0)
         self.passes += 1
         return self.network(

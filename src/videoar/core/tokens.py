@@ -1,4 +1,4 @@
-"""Latents to tokens in unit order, and back; tokens that are given."""
+"""Latents to tokens in unit order, and back; tokens that are known."""
 
 import itertools
 import math
@@ -26,9 +26,9 @@ def to_tokens(
         ValueError: the latents do not cover the lattice of `units`.
     """
     expected = (units.frames, units.height * patch, units.width * patch)
-    given = (latents.shape[1], *latents.shape[3:])
-    if given != expected:
-        raise ValueError(f"Latents of {given} (t, h, w) do not fit units over {expected}.")
+    found = (latents.shape[1], *latents.shape[3:])
+    if found != expected:
+        raise ValueError(f"Latents of {found} (t, h, w) do not fit units over {expected}.")
     return _gather(latents, [cell for unit in units.clip for cell in unit.cells], patch)
 
 
@@ -79,10 +79,10 @@ def _pooled(
 
 @dataclass(frozen=True)
 class Known:
-    """What is given of one unit."""
+    """What is known of one unit before it is generated."""
 
-    held: Bool[Tensor, " tokens"]
-    """The tokens that are given: coarse ones too, where all they cover is."""
+    mask: Bool[Tensor, " tokens"]
+    """Which tokens: coarse ones too, where all they cover is known."""
     tokens: Float[Tensor, "batch tokens features"]
     """Their values; 0 elsewhere."""
 
@@ -90,20 +90,20 @@ class Known:
 def known_tokens(
     latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
 ) -> dict[int, Known]:
-    """Find the units that the given first latent frames of a clip or stream reach into."""
+    """Find the units that first latent frames of a clip or stream reach into."""
     frames, known = latents.shape[1], {}
     count = units.units_of(frames) if units.count is None else units.count
     for unit in map(units.at, range(min(count, units.units_of(frames)))):
-        # Levels pool height and width alone, so a token is given if its frame is.
-        held = torch.tensor([cell[0] < frames for cell in unit.cells], device=latents.device)
-        if held.any():
+        # Levels pool height and width alone, so a token is known if its frame is.
+        mask = torch.tensor([cell[0] < frames for cell in unit.cells], device=latents.device)
+        if mask.any():
             start = unit.frame_start
             cells = [(t - start, *cell) for t, *cell in unit.cells if t < frames]
             end = start + 1 + max(cell[0] for cell in cells)
-            given = _gather(latents[:, start:end], cells, patch)
-            tokens = given.new_zeros(len(latents), len(held), given.shape[2])
-            tokens[:, held] = given
-            known[unit.index] = Known(held, tokens)
+            values = _gather(latents[:, start:end], cells, patch)
+            tokens = values.new_zeros(len(latents), len(mask), values.shape[2])
+            tokens[:, mask] = values
+            known[unit.index] = Known(mask, tokens)
     return known
 
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from videoar.core.schemes import Scheme
@@ -48,6 +48,12 @@ class GenerationConfig:
                 raise ValueError(f"{name} is {value!r}: use a number.")
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise ValueError(f"fps is {self.fps}: use a number above 0, such as 16.")
+
+    def replaced(self, **changes: Any) -> "GenerationConfig":
+        """Return it with other fields; sigmas go with the steps or the shift that they replace."""
+        if {"num_inference_steps", "shift"} & changes.keys():
+            changes = {"sigmas": None} | changes
+        return replace(self, **changes)
 
     def visible(self, units: Units) -> Visible:
         """Return the visibility over `units`: sink and window in whole units."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,9 @@ class VideoPipeline:
 
         Args:
             prompts: one per video.
-            num_frames: pixel frames, the given ones included; None for an endless stream.
+            num_frames: pixel frames, those of the conditioning included; None for an endless stream.
             seeds: one per video.
-            image: the first frame, as an array: see `condition.beginning`.
+            image: the first frame, as an array: see `conditioning.beginning`.
             video: or the first frames, at the model's rate. What does not fill a latent frame is
                 dropped: `kept_frames` of the result says how many are left.
             fit: how they are brought to the model's size, by cropping or between bars.
@@ -165,21 +165,20 @@ class VideoPipeline:
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
         """
-        if {"num_inference_steps", "shift"} & sampling.keys():
-            sampling.setdefault("sigmas", None)
-        options, batch = replace(self.sampling, **sampling), len(prompts)
+        options, batch = self.sampling.replaced(**sampling), len(prompts)
         _check(prompts, seeds, num_frames, options)
         lattice = self.lattice(options.units, num_frames)
         size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
-        given = beginning(image, video, batch=batch, fit=fit, **size)
+        conditioning = beginning(image, video, batch=batch, fit=fit, **size)
         device, known = self.transformer.patch_embedding.weight.device, {}
-        if given is not None:
-            if num_frames is not None and given.shape[1] >= num_frames:
+        if conditioning is not None:
+            if num_frames is not None and conditioning.shape[1] >= num_frames:
                 raise ValueError(
-                    f"{given.shape[1]} frames are given of a video of {num_frames}: make it longer"
+                    f"{conditioning.shape[1]} frames are given of a video of {num_frames}: make it longer"
                     " or keep less."
                 )
-            encoded = self.codec.encode(from_frames(given).to(device)).expand(batch, *[-1] * 4)
+            encoded = self.codec.encode(from_frames(conditioning).to(device))
+            encoded = encoded.expand(batch, *encoded.shape[1:])
             known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
         config = SamplerConfig(
             sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
@@ -189,18 +188,21 @@ class VideoPipeline:
             context_noise=options.context_noise,
             moving_sinks=options.moving_sinks,
         )
-        guided = options.guidance_scale != 1
+        network, texts = self.transformer, list(prompts)
+        if options.guidance_scale != 1:
+            network = Guided(self.transformer, options.guidance_scale)
+            texts += [options.negative_prompt] * batch
         sampler = Sampler(
-            Guided(self.transformer, options.guidance_scale) if guided else self.transformer,
+            network,
             lattice,
-            self.encode([*prompts, *([options.negative_prompt] * batch * guided)]),
+            self.encode(texts),
             config,
             seeds=seeds,
             known=known,
             noise=None if latents is None else self._noise(latents, lattice, batch),
             device=device,
         )
-        return Generation(sampler, self.codec, num_frames=num_frames, given=given)
+        return Generation(sampler, self.codec, num_frames=num_frames, conditioning=conditioning)
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""

@@ -48,10 +48,10 @@ class Generation:
         codec: Codec,
         *,
         num_frames: int | None,
-        given: UInt8[np.ndarray, "videos frames height width 3"] | None = None,
+        conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None = None,
     ):
         self.sampler, self.num_frames, self.stats = sampler, num_frames, Stats()
-        self.given = given
+        self.conditioning = conditioning
         """First frames; they come out as they are, not as the codec gives them back."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
         self._decoder = codec.stream_decoder()
@@ -60,8 +60,8 @@ class Generation:
 
     @property
     def kept_frames(self) -> int:
-        """Number of first frames that are given, not generated."""
-        return 0 if self.given is None else self.given.shape[1]
+        """Number of first frames that condition the rest, and are not generated."""
+        return 0 if self.conditioning is None else self.conditioning.shape[1]
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
         stats, sampler = self.stats, self.sampler
@@ -91,8 +91,8 @@ class Generation:
                 continue
             if self.num_frames is not None:
                 frames = frames[:, : self.num_frames - stats.frames]
-            if self.given is not None:
-                kept = self.given[:, stats.frames : stats.frames + frames.shape[1]]
+            if self.conditioning is not None:
+                kept = self.conditioning[:, stats.frames : stats.frames + frames.shape[1]]
                 frames[:, : kept.shape[1]] = kept
             if stats.first_frame_seconds is None:
                 stats.first_frame_seconds = before - started
