@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROBOT = Path(__file__).parents[1] / "examples" / "robot"
+ROBOT = Path(__file__).parents[2] / "examples" / "robot"
 WORLD = runpy.run_path(str(ROBOT / "tasks.py"))
 TASKS, COLORS, POSITIONS = WORLD["TASKS"], WORLD["COLORS"], WORLD["POSITIONS"]
 
