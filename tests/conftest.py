@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typecheck
+
+typecheck.install("videoar")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+
+from videoar.core.flow import velocity_of
+from videoar.core.units import token_mask
 
 PACKAGE = Path(__file__).parents[1] / "src" / "videoar"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -166,3 +171,12 @@ def test_the_program_stays_small() -> None:
     lines = {module: _lines_of_code(path.read_text()) for module, path in KNOWN.items()}
     assert sum(count for module, count in lines.items() if module.startswith("core.")) < MAX_CORE
     assert sum(lines.values()) < MAX_TOTAL
+
+
+def test_shapes_are_checked_while_testing() -> None:
+    """Annotations that nobody checks would lie sooner or later: of arguments, and of one size."""
+    with pytest.raises(BeartypeCallHintViolation):
+        velocity_of(torch.zeros(2), 3)
+    same = torch.zeros(2, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(BeartypeCallHintViolation):
+        token_mask(*same, torch.zeros(2, 2, dtype=torch.long))

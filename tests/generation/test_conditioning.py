@@ -75,7 +75,7 @@ def test_known_tokens_are_those_of_the_clip(name: str, frames: int) -> None:
     known, given = known_tokens(latents[:, :frames], units), _given(units, frames)
     reached = [unit.index for unit in units if any(cell[0] < frames for cell in unit.cells)]
     assert sorted(known) == reached
-    ours = torch.cat([known[index].tokens[:, known[index].held] for index in reached], dim=1)
+    ours = torch.cat([known[index].tokens[:, known[index].mask] for index in reached], dim=1)
     assert torch.equal(ours, to_tokens(latents, units)[:, given])
     if parse(name).frames:  # an endless stream begins alike
         endless = known_tokens(latents[:, :frames], Units(parse(name), None, 3, 4))

@@ -152,7 +152,7 @@ class VideoPipeline:
 
         Args:
             prompts: one per video.
-            num_frames: pixel frames, those of the conditioning included; None for an endless stream.
+            num_frames: pixel frames, conditioning included; None for an endless stream.
             seeds: one per video.
             image: the first frame, as an array: see `conditioning.beginning`.
             video: or the first frames, at the model's rate. What does not fill a latent frame is
@@ -174,8 +174,8 @@ class VideoPipeline:
         if conditioning is not None:
             if num_frames is not None and conditioning.shape[1] >= num_frames:
                 raise ValueError(
-                    f"{conditioning.shape[1]} frames are given of a video of {num_frames}: make it longer"
-                    " or keep less."
+                    f"{conditioning.shape[1]} frames are given of a video of {num_frames}:"
+                    " make it longer or keep less."
                 )
             encoded = self.codec.encode(from_frames(conditioning).to(device))
             encoded = encoded.expand(batch, *encoded.shape[1:])
