@@ -1,9 +1,9 @@
 """Annotations are checked under pytest: types by beartype, shapes by jaxtyping.
 
-`install` instruments a package as jaxtyping's own import hook does, with one difference: what has no
-shape in its annotations is left to beartype alone, and arguments and result are checked in one
-pass. The hook of jaxtyping binds and checks every call twice, which was three quarters of the time
-of the tests of the sampler.
+`install` instruments a package as jaxtyping's own import hook does, with one difference: what has
+no shape in its annotations is left to beartype alone, and arguments and result are checked in one
+pass. The hook of jaxtyping binds and checks every call twice: three quarters of the time of the
+tests of the sampler.
 """
 
 import ast
