@@ -154,7 +154,7 @@ class VideoPipeline:
             prompts: one per video.
             num_frames: pixel frames, the given ones included; None for an endless stream.
             seeds: one per video.
-            image: the first frame, as an array: see `condition.beginning`.
+            image: the first frame, as an array: see `conditioning.beginning`.
             video: or the first frames, at the model's rate. What does not fill a latent frame is
                 dropped: `kept_frames` of the result says how many are left.
             fit: how they are brought to the model's size, by cropping or between bars.
