@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks.distill import BenchDistill
+from benchmarks.prepare import BenchPrepare
 from tiny import TEXT, tiny_pipeline
 
 from videoar.checkpoints.checkpoint import bundled
+from videoar.cli import arguments
 from videoar.cli.main import parse
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.generation.pipeline import VideoPipeline
@@ -18,6 +21,7 @@ from videoar.generation.pipeline import VideoPipeline
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BENCHMARKS = {"benchmarks/distill.py": BenchDistill, "benchmarks/prepare.py": BenchPrepare}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -35,13 +39,13 @@ def stand_in() -> VideoPipeline:
     return replace(pipeline, prompt_encoder=prompts)
 
 
-def commands() -> list[list[str]]:
-    """Return the arguments of every `videoar` command, in blocks and in running text."""
+def commands(program: str) -> list[list[str]]:
+    """Return the arguments of every command of a program, in blocks and in running text."""
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
     shell = [line for page in PAGES for code in blocks(page, "sh") for line in code.splitlines()]
-    inline = re.findall(r"`(videoar [^`]+)`", text)
+    inline = re.findall(rf"`({program} [^`]+)`", text)
     words = [shlex.split(line, comments=True) for line in dict.fromkeys((*shell, *inline))]
-    return [line[1:] for line in words if line[:1] == ["videoar"]]
+    return [line[1:] for line in words if line[:1] == [program]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,25 @@ def test_the_tree_in_the_readme_is_complete() -> None:
     assert listed == rooms
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_exist(page: Path) -> None:
+    """A page names files by room, as they are now; the log tells of files as they were."""
+    if page.name != "log.md":
+        names = re.findall(r"`(?:python )?([\w/]+\.py)\b", page.read_text("utf-8"))
+        folders = (ROOT, ROOT / "src" / "videoar")
+        assert not [name for name in names if not any((at / name).exists() for at in folders)]
+
+
+@pytest.mark.parametrize("words", commands("python"), ids=" ".join)
+def test_programs_parse(words: list[str]) -> None:
+    """Benchmarks take the options that a page gives them, and examples are where it says."""
+    program, *rest = words
+    assert (ROOT / program).exists()
+    if program in BENCHMARKS:
+        arguments.read(BENCHMARKS[program], rest, prog=program)
+
+
+@pytest.mark.parametrize("words", commands("videoar"), ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
     """Every command in the text is one that the program takes; nothing is run."""
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():

@@ -653,7 +653,7 @@ def test_the_demo_makes_its_files(run: Run, checkpoint: str) -> None:
 
 
 def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> None:
-    """The commands beside the tables of the README make such tables."""
+    """The commands beside the tables of `docs/results.md` make such tables."""
     words = ("--units", "frame", "--seconds", "2")
     code, out, _ = run("evaluate", checkpoint, *words, "--num-prompts", "2")
     assert code == 0

@@ -262,7 +262,7 @@ _FEW = _ALL | {
     "context_noise": 0.0,
     "window_frames": 21,
 }
-# How each family was trained to be sampled: fields of `pipeline.GenerationConfig`.
+# How each family was trained to be sampled: fields of `GenerationConfig`.
 PRESETS: dict[str, dict[str, Any]] = {
     "wan": _ALL | _WHOLE | {"num_inference_steps": 50, "shift": 3.0, "guidance_scale": 5.0},
     "self-forcing": _FEW,

@@ -1,7 +1,7 @@
 """Faithfulness and drift on the procedural world: does a video show what its prompt says?
 
 Every kind of unit gets the same prompts and seeds, so kinds are compared in pairs. The judge is
-`world.read`; its ceiling is its score on real clips of the same scenes. No scene is trained on, but
+`judge.read`; its ceiling is its score on real clips of the same scenes. No scene is trained on, but
 its words may be: one thing on a background has only 1,536 combinations of attributes.
 """
 

@@ -14,7 +14,7 @@ class GenerationConfig:
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
     units: str | Scheme = "cube:1x2x2"
-    """Unit scheme, or its name: see `videoar.units.parse`."""
+    """Unit scheme, or its name: see `videoar.core.schemes.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
     shift: float = 5.0

@@ -1,4 +1,4 @@
-"""One training loop for everything; it knows of no videos. `runs.py` says what a run leaves."""
+"""One training loop for everything; it knows of no videos. `run_folder` says what a run leaves."""
 
 import contextlib
 import copy

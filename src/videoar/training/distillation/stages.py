@@ -53,7 +53,7 @@ class DistillationConfig:
     """How a student is distilled; one configuration serves all stages."""
 
     stage: Literal["trajectories", "consistency", "dmd"] = "dmd"
-    """What is learned: see `videoar.distillation`."""
+    """What is learned: see `docs/distillation.md`."""
     num_inference_steps: int = 4
     """Denoising steps of the student."""
     shift: float = 5.0
