@@ -5,7 +5,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -79,8 +79,6 @@ class TrainConfig:
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    critic_learning_rate: float | None = None
-    """Step size of the critic, in objectives that have one; None: the same. Muon's scales alike."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -97,14 +95,6 @@ class TrainConfig:
     """Steps between two validations; 0 for none."""
     keep: int = 1
     """How many of the newest checkpoints stay."""
-
-    def optimizer_of(self, group: str) -> OptimizerConfig:
-        """Return the optimizer of one who takes turns: see `Objective.groups`."""
-        rate, muon = self.critic_learning_rate, self.optimizer.muon_learning_rate
-        if group != "critic" or rate is None:
-            return self.optimizer
-        muon = muon and muon * rate / self.optimizer.learning_rate
-        return replace(self.optimizer, learning_rate=rate, muon_learning_rate=muon)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
@@ -220,10 +210,8 @@ class _Run:
         self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.groups = {
-            name: ParameterGroup(
-                config.optimizer_of(name), self._parameters_of(name), config.precision
-            )
-            for name in objective.groups
+            name: ParameterGroup(optimizer, self._parameters_of(name), config.precision)
+            for name, optimizer in objective.optimizers(config.optimizer).items()
         }
         self.step = 0
         self.window = run_folder.Window()

@@ -1,5 +1,6 @@
-"""Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
+"""Objectives: which module is trained, and by which loss. No loop, no files."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss,
 from videoar.core.schemes import Scheme
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.encoders.text_encoder import PAD, StoredText
+from videoar.training.optimizer import OptimizerConfig
 
 
 @runtime_checkable
@@ -31,13 +33,15 @@ class Objective(Protocol):
         """Networks that are asked and not trained."""
         ...
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Children of the module with optimizers of their own, or "" for all of it."""
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        """Return the optimizers of children of the module, or of "" for all of it.
+
+        `config` is that of the run.
+        """
         ...
 
     def group_of(self, step: int) -> str:
-        """Return the group that moves in a step."""
+        """Return whose optimizer moves in a step."""
         ...
 
     def loss(
@@ -55,11 +59,13 @@ class SingleModule:
 
     module: Any
     frozen: tuple[Any, ...] = ()
-    groups = ("",)
 
     @property
     def result(self) -> nn.Module:
         return self.module
+
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        return {"": config}
 
     def group_of(self, step: int) -> str:
         return ""

@@ -232,7 +232,6 @@ def _toy_matching(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
         steps=steps,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0),
-        critic_learning_rate=3e-4,
         ema_decay=0.95,
         precision="bfloat16",
         log_every=20,
@@ -250,7 +249,11 @@ def toy_same() -> TrainConfig:
         latents=Path("runs/world-64"),
         units=TOY_UNITS,
         distillation=DistillationConfig(
-            critic="causal", critic_steps=2, critic_draws=1, critic_warmup=40
+            critic="causal",
+            critic_steps=2,
+            critic_draws=1,
+            critic_learning_rate=3e-4,
+            critic_warmup=40,
         ),
     )
     return _toy_matching("toy-same", task, steps=400)
@@ -264,7 +267,11 @@ def toy_dmd() -> TrainConfig:
         latents=Path("runs/world-64"),
         units=TOY_UNITS,
         distillation=DistillationConfig(
-            critic="symmetric", critic_steps=2, critic_draws=1, critic_warmup=40
+            critic="symmetric",
+            critic_steps=2,
+            critic_draws=1,
+            critic_learning_rate=3e-4,
+            critic_warmup=40,
         ),
     )
     return _toy_matching("toy-dmd", task, steps=320)
@@ -288,6 +295,7 @@ def wan_dmd() -> TrainConfig:
                 clip_frames=21,
                 guidance_scale=4.0,
                 critic_draws=1,
+                critic_learning_rate=4e-7,
                 critic_warmup=500,
             ),
             recompute=True,
@@ -302,7 +310,6 @@ def wan_dmd() -> TrainConfig:
             decay_fraction=0.0,
             clip_norm=10.0,
         ),
-        critic_learning_rate=4e-7,
         ema_decay=0.99,
         precision="bfloat16",
         device="cuda",

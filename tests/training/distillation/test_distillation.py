@@ -15,6 +15,7 @@ from reference import Oracle
 from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
+from videoar.cli import arguments
 from videoar.core.flow import renoise_step
 from videoar.core.loss import layout
 from videoar.core.sampler import Sampler, SamplerConfig
@@ -33,6 +34,7 @@ from videoar.training.distillation.stages import (
 )
 from videoar.training.loop import TrainConfig, train
 from videoar.training.objectives import TextToVideo
+from videoar.training.recipes import find
 from videoar.training.run_folder import checkpoints, read_log
 
 WORDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
@@ -224,6 +226,20 @@ def test_each_player_gets_its_own_gradients(loss: str) -> None:
             assert all(name.startswith(moves) for name in grads)
         assert any(grad.abs().sum() > 0 for name, grad in grads.items() if name.startswith(moves))
     assert all(p.grad is None for p in objective.teacher.parameters())
+
+
+def test_the_critic_has_a_learning_rate_of_its_own() -> None:
+    """`--critic-learning-rate` reaches its optimizer, Muon's alike; the student's stays."""
+    default = find("toy-same")
+    words = ["--critic-learning-rate", "0.02", "--optimizer.muon-learning-rate", "0.3"]
+    run = arguments.read(TrainConfig, words, prog="", default=default)
+    rate = run.task.distillation.critic_learning_rate
+    optimizers = _objective(critic_learning_rate=rate).optimizers(run.optimizer)
+    assert optimizers["student"] == run.optimizer
+    critic = optimizers["critic"]
+    assert critic.learning_rate == 0.02
+    assert critic.muon_learning_rate == pytest.approx(0.3 * 0.02 / run.optimizer.learning_rate)
+    assert _objective().optimizers(run.optimizer)["critic"] == run.optimizer
 
 
 def test_exits_follow_the_seed_and_come_equally_often() -> None:

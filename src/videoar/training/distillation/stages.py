@@ -18,15 +18,16 @@ cache: gradients never enter the cache, and activations that are recomputed find
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
 from videoar.core.loss import Reads
@@ -46,6 +47,7 @@ from videoar.training.distillation.scores import (
     score,
 )
 from videoar.training.objectives import SingleModule, TextToVideo
+from videoar.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ class DistillationConfig:
     critic_draws: int = 4
     """Noisy copies of each of the student's videos that the critic learns from: they cost less than
     a new video."""
+    critic_learning_rate: Annotated[float | None, arg(aliases=["--critic-learning-rate"])] = None
+    """Step size of the critic; None: that of the student. Muon's scales alike."""
     critic_warmup: int = 200
     """Steps of the critic before the first of the student."""
     gradient_units: int | None = None
@@ -304,11 +308,16 @@ class DistributionMatching(TeacherObjective):
                 "sigma per clip: leave it out, or use a causal teacher."
             )
 
-    groups = ("student", "critic")
-
     @property
     def result(self) -> nn.Module:
         return self.module.student
+
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        critic, rate, muon = config, self.config.critic_learning_rate, config.muon_learning_rate
+        if rate is not None:
+            muon = muon and muon * rate / config.learning_rate
+            critic = replace(config, learning_rate=rate, muon_learning_rate=muon)
+        return {"student": config, "critic": critic}
 
     def group_of(self, step: int) -> str:
         late = step - self.config.critic_warmup
