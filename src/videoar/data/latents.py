@@ -249,16 +249,14 @@ def _map_shard(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_codec(latents: Path, codec: Codec, *, checkpoint: str | Path) -> LatentsInfo:
-    """Return what a folder of latents says of itself; raise if they are of another codec."""
-    info = read_info(latents)
+def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: str | Path) -> None:
+    """Raise if a folder of latents, which says this of itself, is of another codec."""
     theirs, ours = info.codec, codec.fingerprint()
     if theirs != ours:
         raise ValueError(
             f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
             f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
         )
-    return info
 
 
 def read_held_out(

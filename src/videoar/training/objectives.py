@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
 from videoar.core.schemes import Scheme
 from videoar.core.transformer import TextContext, VideoTransformer
-from videoar.encoders.text_encoder import PAD, StoredText
+from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
 
 
@@ -74,7 +74,7 @@ class SingleModule:
 class TextToVideo(nn.Module):
     """A transformer and the encoder of its prompts, trained together unless that is frozen."""
 
-    def __init__(self, transformer: VideoTransformer, text: nn.Module):
+    def __init__(self, transformer: VideoTransformer, text: TextEncoder | StoredText):
         super().__init__()
         self.transformer, self.text = transformer, text
 
@@ -84,9 +84,8 @@ class TextToVideo(nn.Module):
 
     def without(self, words: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor:
         """Return the prompts, empty where `dropped`."""
-        if isinstance(self.text, StoredText):
-            return torch.where(dropped[:, None, None], self.text.empty.to(words), words)
-        return words.masked_fill(dropped[:, None], PAD)
+        dropped = dropped.view(-1, *[1] * (words.ndim - 1))
+        return torch.where(dropped, self.text.empty, words)
 
 
 class FlowMatching(SingleModule):

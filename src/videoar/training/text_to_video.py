@@ -15,9 +15,9 @@ from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import Wording
+from videoar.data.captions import text_module
 from videoar.data.clips import encode_scenes, encode_world
-from videoar.data.latents import LatentShards, check_codec, read_held_out
+from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders.text_encoder import (
     PromptEncoder,
@@ -71,8 +71,8 @@ def load_generator(task: TextToVideoConfig) -> tuple[VideoTransformer, PromptEnc
     assert task.init is not None
     pipe = VideoPipeline.from_pretrained(task.init)
     found: list[Any] = [pipe.transformer.config]
-    if isinstance(pipe.prompt_encoder, TinyPromptEncoder):
-        found.append(pipe.prompt_encoder.encoder.config)
+    if pipe.prompt_encoder.trainable is not None:
+        found.append(pipe.prompt_encoder.trainable.config)
     for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=False):
         if there != wanted:
             raise ValueError(
@@ -83,7 +83,7 @@ def load_generator(task: TextToVideoConfig) -> tuple[VideoTransformer, PromptEnc
 
 
 def _report_unused(
-    shards: LatentShards, batches: Batches, wording: Wording, report: Report
+    shards: LatentShards, batches: Batches, prompts: PromptEncoder, report: Report
 ) -> None:
     if batches.left_out:
         report(
@@ -91,7 +91,7 @@ def _report_unused(
             f" are fewer than the {batches.batch_size} of a batch; lower batch_size to use them"
         )
     captions = {caption for clip in shards.clips for caption in clip["captions"]}
-    if cut := wording.too_long(captions):
+    if cut := prompts.too_long(captions):
         report(cut)
 
 
@@ -105,30 +105,29 @@ class TextToVideoTask:
         how: dict[str, Any] = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         if not task.latents.exists():
             encode_world(self.codec, task.latents, num_videos=task.num_videos, report=report, **how)
-        check_codec(task.latents, self.codec, checkpoint=task.codec)
+        shards = LatentShards(task.latents)
+        check_codec(task.latents, shards.info, self.codec, checkpoint=task.codec)
         if task.init is None:
-            clips = LatentShards(task.latents).clips
-            captions = [caption for clip in clips for caption in clip["captions"]]
+            captions = [caption for clip in shards.clips for caption in clip["captions"]]
             tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
-            prompt = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
+            self.prompts: PromptEncoder = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
             transformer = VideoTransformer(task.model)
         else:
-            transformer, prompt = load_generator(task)
+            transformer, self.prompts = load_generator(task)
         own_weights(transformer)
-        self.wording = Wording.of(prompt, task.latents)
+        text = text_module(self.prompts, task.latents, shards.info)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
-        tokenize = self.wording.tokenize
-        shards = LatentShards(task.latents, tokenize=tokenize)
+        shards.tokenize = tokenize = self.prompts.tokenize_cut
         self.objective = FlowMatching(
-            TextToVideo(transformer, self.wording.module),
+            TextToVideo(transformer, text),
             schemes=tuple(map(schemes.parse, task.units)),
             config=task.flow,
         )
         kinds, batch_size = shards.kinds, config.batch_size
         self.batches = Batches(shards, batch_size=batch_size, seed=config.seed, kinds=kinds)
-        _report_unused(shards, self.batches, self.wording, report)
+        _report_unused(shards, self.batches, self.prompts, report)
         common = shards.clips[int(np.argmax(kinds == np.bincount(kinds).argmax()))]
         self.size = common["height"], common["width"]
         if "scene" in common.get("extra", {}) and tokenize is not None:
@@ -168,7 +167,7 @@ class TextToVideoTask:
         sides = zip(("height", "width"), self.size, self.codec.stride[1:], strict=True)
         pipe = VideoPipeline(
             transformer=module.transformer,
-            prompt_encoder=self.wording.along(module.text),
+            prompt_encoder=self.prompts.with_trained(module.text),
             codec=self.codec,
             sampling=self.task.sampling,
             meta={"units": list(self.task.units), **meta},
@@ -198,15 +197,14 @@ class FinetuneConfig:
             )
         folder = resolve(self.init)
         pipe = VideoPipeline.from_pretrained(folder)
-        prompts = pipe.prompt_encoder
-        trained = isinstance(prompts, TinyPromptEncoder)
-        info = check_codec(self.latents, pipe.codec, checkpoint=self.init)
+        trained, info = pipe.prompt_encoder.trainable, read_info(self.latents)
+        check_codec(self.latents, info, pipe.codec, checkpoint=self.init)
         task = TextToVideoConfig(
             codec=folder,
             latents=self.latents,
             units=self.units,
             model=pipe.transformer.config,
-            text=prompts.encoder.config if trained else TextEncoderConfig(),
+            text=trained.config if trained is not None else TextEncoderConfig(),
             flow=self.flow,
             sampling=replace(pipe.sampling, fps=round(info.fps)),
             init=folder,

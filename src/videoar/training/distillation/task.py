@@ -16,12 +16,10 @@ from videoar.checkpoints.checkpoint import resolve
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import Wording
+from videoar.data.captions import text_module
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
-from videoar.encoders.text_encoder import TinyPromptEncoder
-from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.evaluation.judge import judge_whole
 from videoar.evaluation.study import make
 from videoar.generation.pipeline import VideoPipeline
@@ -123,16 +121,6 @@ def check_parts(
     return context
 
 
-def fitting(pipe: VideoPipeline) -> str:
-    """Return what must agree where two transformers are to take the same words."""
-    prompts = pipe.prompt_encoder
-    if isinstance(prompts, UMT5PromptEncoder):
-        return prompts.fingerprint()
-    assert isinstance(prompts, TinyPromptEncoder)
-    limit = prompts.encoder.config.max_tokens
-    return f"{limit} tokens of the vocabulary {prompts.tokenizer.fingerprint()}"
-
-
 _FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
     "codec": lambda pipe: pipe.codec.fingerprint(),
     "latent channels and patch": lambda pipe: (
@@ -140,7 +128,7 @@ _FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
         pipe.transformer.config.patch,
     ),
     "frame size": lambda pipe: (pipe.width, pipe.height),
-    "words": fitting,
+    "words": lambda pipe: pipe.prompt_encoder.fingerprint(),
 }
 
 
@@ -177,11 +165,10 @@ class StudentTask:
             follower = load_part(task.critic or task.teacher, "critic")
             parts["critic"] = follower
         context = check_parts(task, teacher, parts)
-        check_codec(task.latents, student.codec, checkpoint=task.student)
-        self.wording = Wording.of(student.prompt_encoder, task.latents)
-        shards = LatentShards(task.latents, tokenize=self.wording.tokenize)
+        self.shards = LatentShards(task.latents, tokenize=student.prompt_encoder.tokenize_cut)
+        check_codec(task.latents, self.shards.info, student.codec, checkpoint=task.student)
         self.student = student
-        self._check_clips(shards, teacher)
+        self._check_clips(teacher)
         schemes = tuple(map(parse, task.units))
         module = self._trainable(student)
         taught: dict[str, Any] = {
@@ -196,9 +183,9 @@ class StudentTask:
             self.objective = Initialisation(module, **taught)
         else:
             self.objective = DistributionMatching(module, self._trainable(follower), **taught)
-        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": shards.kinds}
-        self.batches = Batches(shards, **batches)
-        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
+        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
+        self.batches = Batches(self.shards, **batches)
+        self.of_the_world = "scene" in self.shards.clips[0].get("extra", {})
         side = student.transformer.config.patch * student.codec.stride[1]
         tokens = distillation.clip_frames * student.height * student.width // side**2
         self.tokens_per_batch = tokens * config.batch_size
@@ -213,11 +200,11 @@ class StudentTask:
                 " raise steps, or lower critic_warmup"
             )
 
-    def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
+    def _check_clips(self, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
-        task = self.task
+        task, clips = self.task, self.shards.clips
         needed = task.distillation.clip_frames
-        shortest = min(clip["frames"] for clip in shards.clips)
+        shortest = min(clip["frames"] for clip in clips)
         if shortest < needed:
             raise ValueError(
                 f"{task.latents} has clips of {shortest} latent frames, but clip_frames is"
@@ -229,7 +216,7 @@ class StudentTask:
                 f"clip_frames is {needed}, but {task.teacher} was trained on clips of {trained}"
                 f" latent frames: use {trained} or fewer, or another teacher"
             )
-        stride, sizes = teacher.codec.stride[1:], Counter(_size(clip) for clip in shards.clips)
+        stride, sizes = teacher.codec.stride[1:], Counter(_size(clip) for clip in clips)
         own = teacher.height // stride[0], teacher.width // stride[1]
         for size in sizes if teacher.meta else ():  # a folder of Wan says nothing of its sizes
             if size != own:
@@ -242,7 +229,7 @@ class StudentTask:
         self.student.height, self.student.width = height * stride[0], width * stride[1]
 
     def _module(self, pipe: VideoPipeline) -> TextToVideo:
-        text = Wording.of(pipe.prompt_encoder, self.task.latents).module
+        text = text_module(pipe.prompt_encoder, self.task.latents, self.shards.info)
         return TextToVideo(pipe.transformer, text)
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
@@ -286,7 +273,7 @@ class StudentTask:
         )
         return VideoPipeline(
             transformer=module.transformer,
-            prompt_encoder=self.wording.along(module.text),
+            prompt_encoder=self.student.prompt_encoder.with_trained(module.text),
             codec=self.student.codec,
             sampling=sampling,
             height=self.student.height,
@@ -325,7 +312,7 @@ class StudentTask:
     def _captions(self, count: int) -> list[dict[str, Any]]:
         """Return prompts of the folder, of what it holds out if it does, each with a seed."""
         held_out = self.task.latents / "heldout"
-        shards = LatentShards(held_out if held_out.is_dir() else self.task.latents)
+        shards = LatentShards(held_out) if held_out.is_dir() else self.shards
         captions = [caption for clip in shards.clips for caption in clip["captions"][:1]]
         return [{"prompt": text, "seed": k} for k, text in enumerate((captions or [""])[:count])]
 
