@@ -4,6 +4,7 @@ No training loop, no codec and no text encoder lives here.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,6 +184,17 @@ class LatentShards:
         sizes = [[clip[side] for side in ("frames", "height", "width")] for clip in self.clips]
         _, kinds = np.unique(np.array(sizes), axis=0, return_inverse=True)
         return kinds.reshape(-1)
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions of all clips."""
+        return [caption for clip in self.clips for caption in clip["captions"]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of most clips, in latents."""
+        sizes = Counter((clip["height"], clip["width"]) for clip in self.clips)
+        return sizes.most_common(1)[0][0]
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         """Return `latents` (float32) with `text`: the rows that are stored, else token ids.

@@ -122,8 +122,7 @@ class FlowMatching(SingleModule):
         return {"loss": loss}
 
 
-def own_weights(module: nn.Module) -> nn.Module:
+def own_weights(module: nn.Module) -> None:
     """Copy the weights into memory of their own, in float32; they may be mapped from a file."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
-    return module

@@ -19,7 +19,7 @@ from videoar.training.distillation.stages import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig
-from videoar.training.text_to_video import FinetuneConfig, TextToVideoConfig
+from videoar.training.text_to_video import TextToVideoConfig
 
 TOY_UNITS = (
     "frame",
@@ -322,7 +322,7 @@ def finetune() -> TrainConfig:
     return TrainConfig(
         name="finetune",
         out=Path("runs/finetune"),
-        task=FinetuneConfig(latents=Path("latents"), units=TOY_UNITS),
+        task=TextToVideoConfig(latents=Path("latents"), units=TOY_UNITS, init=Path("toy-base")),
         steps=500,
         batch_size=8,
         optimizer=OptimizerConfig(

@@ -1,6 +1,5 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from videoar.checkpoints.checkpoint import resolve
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import text_module
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
@@ -35,6 +33,7 @@ from videoar.training.loop import TrainConfig
 from videoar.training.lora import add_low_rank, merge_low_rank
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
+from videoar.training.text_to_video import networks_of, with_networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +73,8 @@ class StudentConfig:
         return StudentTask(self, config, report)
 
 
-def load_part(name: str, role: str) -> VideoPipeline:
-    """Load who takes a part, or say which checkpoint is missing."""
+def load_role(name: str, role: str) -> VideoPipeline:
+    """Load who takes a role, or say which checkpoint is missing."""
     try:
         return VideoPipeline.from_pretrained(resolve(name))
     except ValueError as error:
@@ -91,8 +90,8 @@ def context_of(pipe: VideoPipeline) -> Context:
     return task.get("flow", {}).get("context", "clean")
 
 
-def check_parts(
-    task: StudentConfig, teacher: VideoPipeline, parts: dict[str, VideoPipeline]
+def check_roles(
+    task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
 ) -> Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
@@ -110,7 +109,7 @@ def check_parts(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
         )
-    for role, pipe in parts.items():
+    for role, pipe in others.items():
         for what, find in _FITTING.items():
             ours, theirs = find(pipe), find(teacher)
             if ours != theirs:
@@ -148,53 +147,44 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
-def _size(clip: dict[str, Any]) -> tuple[int, int]:
-    return clip["height"], clip["width"]
-
-
 class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
-        self.task, self.config = task, config
-        teacher = load_part(task.teacher, "teacher")
-        student = load_part(task.student, "student")
-        parts, distillation = {"student": student}, task.distillation
-        follower = None
+        self.task, self.out = task, config.out
+        teacher = load_role(task.teacher, "teacher")
+        self.student = load_role(task.student, "student")
+        others, distillation = {"student": self.student}, task.distillation
         if distillation.stage == "dmd":
-            follower = load_part(task.critic or task.teacher, "critic")
-            parts["critic"] = follower
-        context = check_parts(task, teacher, parts)
-        self.shards = LatentShards(task.latents, tokenize=student.prompt_encoder.tokenize_cut)
-        check_codec(task.latents, self.shards.info, student.codec, checkpoint=task.student)
-        self.student = student
+            others["critic"] = load_role(task.critic or task.teacher, "critic")
+        context = check_roles(task, teacher, others)
+        prompts = self.student.prompt_encoder
+        self.shards = LatentShards(task.latents, tokenize=prompts.tokenize_cut)
+        check_codec(task.latents, self.shards.info, self.student.codec, checkpoint=task.student)
         self._check_clips(teacher)
-        schemes = tuple(map(parse, task.units))
-        module = self._trainable(student)
+        self._set_defaults()
         taught: dict[str, Any] = {
-            "teacher": self._module(teacher),
+            "teacher": networks_of(teacher, self.shards),
             "context": context,
-            "schemes": schemes,
+            "schemes": tuple(map(parse, task.units)),
             "config": distillation,
             "seed": config.seed,
         }
-        self.objective: Initialisation | DistributionMatching
-        if follower is None:
-            self.objective = Initialisation(module, **taught)
-        else:
-            self.objective = DistributionMatching(module, self._trainable(follower), **taught)
+        trained = [self._trainable(pipe) for pipe in others.values()]
+        kind = DistributionMatching if "critic" in others else Initialisation
+        self.objective = kind(*trained, **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
         self.batches = Batches(self.shards, **batches)
         self.of_the_world = "scene" in self.shards.clips[0].get("extra", {})
-        side = student.transformer.config.patch * student.codec.stride[1]
-        tokens = distillation.clip_frames * student.height * student.width // side**2
+        side = self.student.transformer.config.patch * self.student.codec.stride[1]
+        tokens = distillation.clip_frames * self.student.height * self.student.width // side**2
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
-        sizes = {name: pipe.transformer for name, pipe in (parts | {"teacher": teacher}).items()}
+        sizes = {name: pipe.transformer for name, pipe in (others | {"teacher": teacher}).items()}
         report(f"teacher {task.teacher} ({context}), student {task.student}")
         report(forecast(sizes, lora=task.lora_rank is not None))
         first = distillation.critic_warmup + distillation.critic_steps + 1
-        if follower is not None and config.steps < first:
+        if "critic" in others and config.steps < first:
             report(
                 f"the student does not move: its first step is step {first} of {config.steps};"
                 " raise steps, or lower critic_warmup"
@@ -203,8 +193,7 @@ class StudentTask:
     def _check_clips(self, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
         task, clips = self.task, self.shards.clips
-        needed = task.distillation.clip_frames
-        shortest = min(clip["frames"] for clip in clips)
+        needed, shortest = task.distillation.clip_frames, min(clip["frames"] for clip in clips)
         if shortest < needed:
             raise ValueError(
                 f"{task.latents} has clips of {shortest} latent frames, but clip_frames is"
@@ -216,24 +205,35 @@ class StudentTask:
                 f"clip_frames is {needed}, but {task.teacher} was trained on clips of {trained}"
                 f" latent frames: use {trained} or fewer, or another teacher"
             )
-        stride, sizes = teacher.codec.stride[1:], Counter(_size(clip) for clip in clips)
+        _, *stride = teacher.codec.stride
         own = teacher.height // stride[0], teacher.width // stride[1]
-        for size in sizes if teacher.meta else ():  # a folder of Wan says nothing of its sizes
-            if size != own:
+        for clip in clips if teacher.meta else ():  # a folder of Wan says nothing of its sizes
+            if (size := (clip["height"], clip["width"])) != own:
                 raise ValueError(
                     f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher}"
                     f" makes videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
                     f" {teacher.width}x{teacher.height}"
                 )
-        (height, width), _ = sizes.most_common(1)[0]
-        self.student.height, self.student.width = height * stride[0], width * stride[1]
 
-    def _module(self, pipe: VideoPipeline) -> TextToVideo:
-        text = text_module(pipe.prompt_encoder, self.task.latents, self.shards.info)
-        return TextToVideo(pipe.transformer, text)
+    def _set_defaults(self) -> None:
+        """Let the student make videos as it is distilled to, of the size that most clips have."""
+        student, config = self.student, self.task.distillation
+        old, units, stride = student.sampling, self.task.units, student.codec.stride
+        student.sampling = replace(
+            old,
+            units=old.units if old.units in units else units[0],
+            num_inference_steps=config.num_inference_steps,
+            shift=config.shift,
+            sigmas=None,
+            step="renoise",
+            guidance_scale=1.0,
+            context_noise=0.0,
+        )
+        height, width = self.shards.size
+        student.height, student.width = height * stride[1], width * stride[2]
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
-        module = self._module(pipe).requires_grad_(True)
+        module = networks_of(pipe, self.shards).requires_grad_(True)
         own_weights(module)
         module.text.requires_grad_(self.task.lora_rank is None)
         if self.task.lora_rank is not None:
@@ -257,29 +257,6 @@ class StudentTask:
         share = 1 / (config.critic_steps + 1)
         return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
 
-    def pipeline(self, module: nn.Module) -> VideoPipeline:
-        """Return what the student makes videos with."""
-        assert isinstance(module, TextToVideo)
-        config, old = self.task.distillation, self.student.sampling
-        sampling = replace(
-            old,
-            units=old.units if old.units in self.task.units else self.task.units[0],
-            num_inference_steps=config.num_inference_steps,
-            shift=config.shift,
-            sigmas=None,
-            step="renoise",
-            guidance_scale=1.0,
-            context_noise=0.0,
-        )
-        return VideoPipeline(
-            transformer=module.transformer,
-            prompt_encoder=self.student.prompt_encoder.with_trained(module.text),
-            codec=self.student.codec,
-            sampling=sampling,
-            height=self.student.height,
-            width=self.student.width,
-        )
-
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
@@ -287,7 +264,7 @@ class StudentTask:
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
         student freezes or fades.
         """
-        pipe, values, shown = self.pipeline(module), {}, []
+        pipe, values, shown = with_networks(self.student, module), {}, []
         pipe.codec.to(next(module.parameters()).device)
         count, fps = self.task.num_validation, pipe.sampling.fps
         prompts = held_out_prompts(count, seed=0) if self.of_the_world else self._captions(count)
@@ -303,7 +280,7 @@ class StudentTask:
             for key in ("color", "shape", "motion") if found else ():
                 scores = [video["scores"][key] for video in found]
                 values[f"{key}/{name}"] = float(np.mean(scores))
-        folder = self.config.out / "samples"
+        folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
         Image.fromarray(sheet).save(folder / f"step-{step}.png")
@@ -317,8 +294,7 @@ class StudentTask:
         return [{"prompt": text, "seed": k} for k, text in enumerate((captions or [""])[:count])]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, TextToVideo)
-        merge_low_rank(module.transformer)
-        pipe = self.pipeline(module)
+        pipe = with_networks(self.student, module)
+        merge_low_rank(pipe.transformer)
         pipe.meta = {"units": list(self.task.units), **meta}
         pipe.save_pretrained(folder, overwrite=True)
