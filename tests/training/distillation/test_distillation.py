@@ -409,7 +409,6 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         ({"teacher": "short"}, "clip_frames is 3, but .*short was trained on clips of 2"),
         ({"lora_rank": 0}, "lora_rank is 0: use 1 or more"),
         ({"num_validation": 0}, "num_validation is 0: use 1 or more"),
-        ({"distillation.unit_sigmas": True}, "unit_sigmas is set, but a teacher that reads"),
         ({"distillation.gradient_units": 0}, "gradient_units is 0"),
         ({"distillation.min_sigma": 0.99}, "min_sigma 0.99 and max_sigma 0.98"),
     ],
@@ -472,14 +471,13 @@ def test_a_teacher_of_clean_contexts_needs_a_causal_critic() -> None:
             _objective(context=context, critic=critic)
 
 
-def test_a_causal_teacher_and_critic_may_score_units_at_their_own_sigmas() -> None:
-    """Both were made for it; the loss is finite and reaches the student."""
-    objective = _objective(
-        context="clean", critic="causal", unit_sigmas=True, critic_warmup=0, critic_steps=1
-    )
+def test_a_causal_teacher_and_critic_score_the_units_of_a_clip_at_one_sigma() -> None:
+    """Clips have sigmas of their own; the loss is finite and reaches the student."""
+    objective = _objective(context="clean", critic="causal", critic_warmup=0, critic_steps=1)
     clip = Clip.of(_batch(), parse("frame"), frames=4, patch=2)
     _, sigma, _ = objective.noised(clip.tokens, clip, _rng())
-    assert len(sigma.unique()) == sigma.numel()
+    assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
+    assert len(sigma.unique()) == len(sigma)
     loss = objective.loss(_batch(), _rng(), step=1)["loss"]
     loss.backward()
     assert torch.isfinite(loss)

@@ -89,8 +89,6 @@ class DistillationConfig:
     """Lowest of them."""
     max_sigma: float = 0.98
     """Highest of them."""
-    unit_sigmas: bool = False
-    """Whether every unit is scored at a sigma of its own, which a causal teacher can do."""
 
     def __post_init__(self) -> None:
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
@@ -302,11 +300,6 @@ class DistributionMatching(TeacherObjective):
                 f"critic is {self.config.critic}, but the teacher reads the past alone (context "
                 f"{self.context}): use a causal critic, or a teacher that reads everything."
             )
-        if self.context == "full" and self.config.unit_sigmas:
-            raise ValueError(
-                "unit_sigmas is set, but a teacher that reads everything was trained with one "
-                "sigma per clip: leave it out, or use a causal teacher."
-            )
 
     @property
     def result(self) -> nn.Module:
@@ -346,10 +339,9 @@ class DistributionMatching(TeacherObjective):
     def noised(
         self, clean: Tensor, clip: Clip, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noisy tokens, their sigmas by unit, and the noise."""
+        """Return noisy tokens, their sigmas by unit, one for each clip, and the noise."""
         config, count = self.config, len(clip.units.sizes)
-        drawn = count if config.unit_sigmas else 1
-        sigma = random_sigmas((len(clean), drawn), rng, shift=config.score_shift)
+        sigma = random_sigmas((len(clean), 1), rng, shift=config.score_shift)
         sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
         return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
