@@ -121,8 +121,6 @@ def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 
 def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of what a folder holds."""
-    if not any(folder.glob("*.safetensors")):
-        return {}
     found: dict[str, Any] = (
         HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     )
@@ -131,8 +129,6 @@ def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def load(folder: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Read tensors into `targets`, whatever the number of ranks that wrote them."""
-    if not targets:
-        return
     with warnings.catch_warnings():  # torch says that one process is one process
         warnings.simplefilter("ignore", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
