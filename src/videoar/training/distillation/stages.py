@@ -384,5 +384,5 @@ class DistributionMatching(TeacherObjective):
             real = clean_of(x, teach(x, sigma).float(), per_token)
         loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
         loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
-        apart = (fake - real).detach().square().mean()
-        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": apart}
+        difference = (fake - real).detach().square().mean()
+        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": difference}
