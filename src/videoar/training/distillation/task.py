@@ -1,6 +1,6 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,26 +109,26 @@ def check_roles(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
         )
+    theirs = shared_traits(teacher)
     for role, pipe in others.items():
-        for what, find in _FITTING.items():
-            ours, theirs = find(pipe), find(teacher)
-            if ours != theirs:
+        for what, ours in shared_traits(pipe).items():
+            if ours != theirs[what]:
                 raise ValueError(
                     f"the {role} has the {what} {ours}, but the teacher {task.teacher} has"
-                    f" {theirs}: name checkpoints that share it"
+                    f" {theirs[what]}: name checkpoints that share it"
                 )
     return context
 
 
-_FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
-    "codec": lambda pipe: pipe.codec.fingerprint(),
-    "latent channels and patch": lambda pipe: (
-        pipe.transformer.config.latent_channels,
-        pipe.transformer.config.patch,
-    ),
-    "frame size": lambda pipe: (pipe.width, pipe.height),
-    "words": lambda pipe: pipe.prompt_encoder.fingerprint(),
-}
+def shared_traits(pipe: VideoPipeline) -> dict[str, Any]:
+    """Return what must agree where transformers are to take the same clips and words."""
+    config = pipe.transformer.config
+    return {
+        "codec": pipe.codec.fingerprint(),
+        "latent channels and patch": (config.latent_channels, config.patch),
+        "frame size": (pipe.width, pipe.height),
+        "words": pipe.prompt_encoder.fingerprint(),
+    }
 
 
 def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) -> str:
@@ -266,8 +266,7 @@ class StudentTask:
         """
         pipe, values, shown = with_networks(self.student, module), {}, []
         pipe.codec.to(next(module.parameters()).device)
-        count, fps = self.task.num_validation, pipe.sampling.fps
-        prompts = held_out_prompts(count, seed=0) if self.of_the_world else self._captions(count)
+        prompts, fps = self._prompts(), pipe.sampling.fps
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
         for name in self.task.units:
@@ -286,12 +285,13 @@ class StudentTask:
         Image.fromarray(sheet).save(folder / f"step-{step}.png")
         return values
 
-    def _captions(self, count: int) -> list[dict[str, Any]]:
-        """Return prompts of the folder, of what it holds out if it does, each with a seed."""
-        held_out = self.task.latents / "heldout"
-        shards = LatentShards(held_out) if held_out.is_dir() else self.shards
-        captions = [caption for clip in shards.clips for caption in clip["captions"][:1]]
-        return [{"prompt": text, "seed": k} for k, text in enumerate((captions or [""])[:count])]
+    def _prompts(self) -> list[dict[str, Any]]:
+        """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
+        count, held_out = self.task.num_validation, self.task.latents / "heldout"
+        if self.of_the_world:
+            return held_out_prompts(count, seed=0)
+        clips = (LatentShards(held_out) if held_out.is_dir() else self.shards).clips[:count]
+        return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.student, module)
