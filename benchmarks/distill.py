@@ -143,7 +143,7 @@ def run(config: BenchDistill, report: Callable[[str], None]) -> str:
     shape = (config.batch_size, how.clip_frames, pipe.codec.latent_channels, side, side)
     prompts = pipe.prompt_encoder
     assert isinstance(prompts, TinyPromptEncoder)
-    words = prompts.tokenize_cut(["a large red ball moves left"] * config.batch_size)
+    words = prompts.tokenize(["a large red ball moves left"] * config.batch_size)
     batch = {"latents": torch.randn(shape, generator=rng), "text": words}
     clip = matching["full"].clip(batch, rng)
     tokens = len(clip.unit)

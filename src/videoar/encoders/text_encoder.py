@@ -183,7 +183,7 @@ class PromptEncoder(Protocol):
         """What learns along; None: rows of captions are kept with the latents, made only once."""
 
     @property
-    def tokenize_cut(self) -> Callable[[list[str]], Int[Tensor, "batch words"]] | None:
+    def tokenize(self) -> Callable[[list[str]], Int[Tensor, "batch words"]] | None:
         """What makes token ids of captions, cut to its limit, for `trainable`."""
 
     def too_long(self, captions: set[str]) -> str:
@@ -228,7 +228,7 @@ class TinyPromptEncoder:
         limit = self.encoder.config.max_tokens
         return f"{limit} tokens of the vocabulary {self.tokenizer.fingerprint()}"
 
-    def tokenize_cut(self, captions: list[str]) -> Int[Tensor, "batch words"]:
+    def tokenize(self, captions: list[str]) -> Int[Tensor, "batch words"]:
         """Return token ids; the end of a caption beyond the encoder's limit is left out."""
         limit = self.encoder.config.max_tokens
         ids = [self.tokenizer.encode(caption)[:limit] for caption in captions]
@@ -244,13 +244,14 @@ class TinyPromptEncoder:
         assert isinstance(module, TextEncoder)
         return TinyPromptEncoder(self.tokenizer, module)
 
-    def tokenize(self, prompts: list[str]) -> Int[Tensor, "batch words"]:
-        """Return token ids padded to the encoder's limit; a longer prompt is an error."""
-        return self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
-
     def encode(self, prompts: list[str]) -> Rows:
-        """Encode prompts, each to the encoder's limit of rows; the empty one to zeros."""
-        return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))
+        """Encode prompts, each to the encoder's limit of rows, the empty one to zeros.
+
+        Raises:
+            ValueError: a prompt is longer.
+        """
+        ids = self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
+        return self.encoder(ids.to(self.encoder.norm.weight.device))
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":

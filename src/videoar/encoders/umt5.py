@@ -59,7 +59,7 @@ class UMT5PromptEncoder:
     once per prompt and not once per video. In training they are kept with the latents.
     """
 
-    trainable = tokenize_cut = None
+    trainable = tokenize = None
 
     def __init__(
         self,

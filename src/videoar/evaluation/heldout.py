@@ -45,7 +45,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
     pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
-    shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize_cut)
+    shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
     check_codec(data, shards.info, pipe.codec, checkpoint=config.checkpoint)
     text = text_module(pipe.prompt_encoder, data, shards.info)
     if len(shards) < 2:

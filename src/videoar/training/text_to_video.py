@@ -142,7 +142,7 @@ class TextToVideoTask:
                 block.compile(dynamic=False)
         units = tuple(map(schemes.parse, task.units))
         self.objective = FlowMatching(module, schemes=units, config=task.flow)
-        shards.tokenize, batch_size = prompts.tokenize_cut, config.batch_size
+        shards.tokenize, batch_size = prompts.tokenize, config.batch_size
         how: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
         self.batches = Batches(shards, **how)
         if left_out := self.batches.left_out:

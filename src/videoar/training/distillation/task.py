@@ -159,7 +159,7 @@ class StudentTask:
             others["critic"] = load_role(task.critic or task.teacher, "critic")
         context = check_roles(task, teacher, others)
         prompts = self.student.prompt_encoder
-        self.shards = LatentShards(task.latents, tokenize=prompts.tokenize_cut)
+        self.shards = LatentShards(task.latents, tokenize=prompts.tokenize)
         check_codec(task.latents, self.shards.info, self.student.codec, checkpoint=task.student)
         self._check_clips(teacher)
         self._set_defaults()
