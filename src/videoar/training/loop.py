@@ -314,9 +314,7 @@ class _Run:
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a step changes, by entry of a checkpoint."""
-        moments: dict[str, Tensor] = {}
-        for group in self.groups.values():
-            moments |= group.moments
+        moments = {k: v for group in self.groups.values() for k, v in group.moments.items()}
         named = run_folder.named_tensors
         return {"module": named(self.module), "ema": named(self.ema), "optimizer": moments}
 
