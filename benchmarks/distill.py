@@ -19,7 +19,7 @@ from videoar.cli.progress import say
 from videoar.core.flow import renoise_step
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.encoders.text_encoder import TinyPromptEncoder, tokenize_cut
+from videoar.encoders.text_encoder import TinyPromptEncoder
 from videoar.evaluation.options import Checkpoint
 from videoar.evaluation.speed import without_cache
 from videoar.evaluation.tables import markdown
@@ -143,7 +143,7 @@ def run(config: BenchDistill, report: Callable[[str], None]) -> str:
     shape = (config.batch_size, how.clip_frames, pipe.codec.latent_channels, side, side)
     prompts = pipe.prompt_encoder
     assert isinstance(prompts, TinyPromptEncoder)
-    words = tokenize_cut(prompts, ["a large red ball moves left"] * config.batch_size)
+    words = prompts.tokenize(["a large red ball moves left"] * config.batch_size)
     batch = {"latents": torch.randn(shape, generator=rng), "text": words}
     clip = matching["full"].clip(batch, rng)
     tokens = len(clip.unit)

@@ -17,7 +17,7 @@ from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
-from videoar.training.text_to_video import FinetuneConfig, TextToVideoConfig
+from videoar.training.text_to_video import TextToVideoConfig
 
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
@@ -32,6 +32,9 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             codec = replace(CODEC, decoder_channels=(6, 4, 4, 4))
             init = folder / task.init
         small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
+    elif isinstance(task, TextToVideoConfig) and task.model is None:  # those of `init`
+        toy = _tiny(find("toy"), folder)
+        small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")
     elif isinstance(task, TextToVideoConfig):
         toy = RECIPES["toy"]().out / "checkpoint"
         bundled = {Path("toy-base"): folder / toy}
@@ -45,9 +48,6 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             num_latents=max(5, task.flow.clip_frames),
             init=task.init and bundled.get(task.init, folder / task.init),
         )
-    elif isinstance(task, FinetuneConfig):
-        toy = _tiny(find("toy"), folder)
-        small = replace(task, latents=toy.task.latents, init=str(toy.out / "checkpoint"))
     elif isinstance(task, StudentConfig):
         made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
         made["toy-base"] = "toy"
@@ -119,7 +119,7 @@ def test_recipes_agree_on_the_window_that_is_trained_and_used() -> None:
     """What a unit reads while generating is what it read in training: as many frames and sinks."""
     for name in RECIPES:
         task = find(name).task
-        if isinstance(task, TextToVideoConfig):
+        if isinstance(task, TextToVideoConfig) and task.sampling is not None:
             assert task.sampling.window_frames == task.flow.clip_frames
             assert task.sampling.sink_frames == task.flow.sink_frames
             assert task.sampling.shift == task.flow.shift
@@ -143,6 +143,16 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(name: str, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         find(name)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_said_needs_a_checkpoint_that_says_it(tmp_path: Path) -> None:
+    """Sizes and codec are those of `init`; without one there is nothing to begin with."""
+    with pytest.raises(ValueError, match=r"there is none: name a checkpoint with --task\.init"):
+        TextToVideoConfig(latents=tmp_path, units=("frame",))
+    task = replace(find("finetune").task, latents=tmp_path / "none")
+    run = replace(find("finetune"), task=task, out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"there is no folder .*make it of your videos"):
+        train(run)
 
 
 def test_a_recipe_of_ones_own_is_found_by_its_path() -> None:

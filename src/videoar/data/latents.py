@@ -4,6 +4,7 @@ No training loop, no codec and no text encoder lives here.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,6 +185,17 @@ class LatentShards:
         _, kinds = np.unique(np.array(sizes), axis=0, return_inverse=True)
         return kinds.reshape(-1)
 
+    @property
+    def captions(self) -> list[str]:
+        """All captions of all clips."""
+        return [caption for clip in self.clips for caption in clip["captions"]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of most clips, in latents."""
+        sizes = Counter((clip["height"], clip["width"]) for clip in self.clips)
+        return sizes.most_common(1)[0][0]
+
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         """Return `latents` (float32) with `text`: the rows that are stored, else token ids.
 
@@ -249,16 +261,14 @@ def _map_shard(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_codec(latents: Path, codec: Codec, *, checkpoint: str | Path) -> LatentsInfo:
-    """Return what a folder of latents says of itself; raise if they are of another codec."""
-    info = read_info(latents)
+def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: str | Path) -> None:
+    """Raise if a folder of latents, which says this of itself, is of another codec."""
     theirs, ours = info.codec, codec.fingerprint()
     if theirs != ours:
         raise ValueError(
             f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
             f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
         )
-    return info
 
 
 def read_held_out(

@@ -35,7 +35,7 @@ from videoar.data.sources import Listing, Source, list_sources
 from videoar.data.video import Frames, contact_sheet
 from videoar.data.workers import Event, Pool
 from videoar.encoders.codec import Codec
-from videoar.encoders.umt5 import UMT5PromptEncoder
+from videoar.encoders.text_encoder import PromptEncoder
 from videoar.files import Json, write_json
 
 WORK, HELD_OUT_FOLDER = ".work", "heldout"
@@ -96,10 +96,10 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     while todo := _not_made(config, listing.sources, work):
         _make_parts(config, listing.sources, todo, show)
     encoder = surroundings(Path(config.codec)).get("text")
-    if isinstance(encoder, UMT5PromptEncoder):
-        encoder.device = config.device
-    else:
+    if encoder is None or encoder.trainable is not None:
         encoder = None  # it is trained along
+    else:
+        encoder.device = config.device
     info = LatentsInfo(
         codec=about["codec"],
         channels=codec.latent_channels,
@@ -241,7 +241,7 @@ def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
         yield from pickle.loads(row["events"])
 
 
-def _rows(sources: list[Source], encoder: UMT5PromptEncoder | None) -> Iterator[Tensor | None]:
+def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tensor | None]:
     """Encode the first caption of every video, some at a time: each takes 4 MB and more."""
     for start in range(0, len(sources), TEXTS_AT_A_TIME):
         captions = [source.captions[0] for source in sources[start : start + TEXTS_AT_A_TIME]]
@@ -254,7 +254,7 @@ def _join(
     *,
     info: LatentsInfo,
     about: Json,
-    encoder: UMT5PromptEncoder | None,
+    encoder: PromptEncoder | None,
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER

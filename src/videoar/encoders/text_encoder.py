@@ -1,7 +1,7 @@
 """Text: prompts to token ids and to the rows of channels that a transformer attends to."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -122,6 +122,9 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module):
     """Bidirectional transformer with learned positions, trained with the video transformer."""
 
+    empty = PAD
+    """What all of an empty prompt is."""
+
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -173,7 +176,24 @@ class _Layer(nn.Module):
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """What a pipeline knows of its text side."""
+    """What a pipeline, and the training of its transformer, know of the text side."""
+
+    @property
+    def trainable(self) -> TextEncoder | None:
+        """What learns along; None: rows of captions are kept with the latents, made only once."""
+
+    @property
+    def tokenize(self) -> Callable[[list[str]], Int[Tensor, "batch words"]] | None:
+        """What makes token ids of captions, cut to its limit, for `trainable`."""
+
+    def too_long(self, captions: set[str]) -> str:
+        """Say how many captions are cut in training; nothing if none is."""
+
+    def with_trained(self, module: nn.Module) -> "PromptEncoder":
+        """Return the same with what was trained."""
+
+    def fingerprint(self) -> str:
+        """Name what token ids, or rows, mean."""
 
     def encode(self, prompts: list[str]) -> Rows:
         """Encode prompts to rows of channels; those behind the end of a prompt are zero."""
@@ -200,13 +220,38 @@ class TinyPromptEncoder:
                 "load both from one checkpoint."
             )
 
-    def tokenize(self, prompts: list[str]) -> Int[Tensor, "batch words"]:
-        """Return token ids padded to the encoder's limit; a longer prompt is an error."""
-        return self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
+    @property
+    def trainable(self) -> TextEncoder:
+        return self.encoder
+
+    def fingerprint(self) -> str:
+        limit = self.encoder.config.max_tokens
+        return f"{limit} tokens of the vocabulary {self.tokenizer.fingerprint()}"
+
+    def tokenize(self, captions: list[str]) -> Int[Tensor, "batch words"]:
+        """Return token ids; the end of a caption beyond the encoder's limit is left out."""
+        limit = self.encoder.config.max_tokens
+        ids = [self.tokenizer.encode(caption)[:limit] for caption in captions]
+        return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
+
+    def too_long(self, captions: set[str]) -> str:
+        limit = self.encoder.config.max_tokens
+        long = sum(len(self.tokenizer.encode(caption)) > limit for caption in captions)
+        cut = f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut"
+        return cut if long else ""
+
+    def with_trained(self, module: nn.Module) -> "TinyPromptEncoder":
+        assert isinstance(module, TextEncoder)
+        return TinyPromptEncoder(self.tokenizer, module)
 
     def encode(self, prompts: list[str]) -> Rows:
-        """Encode prompts, each to the encoder's limit of rows; the empty one to zeros."""
-        return self.encoder(self.tokenize(prompts).to(self.encoder.norm.weight.device))
+        """Encode prompts, each to the encoder's limit of rows, the empty one to zeros.
+
+        Raises:
+            ValueError: a prompt is longer.
+        """
+        ids = self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
+        return self.encoder(ids.to(self.encoder.norm.weight.device))
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
@@ -235,10 +280,3 @@ class StoredText(nn.Module):
 
     def forward(self, rows: Rows) -> Rows:
         return rows
-
-
-def tokenize_cut(prompts: TinyPromptEncoder, captions: list[str]) -> Int[Tensor, "batch words"]:
-    """Return token ids; the end of a caption beyond the encoder's limit is left out."""
-    limit = prompts.encoder.config.max_tokens
-    ids = [prompts.tokenizer.encode(caption)[:limit] for caption in captions]
-    return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])

@@ -18,7 +18,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from videoar.encoders.text_encoder import Rows, check_length
 from videoar.weights import (
@@ -56,8 +56,10 @@ class UMT5PromptEncoder:
     """Wan's text encoder: loaded when a prompt is new, and freed after that.
 
     Embeddings are kept on disk by the hash of prompt and encoder, so that 11 GB of weights are read
-    once per prompt and not once per video.
+    once per prompt and not once per video. In training they are kept with the latents.
     """
+
+    trainable = tokenize = None
 
     def __init__(
         self,
@@ -147,6 +149,12 @@ class UMT5PromptEncoder:
             weights = {key: tensor.to(self.dtype) for key, tensor in weights.items()}
         assign_weights(model, weights, file=self.encoder)
         return model.eval()
+
+    def too_long(self, captions: set[str]) -> str:
+        return ""  # `encode` takes no longer ones
+
+    def with_trained(self, module: nn.Module) -> "UMT5PromptEncoder":
+        return self
 
     def save(self, folder: Path, encoder: str = "encoder") -> None:
         """Copy encoder and tokenizer; the original's file becomes a folder of transformers."""

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from videoar.checkpoints.checkpoint import resolve
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.schemes import parse
-from videoar.data.captions import Wording
+from videoar.data.captions import text_module
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import read_video
 from videoar.encoders.codec import to_frames
@@ -44,16 +45,16 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
     pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
-    check_codec(data, pipe.codec, checkpoint=config.checkpoint)
-    wording = Wording.of(pipe.prompt_encoder, data)
-    shards = LatentShards(data / "heldout", tokenize=wording.tokenize)
+    shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
+    check_codec(data, shards.info, pipe.codec, checkpoint=config.checkpoint)
+    text = text_module(pipe.prompt_encoder, data, shards.info)
     if len(shards) < 2:
         raise ValueError(
             f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"
             " with a larger --held-out"
         )
     clips = []
-    for clip in _scores(pipe, wording, shards, config):
+    for clip in _scores(pipe, text, shards, config):
         clips.append(clip)
         report(f"{len(clips)}/{len(shards)}  PSNR {clip['psnr']:.1f} dB  {clip['file']}")
     files = [clip["file"] for clip in clips]
@@ -79,7 +80,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
 
 
 def _scores(
-    pipe: VideoPipeline, wording: Wording, shards: LatentShards, config: Evaluate
+    pipe: VideoPipeline, module: nn.Module, shards: LatentShards, config: Evaluate
 ) -> Iterator[Json]:
     rng, schemes = np.random.default_rng(config.seed), {name: parse(name) for name in config.units}
     flow, model = FlowMatchingConfig(shift=pipe.sampling.shift), pipe.transformer
@@ -90,7 +91,7 @@ def _scores(
         latents, words = (
             batch[key].expand(DRAWS, *batch[key].shape[1:]) for key in ("latents", "text")
         )
-        losses, text = {}, model.encode_text(wording.module(words))
+        losses, text = {}, model.encode_text(module(words))
         for name, scheme in schemes.items():
             seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
             clip = draw_clip(latents, scheme, flow, seeds)

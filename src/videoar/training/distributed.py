@@ -77,8 +77,8 @@ def split(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
     if ranks.count == 1:
         return
     mesh = init_device_mesh(device.type, (ranks.count,))
-    for part in module.children():
-        _split(part, mesh)
+    for child in module.children():
+        _split(child, mesh)
 
 
 def _split(module: nn.Module, mesh: dist.DeviceMesh) -> None:
@@ -88,15 +88,15 @@ def _split(module: nn.Module, mesh: dist.DeviceMesh) -> None:
             register_fsdp_forward_method(block, "text")
         fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(module, "encode_text")
-    elif any(isinstance(part, VideoTransformer) for part in module.modules()):
-        for part in module.children():
-            _split(part, mesh)
+    elif any(isinstance(each, VideoTransformer) for each in module.modules()):
+        for child in module.children():
+            _split(child, mesh)
     elif any(True for _ in module.parameters()):
         fully_shard(module, mesh=mesh)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all ranks; all must ask."""
+    """Return a tensor with the shards of all ranks; all must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -110,7 +110,7 @@ def gather(module: nn.Module, into: nn.Module) -> nn.Module:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Write tensors as safetensors, every rank its parts."""
+    """Write tensors as safetensors, every rank its shards."""
     dense = {name: value.detach().contiguous() for name, value in tensors.items()}
     if ranks.count == 1:
         folder.mkdir()
@@ -121,8 +121,6 @@ def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 
 def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of what a folder holds."""
-    if not any(folder.glob("*.safetensors")):
-        return {}
     found: dict[str, Any] = (
         HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     )
@@ -131,8 +129,6 @@ def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def load(folder: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Read tensors into `targets`, whatever the number of ranks that wrote them."""
-    if not targets:
-        return
     with warnings.catch_warnings():  # torch says that one process is one process
         warnings.simplefilter("ignore", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))

@@ -5,7 +5,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -79,8 +79,6 @@ class TrainConfig:
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    critic_learning_rate: float | None = None
-    """Step size of the critic, in objectives that have one; None: the same. Muon's scales alike."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -97,14 +95,6 @@ class TrainConfig:
     """Steps between two validations; 0 for none."""
     keep: int = 1
     """How many of the newest checkpoints stay."""
-
-    def optimizer_of(self, group: str) -> OptimizerConfig:
-        """Return the optimizer of one who takes turns: see `Objective.groups`."""
-        rate, muon = self.critic_learning_rate, self.optimizer.muon_learning_rate
-        if group != "critic" or rate is None:
-            return self.optimizer
-        muon = muon and muon * rate / self.optimizer.learning_rate
-        return replace(self.optimizer, learning_rate=rate, muon_learning_rate=muon)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
@@ -218,15 +208,13 @@ class _Run:
             network.to(self.device)
         averages = dict(self.ema.named_parameters())
         self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
-        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.groups = {
-            name: ParameterGroup(
-                config.optimizer_of(name), self._parameters_of(name), config.precision
-            )
-            for name in objective.groups
+            name: ParameterGroup(optimizer, self._parameters_of(name), config.precision)
+            for name, optimizer in objective.optimizers(config.optimizer).items()
         }
         self.step = 0
-        self.window = run_folder.Window()
+        self.window: list[LogLine] = []
+        """What steps computed and took since the last line of the log; part of a checkpoint."""
         self.began = time.perf_counter()
         if found := run_folder.checkpoints(config.out):
             self._restore(found[-1])
@@ -251,8 +239,8 @@ class _Run:
             )
 
     def _parameters_of(self, group: str) -> dict[str, nn.Parameter]:
-        prefix = f"{group}." if group else ""
-        return {name: p for name, p in self.parameters.items() if name.startswith(prefix)}
+        prefix, named = f"{group}." if group else "", self.module.named_parameters()
+        return {n: p for n, p in named if p.requires_grad and n.startswith(prefix)}
 
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""
@@ -282,7 +270,8 @@ class _Run:
                     self.averages[parameter].lerp_(parameter.float(), weight)
         group.steps += 1
         self.step += 1
-        self.window.add(terms, rate, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.window.append({**terms, "learning_rate": rate, "seconds_per_step": seconds})
 
     def _backward(self, micro: int) -> dict[str, float]:
         config, device = self.config, self.device
@@ -302,13 +291,15 @@ class _Run:
 
     def row(self, peak: float) -> LogLine:
         """Return the log line of the steps since the last one, and begin anew."""
-        window, self.window = self.window, run_folder.Window()
-        batches = window.count * self.config.accumulate / window.seconds
+        window, self.window = self.window, []
+        names = dict.fromkeys(name for terms in window for name in terms)
+        found = {name: [terms[name] for terms in window if name in terms] for name in names}
+        means = {name: sum(values) / len(values) for name, values in found.items()}
+        batches = self.config.accumulate / means["seconds_per_step"]
         return {
             "step": self.step,
-            **window.means,
-            "learning_rate": window.learning_rate,
-            "seconds_per_step": window.seconds / window.count,
+            **means,
+            "learning_rate": window[-1]["learning_rate"],
             "tokens_per_second": batches * self.task.tokens_per_batch,
             "share_of_peak": batches * self.task.flops_per_batch / (peak * self.ranks.count),
             "seconds": self.seconds,
@@ -320,46 +311,27 @@ class _Run:
             target.copy_(source)
         return self.ema if self.plain is self.ema else gather(self.ema, self.plain)
 
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors that a step changes, by entry of a checkpoint."""
+        moments = {k: v for group in self.groups.values() for k, v in group.moments.items()}
+        named = run_folder.named_tensors
+        return {"module": named(self.module), "ema": named(self.ema), "optimizer": moments}
+
     def save(self) -> None:
         """Write a checkpoint of this step and remove those that are too old."""
-        tensors = {
-            "module": run_folder.named_tensors(self.module),
-            "ema": run_folder.named_tensors(self.ema),
-            "optimizer": {
-                f"{name}/{key}": value
-                for group in self.groups.values()
-                for name, moments in group.moments.items()
-                for key, value in moments.items()
-            },
-        }
-        state = {"step": self.step, "seconds": self.seconds, "window": asdict(self.window)}
-        state["steps_of"] = {name: group.steps for name, group in self.groups.items()}
-        how = {"keep": self.config.keep, "ranks": self.ranks}
-        run_folder.write_checkpoint(
-            self.config.out, step=self.step, tensors=tensors, state=state, **how
-        )
+        moved = {name: group.steps for name, group in self.groups.items()}
+        state = {"step": self.step, "seconds": self.seconds, "window": self.window, "moved": moved}
+        out, keep = self.config.out, self.config.keep
+        run_folder.write_checkpoint(out, state, self.tensors, keep=keep, ranks=self.ranks)
 
     def _restore(self, folder: Path) -> None:
-        state, shapes = run_folder.read_state(folder)
-        run_folder.read_tensors(
-            folder, "module", run_folder.named_tensors(self.module), ranks=self.ranks
-        )
-        run_folder.read_tensors(folder, "ema", run_folder.named_tensors(self.ema), ranks=self.ranks)
-        moments = {n: m for group in self.groups.values() for n, m in group.moments.items()}
-        places = {}
-        for full_name, shape in shapes.items():
-            name, _, key = full_name.rpartition("/")
-            parameter = self.parameters[name]
-            # Moments take the memory layout of their parameter: fused AdamW walks both alike.
-            alike = tuple(parameter.shape) == shape
-            place = torch.empty_like(parameter) if alike else torch.empty(shape)
-            places[full_name] = moments[name][key] = place.detach().to(self.device)
-        run_folder.read_tensors(folder, "optimizer", places, ranks=self.ranks)
-        for name, count in state["steps_of"].items():
+        state = run_folder.read_checkpoint(folder, self.tensors, ranks=self.ranks)
+        for name, count in state["moved"].items():
             self.groups[name].steps = count
         self.step = state["step"]
         self.began -= state["seconds"]
-        self.window = run_folder.Window(**state["window"])
+        self.window = state["window"]
 
     def export(self) -> Path:
         """Have the task write the averaged weights, and return their folder."""

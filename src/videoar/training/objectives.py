@@ -1,5 +1,6 @@
-"""Objectives: which module is trained, and by which loss. No loop, no optimizer, no files."""
+"""Objectives: which module is trained, and by which loss. No loop, no files."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
 from videoar.core.schemes import Scheme
 from videoar.core.transformer import TextContext, VideoTransformer
-from videoar.encoders.text_encoder import PAD, StoredText
+from videoar.encoders.text_encoder import StoredText, TextEncoder
+from videoar.training.optimizer import OptimizerConfig
 
 
 @runtime_checkable
@@ -31,13 +33,15 @@ class Objective(Protocol):
         """Networks that are asked and not trained."""
         ...
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Children of the module with optimizers of their own, or "" for all of it."""
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        """Return the optimizers of children of the module, or of "" for all of it.
+
+        `config` is that of the run.
+        """
         ...
 
     def group_of(self, step: int) -> str:
-        """Return the group that moves in a step."""
+        """Return whose optimizer moves in a step."""
         ...
 
     def loss(
@@ -55,11 +59,13 @@ class SingleModule:
 
     module: Any
     frozen: tuple[Any, ...] = ()
-    groups = ("",)
 
     @property
     def result(self) -> nn.Module:
         return self.module
+
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        return {"": config}
 
     def group_of(self, step: int) -> str:
         return ""
@@ -68,7 +74,7 @@ class SingleModule:
 class TextToVideo(nn.Module):
     """A transformer and the encoder of its prompts, trained together unless that is frozen."""
 
-    def __init__(self, transformer: VideoTransformer, text: nn.Module):
+    def __init__(self, transformer: VideoTransformer, text: TextEncoder | StoredText):
         super().__init__()
         self.transformer, self.text = transformer, text
 
@@ -78,9 +84,8 @@ class TextToVideo(nn.Module):
 
     def without(self, words: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor:
         """Return the prompts, empty where `dropped`."""
-        if isinstance(self.text, StoredText):
-            return torch.where(dropped[:, None, None], self.text.empty.to(words), words)
-        return words.masked_fill(dropped[:, None], PAD)
+        dropped = dropped.view(-1, *[1] * (words.ndim - 1))
+        return torch.where(dropped, self.text.empty, words)
 
 
 class FlowMatching(SingleModule):
@@ -117,8 +122,7 @@ class FlowMatching(SingleModule):
         return {"loss": loss}
 
 
-def own_weights(module: nn.Module) -> nn.Module:
+def own_weights(module: nn.Module) -> None:
     """Copy the weights into memory of their own, in float32; they may be mapped from a file."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
-    return module

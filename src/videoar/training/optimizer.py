@@ -76,9 +76,13 @@ class ParameterGroup:
         self.steps = 0
         """How often they moved."""
         self.optimizers = _optimizers(config, self.parameters, precision=precision)
-        owners = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        self.moments = {name: owners[p].state[p] for name, p in self.parameters.items()}
-        """The state of the optimizers, by name of the parameter."""
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """The state of the optimizers, by name of the parameter and of what it is."""
+        states = {p: state for each in self.optimizers for p, state in each.state.items()}
+        named = self.parameters.items()
+        return {f"{name}/{key}": v for name, p in named for key, v in states[p].items()}
 
     def move(self, rate: float) -> None:
         """Take a step of AdamW's learning rate `rate`; Muon's is scaled alike."""
@@ -103,6 +107,11 @@ def _optimizers(
     decay = options.weight_decay
     groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+    # What the first step would make, so that all checkpoints have the same tensors. They take the
+    # memory layout of their parameter: fused AdamW walks both alike.
+    for p in (*outer, *vectors):
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon is not None and hidden:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -138,6 +147,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(parameters, defaults)
         self.dtype = dtype
+        for parameter in itertools.chain(*(group["params"] for group in self.param_groups)):
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -146,10 +157,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                momentum = self.state[parameter]["momentum"]
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
                 # Wide and tall matrices get steps of the same size per output.
                 scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5

@@ -19,7 +19,7 @@ from videoar.training.distillation.stages import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig
-from videoar.training.text_to_video import FinetuneConfig, TextToVideoConfig
+from videoar.training.text_to_video import TextToVideoConfig
 
 TOY_UNITS = (
     "frame",
@@ -29,6 +29,17 @@ TOY_UNITS = (
     "multiscale:4,2,1",
     "cube:1x2x2",
     "cube:2x2x2",
+)
+TOY_CODEC = Path("runs/codec-toy-decoder/checkpoint")
+TOY_MODEL = ModelConfig(
+    num_layers=6,
+    num_heads=4,
+    head_dim=32,
+    ffn_dim=512,
+    text_dim=128,
+    freq_dim=64,
+    rope_theta=100.0,
+    prediction="clean",
 )
 
 
@@ -62,106 +73,18 @@ def codec_toy_decoder() -> TrainConfig:
     )
 
 
-def toy_images() -> TrainConfig:
-    """First pictures from text: `videoar train toy-images`.
-
-    What a thing looks like is learned 20 times as fast from pictures as from clips.
-    """
-    final = toy()
-    assert isinstance(final.task, TextToVideoConfig)
-    return replace(
-        final,
-        name="toy-images",
-        out=Path("runs/toy-images"),
-        task=replace(
-            final.task,
-            latents=Path("runs/world-64-short"),
-            num_videos=20_000,
-            num_latents=4,
-            units=("frame",),
-            flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
-            sampling=replace(final.task.sampling, units="frame", window_frames=1, sink_frames=0),
-            init=None,
-        ),
-        steps=2500,
-        batch_size=256,
-        optimizer=replace(final.optimizer, decay_fraction=0.0),
-    )
-
-
-def toy_pairs() -> TrainConfig:
-    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
-
-    In longer clips the context shows it, and what the words for it mean is not learned.
-    """
-    images = toy_images()
-    assert isinstance(images.task, TextToVideoConfig)
-    return replace(
-        images,
-        name="toy-pairs",
-        out=Path("runs/toy-pairs"),
-        task=replace(
-            images.task,
-            flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
-            sampling=replace(images.task.sampling, window_frames=2, sink_frames=2),
-            init=images.out / "checkpoint",
-        ),
-        steps=1000,
-        batch_size=128,
-    )
-
-
-def toy_short() -> TrainConfig:
-    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
-    pairs, final = toy_pairs(), toy()
-    assert isinstance(pairs.task, TextToVideoConfig)
-    assert isinstance(final.task, TextToVideoConfig)
-    return replace(
-        pairs,
-        name="toy-short",
-        out=Path("runs/toy-short"),
-        task=replace(
-            pairs.task,
-            units=TOY_UNITS,
-            flow=FlowMatchingConfig(clip_frames=4),
-            sampling=replace(final.task.sampling, window_frames=4),
-            init=pairs.out / "checkpoint",
-        ),
-        steps=900,
-        batch_size=64,
-    )
-
-
-def toy() -> TrainConfig:
-    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
+def _toy(
+    name: str, task: TextToVideoConfig, *, steps: int, batch_size: int, decay_fraction: float
+) -> TrainConfig:
+    """Train the generator of the embedded checkpoints a stage further."""
     return TrainConfig(
-        name="toy",
-        out=Path("runs/toy"),
-        task=TextToVideoConfig(
-            codec=Path("runs/codec-toy-decoder/checkpoint"),
-            latents=Path("runs/world-64"),
-            num_videos=10_000,
-            num_latents=12,
-            units=TOY_UNITS,
-            model=ModelConfig(
-                num_layers=6,
-                num_heads=4,
-                head_dim=32,
-                ffn_dim=512,
-                text_dim=128,
-                freq_dim=64,
-                rope_theta=100.0,
-                prediction="clean",
-            ),
-            text=TextEncoderConfig(),
-            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
-            sampling=GenerationConfig(guidance_scale=3.0),
-            init=Path("runs/toy-short/checkpoint"),
-        ),
-        steps=1500,
-        batch_size=32,
+        name=name,
+        out=Path("runs") / name,
+        task=task,
+        steps=steps,
+        batch_size=batch_size,
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=100, decay_fraction=0.4
+            learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=decay_fraction
         ),
         ema_decay=0.998,
         precision="bfloat16",
@@ -171,30 +94,103 @@ def toy() -> TrainConfig:
     )
 
 
+def toy_images() -> TrainConfig:
+    """First pictures from text: `videoar train toy-images`.
+
+    What a thing looks like is learned 20 times as fast from pictures as from clips.
+    """
+    task = TextToVideoConfig(
+        codec=TOY_CODEC,
+        latents=Path("runs/world-64-short"),
+        num_videos=20_000,
+        num_latents=4,
+        units=("frame",),
+        model=TOY_MODEL,
+        text=TextEncoderConfig(),
+        flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
+        sampling=GenerationConfig(
+            units="frame", guidance_scale=3.0, window_frames=1, sink_frames=0
+        ),
+    )
+    return _toy("toy-images", task, steps=2500, batch_size=256, decay_fraction=0.0)
+
+
+def toy_pairs() -> TrainConfig:
+    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
+
+    In longer clips the context shows it, and what the words for it mean is not learned.
+    """
+    task = TextToVideoConfig(
+        codec=TOY_CODEC,
+        latents=Path("runs/world-64-short"),
+        num_videos=20_000,
+        num_latents=4,
+        units=("frame",),
+        model=TOY_MODEL,
+        text=TextEncoderConfig(),
+        flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
+        sampling=GenerationConfig(
+            units="frame", guidance_scale=3.0, window_frames=2, sink_frames=2
+        ),
+        init=Path("runs/toy-images/checkpoint"),
+    )
+    return _toy("toy-pairs", task, steps=1000, batch_size=128, decay_fraction=0.0)
+
+
+def toy_short() -> TrainConfig:
+    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
+    task = TextToVideoConfig(
+        codec=TOY_CODEC,
+        latents=Path("runs/world-64-short"),
+        num_videos=20_000,
+        num_latents=4,
+        units=TOY_UNITS,
+        model=TOY_MODEL,
+        text=TextEncoderConfig(),
+        flow=FlowMatchingConfig(clip_frames=4),
+        sampling=GenerationConfig(guidance_scale=3.0, window_frames=4),
+        init=Path("runs/toy-pairs/checkpoint"),
+    )
+    return _toy("toy-short", task, steps=900, batch_size=64, decay_fraction=0.0)
+
+
+def toy() -> TrainConfig:
+    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
+    task = TextToVideoConfig(
+        codec=TOY_CODEC,
+        latents=Path("runs/world-64"),
+        num_videos=10_000,
+        num_latents=12,
+        units=TOY_UNITS,
+        model=TOY_MODEL,
+        text=TextEncoderConfig(),
+        flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
+        sampling=GenerationConfig(guidance_scale=3.0),
+        init=Path("runs/toy-short/checkpoint"),
+    )
+    return _toy("toy", task, steps=1500, batch_size=32, decay_fraction=0.4)
+
+
 def toy_teacher() -> TrainConfig:
     """A teacher that reads everything, from `toy-base`: `videoar train toy-teacher`.
 
     It learns the lattice of multiscale units, too, so that it can teach them.
     """
-    final = toy()
-    assert isinstance(final.task, TextToVideoConfig)
-    return replace(
-        final,
-        name="toy-teacher",
-        out=Path("runs/toy-teacher"),
-        task=replace(
-            final.task,
-            codec=Path("toy-base"),
-            units=("full", "full", "full", "multiscale:4,2,1"),
-            flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
-            sampling=replace(
-                final.task.sampling, units="full", num_inference_steps=24, sink_frames=0
-            ),
-            init=Path("toy-base"),
+    task = TextToVideoConfig(
+        codec=Path("toy-base"),
+        latents=Path("runs/world-64"),
+        num_videos=10_000,
+        num_latents=12,
+        units=("full", "full", "full", "multiscale:4,2,1"),
+        model=TOY_MODEL,
+        text=TextEncoderConfig(),
+        flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+        sampling=GenerationConfig(
+            units="full", guidance_scale=3.0, num_inference_steps=24, sink_frames=0
         ),
-        steps=2400,
-        batch_size=64,
+        init=Path("toy-base"),
     )
+    return _toy("toy-teacher", task, steps=2400, batch_size=64, decay_fraction=0.4)
 
 
 def toy_start() -> TrainConfig:
@@ -203,7 +199,6 @@ def toy_start() -> TrainConfig:
     The teacher is causal as the student is: with one that reads everything motions were lost
     (`docs/log.md`).
     """
-    rates = OptimizerConfig(learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20)
     return TrainConfig(
         name="toy-start",
         out=Path("runs/toy-start"),
@@ -217,7 +212,9 @@ def toy_start() -> TrainConfig:
         ),
         steps=240,
         batch_size=32,
-        optimizer=replace(rates, decay_fraction=0.5),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20, decay_fraction=0.5
+        ),
         ema_decay=0.98,
         precision="bfloat16",
         log_every=20,
@@ -226,51 +223,58 @@ def toy_start() -> TrainConfig:
     )
 
 
+def _toy_matching(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
+    """Match distributions; half-way and at the end the student is judged."""
+    return TrainConfig(
+        name=name,
+        out=Path("runs") / name,
+        task=task,
+        steps=steps,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0),
+        ema_decay=0.95,
+        precision="bfloat16",
+        log_every=20,
+        save_every=100,
+        sample_every=steps // 2,
+    )
+
+
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
-    start = toy_start()
-    assert isinstance(start.task, StudentConfig)
-    rates = OptimizerConfig(
-        learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0, decay_fraction=0.2
-    )
-    return replace(
-        start,
-        name="toy-same",
-        out=Path("runs/toy-same"),
-        task=replace(
-            start.task,
-            student="runs/toy-start/checkpoint",
-            distillation=DistillationConfig(
-                critic="causal", critic_steps=2, critic_draws=1, critic_warmup=40
-            ),
+    task = StudentConfig(
+        teacher="toy-base",
+        teacher_mask="same",
+        student="runs/toy-start/checkpoint",
+        latents=Path("runs/world-64"),
+        units=TOY_UNITS,
+        distillation=DistillationConfig(
+            critic="causal",
+            critic_steps=2,
+            critic_draws=1,
+            critic_learning_rate=3e-4,
+            critic_warmup=40,
         ),
-        steps=400,
-        batch_size=16,
-        optimizer=rates,
-        critic_learning_rate=3e-4,
-        ema_decay=0.95,
-        sample_every=200,
     )
+    return _toy_matching("toy-same", task, steps=400)
 
 
 def toy_dmd() -> TrainConfig:
     """Symmetric DMD: `videoar distill toy-dmd`, after `toy-same` and `toy-teacher`."""
-    same = toy_same()
-    assert isinstance(same.task, StudentConfig)
-    return replace(
-        same,
-        name="toy-dmd",
-        out=Path("runs/toy-dmd"),
-        task=replace(
-            same.task,
-            teacher="runs/toy-teacher/checkpoint",
-            teacher_mask="full",
-            student="runs/toy-same/checkpoint",
-            distillation=replace(same.task.distillation, critic="symmetric"),
+    task = StudentConfig(
+        teacher="runs/toy-teacher/checkpoint",
+        student="runs/toy-same/checkpoint",
+        latents=Path("runs/world-64"),
+        units=TOY_UNITS,
+        distillation=DistillationConfig(
+            critic="symmetric",
+            critic_steps=2,
+            critic_draws=1,
+            critic_learning_rate=3e-4,
+            critic_warmup=40,
         ),
-        steps=320,
-        sample_every=160,
     )
+    return _toy_matching("toy-dmd", task, steps=320)
 
 
 def wan_dmd() -> TrainConfig:
@@ -291,6 +295,7 @@ def wan_dmd() -> TrainConfig:
                 clip_frames=21,
                 guidance_scale=4.0,
                 critic_draws=1,
+                critic_learning_rate=4e-7,
                 critic_warmup=500,
             ),
             recompute=True,
@@ -305,7 +310,6 @@ def wan_dmd() -> TrainConfig:
             decay_fraction=0.0,
             clip_norm=10.0,
         ),
-        critic_learning_rate=4e-7,
         ema_decay=0.99,
         precision="bfloat16",
         device="cuda",
@@ -318,7 +322,7 @@ def finetune() -> TrainConfig:
     return TrainConfig(
         name="finetune",
         out=Path("runs/finetune"),
-        task=FinetuneConfig(latents=Path("latents"), units=TOY_UNITS),
+        task=TextToVideoConfig(latents=Path("latents"), units=TOY_UNITS, init=Path("toy-base")),
         steps=500,
         batch_size=8,
         optimizer=OptimizerConfig(
@@ -331,28 +335,17 @@ def finetune() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "codec-toy": codec_toy,
-    "codec-toy-decoder": codec_toy_decoder,
-    "toy-images": toy_images,
-    "toy-pairs": toy_pairs,
-    "toy-short": toy_short,
-    "toy": toy,
-    "toy-teacher": toy_teacher,
-    "finetune": finetune,
-}
-DISTILLATIONS: dict[str, Callable[[], TrainConfig]] = {
-    "toy-start": toy_start,
-    "toy-same": toy_same,
-    "toy-dmd": toy_dmd,
-    "wan-1.3b-dmd": wan_dmd,
-}
-RECIPES |= DISTILLATIONS
-
-
 def distils(config: TrainConfig) -> bool:
     """Say whether a recipe distils a teacher."""
     return isinstance(config.task, StudentConfig)
+
+
+ALL = (
+    *(codec_toy, codec_toy_decoder, toy_images, toy_pairs, toy_short, toy, toy_teacher, finetune),
+    *(toy_start, toy_same, toy_dmd, wan_dmd),
+)
+RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}
+DISTILLATIONS = {name: recipe for name, recipe in RECIPES.items() if distils(recipe())}
 
 
 def find(name: str) -> TrainConfig:

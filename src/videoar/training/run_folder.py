@@ -12,7 +12,6 @@ A checkpoint appears under its name only when it is complete, so a run may be ki
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -34,7 +33,6 @@ from videoar.files import Json
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
 
-ALONE = Ranks()
 Report = Callable[[str], None]
 
 LogLine = dict[str, int | float]
@@ -85,19 +83,13 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    out: Path,
-    *,
-    step: int,
-    keep: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: Json,
-    ranks: Ranks = ALONE,
+    out: Path, state: Json, tensors: dict[str, dict[str, Tensor]], *, keep: int, ranks: Ranks
 ) -> None:
     """Write a checkpoint that appears only when complete; keep the newest `keep`.
 
     Every entry of `tensors` becomes a folder; `state` is everything that is not a tensor.
     """
-    target = out / "checkpoints" / f"step-{step}"
+    target = out / "checkpoints" / f"step-{state['step']}"
     if target.exists():
         return
     partial = target.with_name(f".{target.name}.partial")
@@ -130,13 +122,6 @@ def reading(folder: Path) -> Iterator[None]:
         raise ValueError(message) from e
 
 
-def read_state(folder: Path) -> tuple[Json, dict[str, tuple[int, ...]]]:
-    """Return what a checkpoint says besides tensors, and the shapes of the optimizer's."""
-    with reading(folder):
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return state, sizes(folder / "optimizer")
-
-
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what `state_dict` holds, but a shared parameter only once."""
     kept = module.state_dict().keys()
@@ -144,43 +129,22 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def read_tensors(folder: Path, stem: str, target: dict[str, Tensor], *, ranks: Ranks) -> None:
-    """Read an entry of a checkpoint into tensors, which must have its names and shapes."""
+def read_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], *, ranks: Ranks) -> Json:
+    """Read entries into tensors, which must have their names and shapes; return all the rest."""
+    for stem, target in tensors.items():
+        with reading(folder):
+            found = sizes(folder / stem)
+        expected = {name: tuple(value.shape) for name, value in target.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if (wanted := expected.get(name)) != (shape := found.get(name)):
+                raise ValueError(
+                    f"{folder} has {name} of shape {shape}, but the model has {wanted}: go on with"
+                    " the code that began the run, or name another folder"
+                )
+        with reading(folder), torch.no_grad():
+            load(folder / stem, target, ranks)
     with reading(folder):
-        found = sizes(folder / stem)
-    expected = {name: tuple(value.shape) for name, value in target.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if (wanted := expected.get(name)) != (shape := found.get(name)):
-            raise ValueError(
-                f"{folder} has {name} of shape {shape}, but the model has {wanted}: go on with the"
-                " code that began the run, or name another folder"
-            )
-    with reading(folder), torch.no_grad():
-        load(folder / stem, target, ranks)
-
-
-@dataclasses.dataclass
-class Window:
-    """Sums over the steps since the last line of the log; part of a checkpoint."""
-
-    totals: dict[str, float] = dataclasses.field(default_factory=dict)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    learning_rate: float = 0.0
-    count: int = 0
-    seconds: float = 0.0
-
-    @property
-    def means(self) -> dict[str, float]:
-        """Means over the steps that have each."""
-        return {name: total / self.counts[name] for name, total in self.totals.items()}
-
-    def add(self, terms: dict[str, float], rate: float, seconds: float) -> None:
-        for name, value in terms.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.learning_rate = rate
-        self.count += 1
-        self.seconds += seconds
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 class Log:

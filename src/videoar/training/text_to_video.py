@@ -1,4 +1,4 @@
-"""What the recipes train: the codec, and the generator on latents that were encoded once."""
+"""Training a generator, by flow matching on latents that were encoded once."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,21 +6,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from torch import nn
-from tyro.conf import arg
+from torch import Tensor, nn
+from tyro.conf import AvoidSubcommands, arg
 
-from videoar.checkpoints import checkpoint
-from videoar.checkpoints.checkpoint import resolve
+from videoar.checkpoints.checkpoint import load_codec, resolve
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import Wording
+from videoar.data.captions import text_module
 from videoar.data.clips import encode_scenes, encode_world
 from videoar.data.latents import LatentShards, check_codec, read_held_out
 from videoar.data.world import FIRST_HELD_OUT
+from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import (
-    PromptEncoder,
     TextEncoder,
     TextEncoderConfig,
     TinyPromptEncoder,
@@ -32,67 +31,88 @@ from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
 from videoar.training.run_folder import Report
 
-# ---------------------------------------------------------------- the generator
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextToVideoConfig:
-    """Train a transformer and its text encoder, by flow matching over a mix of units."""
+    """Train a transformer and its text encoder, by flow matching over a mix of units.
 
-    codec: Path
+    Codec, sizes and defaults that are None are those of `init`.
+    """
+
+    codec: Path | None = None
     """Checkpoint whose codec encodes the videos."""
-    latents: Path
-    """Folder of latents; made from the procedural world if it does not exist."""
+    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[str, ...]
     """Unit schemes, drawn from at every step."""
-    model: ModelConfig
+    model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
-    text: TextEncoderConfig
+    text: AvoidSubcommands[TextEncoderConfig | None] = None
     """Size of the text encoder."""
-    flow: FlowMatchingConfig
+    flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
-    sampling: GenerationConfig = field(default_factory=GenerationConfig)
-    """Defaults written into the checkpoint."""
-    num_videos: int = 4000
-    """Videos of the world to encode."""
+    sampling: AvoidSubcommands[GenerationConfig | None] = None
+    """Defaults written into the checkpoint; None: those of `init`, at the rate of the videos."""
+    num_videos: int = 0
+    """Videos of the world to encode; with 0 the folder must be there."""
     num_latents: int = 16
     """Latent frames per encoded video."""
     init: Path | None = None
-    """Checkpoint whose transformer, text encoder and tokenizer this run begins with."""
+    """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
     compile: bool = False
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
+    def __post_init__(self) -> None:
+        if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
+            raise ValueError(
+                "a codec, model, text or sampling that is not said is that of init, but there is"
+                " none: name a checkpoint with --task.init, or say all of them"
+            )
+
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
+        if not self.latents.is_dir() and not self.num_videos:
+            raise ValueError(
+                f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
+                f" VIDEOS {self.latents}`, or name it with --task.latents"
+            )
         return TextToVideoTask(self, config, report)
 
 
-def load_generator(task: TextToVideoConfig) -> tuple[VideoTransformer, PromptEncoder]:
+def load_generator(task: TextToVideoConfig) -> VideoPipeline:
     """Load what `task.init` names; its sizes must be those that the task asks for."""
     assert task.init is not None
-    pipe = VideoPipeline.from_pretrained(task.init)
-    found: list[Any] = [pipe.transformer.config]
-    if isinstance(pipe.prompt_encoder, TinyPromptEncoder):
-        found.append(pipe.prompt_encoder.encoder.config)
-    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=False):
-        if there != wanted:
+    pipe = VideoPipeline.from_pretrained(task.init, codec=task.codec)
+    text = pipe.prompt_encoder.trainable
+    found = (pipe.transformer.config, text and text.config)
+    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=True):
+        if there and wanted and there != wanted:
             raise ValueError(
                 f"{task.init} has the {name} sizes {there}, but the run asks for {wanted}:"
                 " name another checkpoint, or change the sizes"
             )
-    return pipe.transformer, pipe.prompt_encoder
+    return pipe
 
 
-def _report_unused(
-    shards: LatentShards, batches: Batches, wording: Wording, report: Report
-) -> None:
-    if batches.left_out:
-        report(
-            f"{batches.left_out} of {len(shards)} clips are never trained on: of their sizes there"
-            f" are fewer than the {batches.batch_size} of a batch; lower batch_size to use them"
-        )
-    captions = {caption for clip in shards.clips for caption in clip["captions"]}
-    if cut := wording.too_long(captions):
-        report(cut)
+def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) -> VideoPipeline:
+    """Make an untrained one, whose tokenizer knows the captions."""
+    assert task.model is not None
+    assert task.text is not None
+    tokenizer = Tokenizer.train(shards.captions, vocab_size=task.text.vocab_size)
+    prompts = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
+    return VideoPipeline(VideoTransformer(task.model), prompts, codec)
+
+
+def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
+    """Return what of a pipeline reads a folder of latents."""
+    text = text_module(pipe.prompt_encoder, shards.folder, shards.info)
+    return TextToVideo(pipe.transformer, text)
+
+
+def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
+    """Return a pipeline with what was trained of it."""
+    assert isinstance(module, TextToVideo)
+    prompts = pipe.prompt_encoder.with_trained(module.text)
+    return replace(pipe, transformer=module.transformer, prompt_encoder=prompts)
 
 
 class TextToVideoTask:
@@ -100,51 +120,65 @@ class TextToVideoTask:
 
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
-        self.codec = checkpoint.load_codec(resolve(task.codec))
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        how: dict[str, Any] = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
-        if not task.latents.exists():
-            encode_world(self.codec, task.latents, num_videos=task.num_videos, report=report, **how)
-        check_codec(task.latents, self.codec, checkpoint=task.codec)
+        self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         if task.init is None:
-            clips = LatentShards(task.latents).clips
-            captions = [caption for clip in clips for caption in clip["captions"]]
-            tokenizer = Tokenizer.train(captions, vocab_size=task.text.vocab_size)
-            prompt = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
-            transformer = VideoTransformer(task.model)
+            assert task.codec is not None
+            codec = load_codec(resolve(task.codec))
+            shards = self._open(codec, report)
+            self.pipe = make_generator(task, codec, shards)
         else:
-            transformer, prompt = load_generator(task)
-        own_weights(transformer)
-        self.wording = Wording.of(prompt, task.latents)
+            self.pipe = load_generator(task)
+            shards = self._open(self.pipe.codec, report)
+        transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
+        fps, (height, width) = round(shards.info.fps), shards.size
+        self.pipe.sampling = task.sampling or replace(self.pipe.sampling, fps=fps)
+        _, *strides = self.pipe.codec.stride
+        self.pipe.height, self.pipe.width = height * strides[0], width * strides[1]
+        module = networks_of(self.pipe, shards)
+        own_weights(module)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
-        tokenize = self.wording.tokenize
-        shards = LatentShards(task.latents, tokenize=tokenize)
-        self.objective = FlowMatching(
-            TextToVideo(transformer, self.wording.module),
-            schemes=tuple(map(schemes.parse, task.units)),
-            config=task.flow,
-        )
-        kinds, batch_size = shards.kinds, config.batch_size
-        self.batches = Batches(shards, batch_size=batch_size, seed=config.seed, kinds=kinds)
-        _report_unused(shards, self.batches, self.wording, report)
-        common = shards.clips[int(np.argmax(kinds == np.bincount(kinds).argmax()))]
-        self.size = common["height"], common["width"]
-        if "scene" in common.get("extra", {}) and tokenize is not None:
-            indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
-            unseen = encode_scenes(self.codec, indices, **how)
-            videos = list(unseen)
-            latents = torch.stack([video.latents for video in videos])
-            text = tokenize([video.captions[0] for video in videos])
-            self.held_out = [{"latents": latents, "text": text}]
-        else:
-            self.held_out = list(read_held_out(task.latents, tokenize))
-        per_clip = task.flow.clip_frames * self.size[0] * self.size[1] // task.model.patch**2
+        units = tuple(map(schemes.parse, task.units))
+        self.objective = FlowMatching(module, schemes=units, config=task.flow)
+        shards.tokenize, batch_size = prompts.tokenize, config.batch_size
+        how: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
+        self.batches = Batches(shards, **how)
+        if left_out := self.batches.left_out:
+            report(
+                f"{left_out} of {len(shards)} clips are never trained on: of their sizes there are"
+                f" fewer than the {batch_size} of a batch; lower batch_size to use them"
+            )
+        if cut := prompts.too_long(set(shards.captions)):
+            report(cut)
+        self.held_out = self._held_out(shards)
+        per_clip = task.flow.clip_frames * height * width // transformer.config.patch**2
         tokens = per_clip * (2 if task.flow.context == "clean" else 1)
-        self.tokens_per_batch = tokens * config.batch_size
-        flops = transformer.flops(tokens, keys=tokens, words=task.text.max_tokens)
-        self.flops_per_batch = 3.0 * flops * config.batch_size
+        self.tokens_per_batch = tokens * batch_size
+        words = shards.get([0], np.random.default_rng(0))["text"].shape[1]
+        flops = transformer.flops(tokens, keys=tokens, words=words)
+        self.flops_per_batch = 3.0 * flops * batch_size
+
+    def _open(self, codec: Codec, report: Report) -> LatentShards:
+        """Open the latents, made first if they are of the world and not there."""
+        task = self.task
+        if not task.latents.exists():
+            how = {"num_videos": task.num_videos, **self.encoding}
+            encode_world(codec, task.latents, report=report, **how)
+        shards = LatentShards(task.latents)
+        source = str(task.codec or task.init)
+        check_codec(task.latents, shards.info, codec, checkpoint=source)
+        return shards
+
+    def _held_out(self, shards: LatentShards) -> list[dict[str, Tensor]]:
+        """Return batches of unseen clips: of the world, or of what the folder holds out."""
+        if "scene" not in shards.clips[0].get("extra", {}) or shards.tokenize is None:
+            return list(read_held_out(shards.folder, shards.tokenize))
+        indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
+        videos = list(encode_scenes(self.pipe.codec, indices, **self.encoding))
+        text = shards.tokenize([video.captions[0] for video in videos])
+        return [{"latents": torch.stack([video.latents for video in videos]), "text": text}]
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
@@ -164,51 +198,6 @@ class TextToVideoTask:
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, TextToVideo)
-        sides = zip(("height", "width"), self.size, self.codec.stride[1:], strict=True)
-        pipe = VideoPipeline(
-            transformer=module.transformer,
-            prompt_encoder=self.wording.along(module.text),
-            codec=self.codec,
-            sampling=self.task.sampling,
-            meta={"units": list(self.task.units), **meta},
-            **{name: side * stride for name, side, stride in sides},
-        )
+        pipe = with_networks(self.pipe, module)
+        pipe.meta = {"units": list(self.task.units), **meta}
         pipe.save_pretrained(folder, overwrite=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Train the generator of a checkpoint on prepared videos; sizes are those it has."""
-
-    latents: Annotated[Path, arg(aliases=["--data.path"])]
-    """Folder that `videoar prepare` wrote."""
-    init: str = "toy-base"
-    """Checkpoint to begin with: a bundled name or a folder."""
-    units: tuple[str, ...]
-    """Unit schemes, drawn from at every step."""
-    flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
-    """The objective."""
-
-    def build(self, config: TrainConfig, report: Report) -> TextToVideoTask:
-        if not self.latents.is_dir():
-            raise ValueError(
-                f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
-                f" VIDEOS {self.latents}`, or name it with --task.latents"
-            )
-        folder = resolve(self.init)
-        pipe = VideoPipeline.from_pretrained(folder)
-        prompts = pipe.prompt_encoder
-        trained = isinstance(prompts, TinyPromptEncoder)
-        info = check_codec(self.latents, pipe.codec, checkpoint=self.init)
-        task = TextToVideoConfig(
-            codec=folder,
-            latents=self.latents,
-            units=self.units,
-            model=pipe.transformer.config,
-            text=prompts.encoder.config if trained else TextEncoderConfig(),
-            flow=self.flow,
-            sampling=replace(pipe.sampling, fps=round(info.fps)),
-            init=folder,
-        )
-        return TextToVideoTask(task, config, report)

@@ -15,6 +15,7 @@ from reference import Oracle
 from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
+from videoar.cli import arguments
 from videoar.core.flow import renoise_step
 from videoar.core.loss import layout
 from videoar.core.sampler import Sampler, SamplerConfig
@@ -33,6 +34,7 @@ from videoar.training.distillation.stages import (
 )
 from videoar.training.loop import TrainConfig, train
 from videoar.training.objectives import TextToVideo
+from videoar.training.recipes import find
 from videoar.training.run_folder import checkpoints, read_log
 
 WORDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
@@ -226,6 +228,20 @@ def test_each_player_gets_its_own_gradients(loss: str) -> None:
     assert all(p.grad is None for p in objective.teacher.parameters())
 
 
+def test_the_critic_has_a_learning_rate_of_its_own() -> None:
+    """`--critic-learning-rate` reaches its optimizer, Muon's alike; the student's stays."""
+    default = find("toy-same")
+    words = ["--critic-learning-rate", "0.02", "--optimizer.muon-learning-rate", "0.3"]
+    run = arguments.read(TrainConfig, words, prog="", default=default)
+    rate = run.task.distillation.critic_learning_rate
+    optimizers = _objective(critic_learning_rate=rate).optimizers(run.optimizer)
+    assert optimizers["student"] == run.optimizer
+    critic = optimizers["critic"]
+    assert critic.learning_rate == 0.02
+    assert critic.muon_learning_rate == pytest.approx(0.3 * 0.02 / run.optimizer.learning_rate)
+    assert _objective().optimizers(run.optimizer)["critic"] == run.optimizer
+
+
 def test_exits_follow_the_seed_and_come_equally_often() -> None:
     """Runs with other seeds are other runs; and every step of the student is trained."""
 
@@ -393,7 +409,6 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         ({"teacher": "short"}, "clip_frames is 3, but .*short was trained on clips of 2"),
         ({"lora_rank": 0}, "lora_rank is 0: use 1 or more"),
         ({"num_validation": 0}, "num_validation is 0: use 1 or more"),
-        ({"distillation.unit_sigmas": True}, "unit_sigmas is set, but a teacher that reads"),
         ({"distillation.gradient_units": 0}, "gradient_units is 0"),
         ({"distillation.min_sigma": 0.99}, "min_sigma 0.99 and max_sigma 0.98"),
     ],
@@ -456,14 +471,13 @@ def test_a_teacher_of_clean_contexts_needs_a_causal_critic() -> None:
             _objective(context=context, critic=critic)
 
 
-def test_a_causal_teacher_and_critic_may_score_units_at_their_own_sigmas() -> None:
-    """Both were made for it; the loss is finite and reaches the student."""
-    objective = _objective(
-        context="clean", critic="causal", unit_sigmas=True, critic_warmup=0, critic_steps=1
-    )
+def test_a_causal_teacher_and_critic_score_the_units_of_a_clip_at_one_sigma() -> None:
+    """Clips have sigmas of their own; the loss is finite and reaches the student."""
+    objective = _objective(context="clean", critic="causal", critic_warmup=0, critic_steps=1)
     clip = Clip.of(_batch(), parse("frame"), frames=4, patch=2)
     _, sigma, _ = objective.noised(clip.tokens, clip, _rng())
-    assert len(sigma.unique()) == sigma.numel()
+    assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
+    assert len(sigma.unique()) == len(sigma)
     loss = objective.loss(_batch(), _rng(), step=1)["loss"]
     loss.backward()
     assert torch.isfinite(loss)

@@ -82,10 +82,10 @@ def critic_loss(
     expectation given half of the video, and the mean of two such is not that given all of it.
     """
     passes = torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).float()
-    apart = (passes - velocity).square().mean()
+    separate = (passes - velocity).square().mean()
     if critic == "separate":
-        return apart
-    return (passes.mean(0) - velocity).square().mean() + separate_weight * apart
+        return separate
+    return (passes.mean(0) - velocity).square().mean() + separate_weight * separate
 
 
 def unit_mean(
@@ -126,8 +126,8 @@ def matching_loss(
 
 def identity_loss(clean: Tensor, fake: Tensor, real: Tensor, unit: Tensor) -> Float[Tensor, ""]:
     """Score identity distillation with alpha 1: gradients flow through both networks, too."""
-    apart = real - fake
-    return (apart * (real - clean - apart) / _distance(clean, real, unit)).mean()
+    difference = real - fake
+    return (difference * (real - clean - difference) / _distance(clean, real, unit)).mean()
 
 
 def _distance(clean: Tensor, real: Tensor, unit: Tensor) -> Tensor:

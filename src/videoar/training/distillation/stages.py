@@ -18,15 +18,16 @@ cache: gradients never enter the cache, and activations that are recomputed find
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
 from videoar.core.loss import Reads
@@ -46,6 +47,7 @@ from videoar.training.distillation.scores import (
     score,
 )
 from videoar.training.objectives import SingleModule, TextToVideo
+from videoar.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ class DistillationConfig:
     critic_draws: int = 4
     """Noisy copies of each of the student's videos that the critic learns from: they cost less than
     a new video."""
+    critic_learning_rate: Annotated[float | None, arg(aliases=["--critic-learning-rate"])] = None
+    """Step size of the critic; None: that of the student. Muon's scales alike."""
     critic_warmup: int = 200
     """Steps of the critic before the first of the student."""
     gradient_units: int | None = None
@@ -85,8 +89,6 @@ class DistillationConfig:
     """Lowest of them."""
     max_sigma: float = 0.98
     """Highest of them."""
-    unit_sigmas: bool = False
-    """Whether every unit is scored at a sigma of its own, which a causal teacher can do."""
 
     def __post_init__(self) -> None:
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
@@ -298,17 +300,17 @@ class DistributionMatching(TeacherObjective):
                 f"critic is {self.config.critic}, but the teacher reads the past alone (context "
                 f"{self.context}): use a causal critic, or a teacher that reads everything."
             )
-        if self.context == "full" and self.config.unit_sigmas:
-            raise ValueError(
-                "unit_sigmas is set, but a teacher that reads everything was trained with one "
-                "sigma per clip: leave it out, or use a causal teacher."
-            )
-
-    groups = ("student", "critic")
 
     @property
     def result(self) -> nn.Module:
         return self.module.student
+
+    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+        critic, rate, muon = config, self.config.critic_learning_rate, config.muon_learning_rate
+        if rate is not None:
+            muon = muon and muon * rate / config.learning_rate
+            critic = replace(config, learning_rate=rate, muon_learning_rate=muon)
+        return {"student": config, "critic": critic}
 
     def group_of(self, step: int) -> str:
         late = step - self.config.critic_warmup
@@ -337,10 +339,9 @@ class DistributionMatching(TeacherObjective):
     def noised(
         self, clean: Tensor, clip: Clip, rng: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noisy tokens, their sigmas by unit, and the noise."""
+        """Return noisy tokens, their sigmas by unit, one for each clip, and the noise."""
         config, count = self.config, len(clip.units.sizes)
-        drawn = count if config.unit_sigmas else 1
-        sigma = random_sigmas((len(clean), drawn), rng, shift=config.score_shift)
+        sigma = random_sigmas((len(clean), 1), rng, shift=config.score_shift)
         sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
         return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
@@ -383,5 +384,5 @@ class DistributionMatching(TeacherObjective):
             real = clean_of(x, teach(x, sigma).float(), per_token)
         loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
         loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
-        apart = (fake - real).detach().square().mean()
-        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": apart}
+        difference = (fake - real).detach().square().mean()
+        return {"loss": loss, "student_loss": loss, "critic_minus_teacher": difference}

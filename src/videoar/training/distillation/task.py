@@ -1,7 +1,6 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +15,9 @@ from videoar.checkpoints.checkpoint import resolve
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import Wording
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
-from videoar.encoders.text_encoder import TinyPromptEncoder
-from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.evaluation.judge import judge_whole
 from videoar.evaluation.study import make
 from videoar.generation.pipeline import VideoPipeline
@@ -37,6 +33,7 @@ from videoar.training.loop import TrainConfig
 from videoar.training.lora import add_low_rank, merge_low_rank
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
+from videoar.training.text_to_video import networks_of, with_networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +73,8 @@ class StudentConfig:
         return StudentTask(self, config, report)
 
 
-def load_part(name: str, role: str) -> VideoPipeline:
-    """Load who takes a part, or say which checkpoint is missing."""
+def load_role(name: str, role: str) -> VideoPipeline:
+    """Load who takes a role, or say which checkpoint is missing."""
     try:
         return VideoPipeline.from_pretrained(resolve(name))
     except ValueError as error:
@@ -93,8 +90,8 @@ def context_of(pipe: VideoPipeline) -> Context:
     return task.get("flow", {}).get("context", "clean")
 
 
-def check_parts(
-    task: StudentConfig, teacher: VideoPipeline, parts: dict[str, VideoPipeline]
+def check_roles(
+    task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
 ) -> Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
@@ -112,36 +109,26 @@ def check_parts(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
         )
-    for role, pipe in parts.items():
-        for what, find in _FITTING.items():
-            ours, theirs = find(pipe), find(teacher)
-            if ours != theirs:
+    theirs = shared_traits(teacher)
+    for role, pipe in others.items():
+        for what, ours in shared_traits(pipe).items():
+            if ours != theirs[what]:
                 raise ValueError(
                     f"the {role} has the {what} {ours}, but the teacher {task.teacher} has"
-                    f" {theirs}: name checkpoints that share it"
+                    f" {theirs[what]}: name checkpoints that share it"
                 )
     return context
 
 
-def fitting(pipe: VideoPipeline) -> str:
-    """Return what must agree where two transformers are to take the same words."""
-    prompts = pipe.prompt_encoder
-    if isinstance(prompts, UMT5PromptEncoder):
-        return prompts.fingerprint()
-    assert isinstance(prompts, TinyPromptEncoder)
-    limit = prompts.encoder.config.max_tokens
-    return f"{limit} tokens of the vocabulary {prompts.tokenizer.fingerprint()}"
-
-
-_FITTING: dict[str, Callable[[VideoPipeline], Any]] = {
-    "codec": lambda pipe: pipe.codec.fingerprint(),
-    "latent channels and patch": lambda pipe: (
-        pipe.transformer.config.latent_channels,
-        pipe.transformer.config.patch,
-    ),
-    "frame size": lambda pipe: (pipe.width, pipe.height),
-    "words": fitting,
-}
+def shared_traits(pipe: VideoPipeline) -> dict[str, Any]:
+    """Return what must agree where transformers are to take the same clips and words."""
+    config = pipe.transformer.config
+    return {
+        "codec": pipe.codec.fingerprint(),
+        "latent channels and patch": (config.latent_channels, config.patch),
+        "frame size": (pipe.width, pipe.height),
+        "words": pipe.prompt_encoder.fingerprint(),
+    }
 
 
 def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) -> str:
@@ -160,64 +147,53 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
-def _size(clip: dict[str, Any]) -> tuple[int, int]:
-    return clip["height"], clip["width"]
-
-
 class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
-        self.task, self.config = task, config
-        teacher = load_part(task.teacher, "teacher")
-        student = load_part(task.student, "student")
-        parts, distillation = {"student": student}, task.distillation
-        follower = None
+        self.task, self.out = task, config.out
+        teacher = load_role(task.teacher, "teacher")
+        self.student = load_role(task.student, "student")
+        others, distillation = {"student": self.student}, task.distillation
         if distillation.stage == "dmd":
-            follower = load_part(task.critic or task.teacher, "critic")
-            parts["critic"] = follower
-        context = check_parts(task, teacher, parts)
-        check_codec(task.latents, student.codec, checkpoint=task.student)
-        self.wording = Wording.of(student.prompt_encoder, task.latents)
-        shards = LatentShards(task.latents, tokenize=self.wording.tokenize)
-        self.student = student
-        self._check_clips(shards, teacher)
-        schemes = tuple(map(parse, task.units))
-        module = self._trainable(student)
+            others["critic"] = load_role(task.critic or task.teacher, "critic")
+        context = check_roles(task, teacher, others)
+        prompts = self.student.prompt_encoder
+        self.shards = LatentShards(task.latents, tokenize=prompts.tokenize)
+        check_codec(task.latents, self.shards.info, self.student.codec, checkpoint=task.student)
+        self._check_clips(teacher)
+        self._set_defaults()
         taught: dict[str, Any] = {
-            "teacher": self._module(teacher),
+            "teacher": networks_of(teacher, self.shards),
             "context": context,
-            "schemes": schemes,
+            "schemes": tuple(map(parse, task.units)),
             "config": distillation,
             "seed": config.seed,
         }
-        self.objective: Initialisation | DistributionMatching
-        if follower is None:
-            self.objective = Initialisation(module, **taught)
-        else:
-            self.objective = DistributionMatching(module, self._trainable(follower), **taught)
-        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": shards.kinds}
-        self.batches = Batches(shards, **batches)
-        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
-        side = student.transformer.config.patch * student.codec.stride[1]
-        tokens = distillation.clip_frames * student.height * student.width // side**2
+        trained = [self._trainable(pipe) for pipe in others.values()]
+        kind = DistributionMatching if "critic" in others else Initialisation
+        self.objective = kind(*trained, **taught)
+        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
+        self.batches = Batches(self.shards, **batches)
+        self.of_the_world = "scene" in self.shards.clips[0].get("extra", {})
+        side = self.student.transformer.config.patch * self.student.codec.stride[1]
+        tokens = distillation.clip_frames * self.student.height * self.student.width // side**2
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
-        sizes = {name: pipe.transformer for name, pipe in (parts | {"teacher": teacher}).items()}
+        sizes = {name: pipe.transformer for name, pipe in (others | {"teacher": teacher}).items()}
         report(f"teacher {task.teacher} ({context}), student {task.student}")
         report(forecast(sizes, lora=task.lora_rank is not None))
         first = distillation.critic_warmup + distillation.critic_steps + 1
-        if follower is not None and config.steps < first:
+        if "critic" in others and config.steps < first:
             report(
                 f"the student does not move: its first step is step {first} of {config.steps};"
                 " raise steps, or lower critic_warmup"
             )
 
-    def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
+    def _check_clips(self, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
-        task = self.task
-        needed = task.distillation.clip_frames
-        shortest = min(clip["frames"] for clip in shards.clips)
+        task, clips = self.task, self.shards.clips
+        needed, shortest = task.distillation.clip_frames, min(clip["frames"] for clip in clips)
         if shortest < needed:
             raise ValueError(
                 f"{task.latents} has clips of {shortest} latent frames, but clip_frames is"
@@ -229,24 +205,35 @@ class StudentTask:
                 f"clip_frames is {needed}, but {task.teacher} was trained on clips of {trained}"
                 f" latent frames: use {trained} or fewer, or another teacher"
             )
-        stride, sizes = teacher.codec.stride[1:], Counter(_size(clip) for clip in shards.clips)
+        _, *stride = teacher.codec.stride
         own = teacher.height // stride[0], teacher.width // stride[1]
-        for size in sizes if teacher.meta else ():  # a folder of Wan says nothing of its sizes
-            if size != own:
+        for clip in clips if teacher.meta else ():  # a folder of Wan says nothing of its sizes
+            if (size := (clip["height"], clip["width"])) != own:
                 raise ValueError(
                     f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher}"
                     f" makes videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
                     f" {teacher.width}x{teacher.height}"
                 )
-        (height, width), _ = sizes.most_common(1)[0]
-        self.student.height, self.student.width = height * stride[0], width * stride[1]
 
-    def _module(self, pipe: VideoPipeline) -> TextToVideo:
-        text = Wording.of(pipe.prompt_encoder, self.task.latents).module
-        return TextToVideo(pipe.transformer, text)
+    def _set_defaults(self) -> None:
+        """Let the student make videos as it is distilled to, of the size that most clips have."""
+        student, config = self.student, self.task.distillation
+        old, units, stride = student.sampling, self.task.units, student.codec.stride
+        student.sampling = replace(
+            old,
+            units=old.units if old.units in units else units[0],
+            num_inference_steps=config.num_inference_steps,
+            shift=config.shift,
+            sigmas=None,
+            step="renoise",
+            guidance_scale=1.0,
+            context_noise=0.0,
+        )
+        height, width = self.shards.size
+        student.height, student.width = height * stride[1], width * stride[2]
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
-        module = self._module(pipe).requires_grad_(True)
+        module = networks_of(pipe, self.shards).requires_grad_(True)
         own_weights(module)
         module.text.requires_grad_(self.task.lora_rank is None)
         if self.task.lora_rank is not None:
@@ -270,29 +257,6 @@ class StudentTask:
         share = 1 / (config.critic_steps + 1)
         return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
 
-    def pipeline(self, module: nn.Module) -> VideoPipeline:
-        """Return what the student makes videos with."""
-        assert isinstance(module, TextToVideo)
-        config, old = self.task.distillation, self.student.sampling
-        sampling = replace(
-            old,
-            units=old.units if old.units in self.task.units else self.task.units[0],
-            num_inference_steps=config.num_inference_steps,
-            shift=config.shift,
-            sigmas=None,
-            step="renoise",
-            guidance_scale=1.0,
-            context_noise=0.0,
-        )
-        return VideoPipeline(
-            transformer=module.transformer,
-            prompt_encoder=self.wording.along(module.text),
-            codec=self.student.codec,
-            sampling=sampling,
-            height=self.student.height,
-            width=self.student.width,
-        )
-
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
@@ -300,10 +264,9 @@ class StudentTask:
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
         student freezes or fades.
         """
-        pipe, values, shown = self.pipeline(module), {}, []
+        pipe, values, shown = with_networks(self.student, module), {}, []
         pipe.codec.to(next(module.parameters()).device)
-        count, fps = self.task.num_validation, pipe.sampling.fps
-        prompts = held_out_prompts(count, seed=0) if self.of_the_world else self._captions(count)
+        prompts, fps = self._prompts(), pipe.sampling.fps
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
         for name in self.task.units:
@@ -316,22 +279,22 @@ class StudentTask:
             for key in ("color", "shape", "motion") if found else ():
                 scores = [video["scores"][key] for video in found]
                 values[f"{key}/{name}"] = float(np.mean(scores))
-        folder = self.config.out / "samples"
+        folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
         Image.fromarray(sheet).save(folder / f"step-{step}.png")
         return values
 
-    def _captions(self, count: int) -> list[dict[str, Any]]:
-        """Return prompts of the folder, of what it holds out if it does, each with a seed."""
-        held_out = self.task.latents / "heldout"
-        shards = LatentShards(held_out if held_out.is_dir() else self.task.latents)
-        captions = [caption for clip in shards.clips for caption in clip["captions"][:1]]
-        return [{"prompt": text, "seed": k} for k, text in enumerate((captions or [""])[:count])]
+    def _prompts(self) -> list[dict[str, Any]]:
+        """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
+        count, held_out = self.task.num_validation, self.task.latents / "heldout"
+        if self.of_the_world:
+            return held_out_prompts(count, seed=0)
+        clips = (LatentShards(held_out) if held_out.is_dir() else self.shards).clips[:count]
+        return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, TextToVideo)
-        merge_low_rank(module.transformer)
-        pipe = self.pipeline(module)
+        pipe = with_networks(self.student, module)
+        merge_low_rank(pipe.transformer)
         pipe.meta = {"units": list(self.task.units), **meta}
         pipe.save_pretrained(folder, overwrite=True)
