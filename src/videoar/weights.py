@@ -5,8 +5,6 @@ Files are mapped into memory, so a tensor costs nothing until it is used. Pickle
 """
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
 import os
 import pickle
@@ -22,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from videoar.checks import import_extra
 
 META = "videoar.json"
 CONFIG = "config.json"
@@ -201,13 +201,8 @@ def _list(keys: list[str]) -> str:
 
 def library(name: str) -> Any:
     """Import what the extra `wan` installs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"Wan's codec and text encoder need {name.partition('.')[0]} ({error}); "
-            "run `pip install 'videoar[wan]'`"
-        ) from error
+    needed = f"Wan's codec and text encoder need {name.partition('.')[0]}"
+    return import_extra(name, f"{needed} ({{}}); run `pip install 'videoar[wan]'`")
 
 
 Weights = dict[str, Tensor]

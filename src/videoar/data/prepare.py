@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import load_codec, resolve, surroundings
+from videoar.checks import import_extra
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
@@ -221,11 +222,10 @@ class _RayWorker:
 
 
 def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
-    try:
-        import ray.data
-    except ImportError as error:
-        message = "engine is ray, which is not installed: `pip install videoar[dist]`"
-        raise ValueError(message) from error
+    missing = "engine is ray, which is not installed: `pip install videoar[dist]`"
+    import_extra("ray.data", missing)
+    import ray.data
+
     if not todo:
         return
     cores = int(ray.available_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count()

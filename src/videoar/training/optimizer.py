@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from videoar.checks import MUST_BE, check_options
+
 # A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -35,10 +37,14 @@ class OptimizerConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        check(self, "learning_rate", self.learning_rate > 0, "above 0")
-        check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
-        check(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
-        check(self, "clip_norm", self.clip_norm > 0, "above 0")
+        check_options(
+            self,
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+            least={"warmup_steps": 0},
+            says=MUST_BE,
+        )
 
 
 def learning_rate(
@@ -168,9 +174,3 @@ def orthogonalise(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows 
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
-
-def check(config: Any, name: str, valid: bool, limit: str) -> None:
-    """Raise unless the field of a configuration is valid."""
-    if not valid:
-        raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")
