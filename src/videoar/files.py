@@ -26,11 +26,22 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is complete as soon as it exists."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a hidden name beside `path`: what is written there gets that name when it is whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a file that is complete as soon as it exists; dataclasses are dicts."""
+    text = json.dumps(value, indent=2, allow_nan=allow_nan, default=vars)
+    with written_whole(path) as partial:
+        partial.write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -85,9 +96,6 @@ def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
 
 
 def save(path: Path | None, value: Any) -> None:
-    """Replace the file as a whole, so that it is complete at any moment; dataclasses are dicts."""
+    """Keep figures, all of them numbers, if there is a file to keep them in."""
     if path is not None:
-        partial = path.with_name(f".{path.name}.partial")
-        text = json.dumps(value, allow_nan=False, default=vars)
-        partial.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, value, allow_nan=False)

@@ -6,7 +6,6 @@ Files are mapped into memory, so a tensor costs nothing until it is used. Pickle
 
 import dataclasses
 import json
-import os
 import pickle
 import re
 import typing
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from videoar.checks import import_extra
+from videoar.files import written_whole
 
 META = "videoar.json"
 CONFIG = "config.json"
@@ -55,10 +55,9 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
-    partial = file.with_name(f"{file.name}.partial")
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    with written_whole(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     (file.parent / CONFIG).write_text(text, encoding="utf-8")
 
 
