@@ -4,7 +4,7 @@ import difflib
 import importlib
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 USE, MUST_BE = "{} is {}: use {}.", "{} is {}, but must be {}: change it"
@@ -51,6 +51,33 @@ def check_whole(name: str, value: Any) -> None:
     """Raise unless a value is a whole number, or None."""
     right = value is None or isinstance(value, numbers.Integral)
     check(name, repr(value), right, "a whole number")
+
+
+def check_same(old: Any, new: Any, *, held: str, other: str, free: Collection[str] = ()) -> None:
+    """Raise for the first setting, by name, that is another now, unless it is free.
+
+    Args:
+        old: as nested dictionaries, as is `new`.
+        new: the settings that are asked for.
+        held: what has the old ones, as `runs/toy holds a run`.
+        other: what else can be named, as `folder`.
+        free: names of settings that may differ.
+    """
+    before, after = _flatten(old), _flatten(new)
+    for name in sorted((before.keys() | after.keys()) - set(free)):
+        was, now = before.get(name, "absent"), after.get(name, "absent")
+        if was != now:
+            raise ValueError(
+                f"{held} with {name} = {was}, but {now} is asked for: keep the old value, or name"
+                f" another {other}"
+            )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
 
 
 def import_extra(module: str, says: str) -> Any:
