@@ -13,6 +13,8 @@ from videoar.checks import MUST_BE, check_options
 
 # A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Parameters with one of these in their name stay with AdamW: what comes first and last.
+MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,6 @@ class OptimizerConfig:
     """Step size of AdamW on the plateau."""
     muon_learning_rate: float | None = None
     """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
-    muon_excludes: tuple[str, ...] = ("embed", "proj_out", "scale_shift_table", "position")
-    """Parameters with one of these in their name stay with AdamW: what comes first and last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.01
@@ -102,7 +102,7 @@ def _optimizers(
     for name, parameter in named.items():
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif muon is None or any(part in name for part in options.muon_excludes):
+        elif muon is None or any(part in name for part in MUON_EXCLUDES):
             outer.append(parameter)
         else:
             hidden.append(parameter)
