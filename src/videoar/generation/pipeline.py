@@ -26,10 +26,11 @@ from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
+from videoar.data.decode import Fit
 from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder
-from videoar.generation.conditioning import Fit, beginning
+from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
