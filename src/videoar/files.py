@@ -72,21 +72,25 @@ def replaced_folder(folder: Path, *, marker: str, overwrite: bool) -> Iterator[P
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_place(folder: Path) -> None:
+    """Raise unless files can be written to a folder that is there."""
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder {folder} is not writable; choose another one")
+
+
 def check_folder(path: Path) -> None:
     """Raise unless files can be written to a folder that is there or can be made."""
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder")
-    place = path if path.is_dir() else path.parent
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"the folder {place} is not writable; choose another one")
+    check_place(path if path.is_dir() else path.parent)
 
 
 def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
     """Return what a file that was saved earlier holds under a key; nothing if there is none."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    if path is not None:
+        check_place(path.parent)
     if path is None or not path.exists():
         return {}
     try:

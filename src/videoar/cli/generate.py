@@ -9,6 +9,7 @@ from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import say
+from videoar.files import check_place
 
 FIELDS = {
     "window": "window_frames",
@@ -21,8 +22,8 @@ def generate(args: options.Generate) -> int:
     from videoar.data.video import check_output, open_output
     from videoar.generation import conditioning
 
-    if args.report is not None and not args.report.parent.is_dir():
-        raise ValueError(f"the folder {args.report.parent} does not exist; create it first")
+    if args.report is not None:
+        check_place(args.report.parent)
     target = check_output(args.out, overwrite=args.force)
     image = None if args.image is None else conditioning.read_image(args.image)
     import torch
