@@ -56,11 +56,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        info: LatentsInfo,
-        dtype: torch.dtype = torch.float16,
+        self, folder: Path, *, info: LatentsInfo, dtype: torch.dtype = torch.float16
     ) -> None:
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty: choose a new folder for the latents")

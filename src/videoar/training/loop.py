@@ -19,12 +19,7 @@ from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective
-from videoar.training.optimizer import (
-    OptimizerConfig,
-    ParameterGroup,
-    ema_decay_at,
-    learning_rate,
-)
+from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
 from videoar.training.run_folder import LogLine, Report
 
 
