@@ -26,11 +26,22 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is complete as soon as it exists."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a hidden name beside `path`: what is written there gets that name when it is whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a file that is complete as soon as it exists; dataclasses are dicts."""
+    text = json.dumps(value, indent=2, allow_nan=allow_nan, default=vars)
+    with written_whole(path) as partial:
+        partial.write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -61,21 +72,25 @@ def replaced_folder(folder: Path, *, marker: str, overwrite: bool) -> Iterator[P
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_place(folder: Path) -> None:
+    """Raise unless files can be written to a folder that is there."""
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder {folder} is not writable; choose another one")
+
+
 def check_folder(path: Path) -> None:
     """Raise unless files can be written to a folder that is there or can be made."""
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder")
-    place = path if path.is_dir() else path.parent
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"the folder {place} is not writable; choose another one")
+    check_place(path if path.is_dir() else path.parent)
 
 
 def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
     """Return what a file that was saved earlier holds under a key; nothing if there is none."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    if path is not None:
+        check_place(path.parent)
     if path is None or not path.exists():
         return {}
     try:
@@ -85,9 +100,6 @@ def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
 
 
 def save(path: Path | None, value: Any) -> None:
-    """Replace the file as a whole, so that it is complete at any moment; dataclasses are dicts."""
+    """Keep figures, all of them numbers, if there is a file to keep them in."""
     if path is not None:
-        partial = path.with_name(f".{path.name}.partial")
-        text = json.dumps(value, allow_nan=False, default=vars)
-        partial.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, value, allow_nan=False)

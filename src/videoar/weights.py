@@ -5,10 +5,7 @@ Files are mapped into memory, so a tensor costs nothing until it is used. Pickle
 """
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
-import os
 import pickle
 import re
 import typing
@@ -22,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from videoar.checks import import_extra
+from videoar.files import written_whole
 
 META = "videoar.json"
 CONFIG = "config.json"
@@ -55,10 +55,9 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
-    partial = file.with_name(f"{file.name}.partial")
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    with written_whole(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     (file.parent / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -201,13 +200,8 @@ def _list(keys: list[str]) -> str:
 
 def library(name: str) -> Any:
     """Import what the extra `wan` installs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"Wan's codec and text encoder need {name.partition('.')[0]} ({error}); "
-            "run `pip install 'videoar[wan]'`"
-        ) from error
+    needed = f"Wan's codec and text encoder need {name.partition('.')[0]}"
+    return import_extra(name, f"{needed} ({{}}); run `pip install 'videoar[wan]'`")
 
 
 Weights = dict[str, Tensor]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from videoar import data
 from videoar.data.batches import Batches
 from videoar.data.latents import LatentShards, LatentsInfo, ShardWriter
 
@@ -29,30 +30,24 @@ class _Numbers:
 
 @given(
     count=st.integers(1, 40),
-    batch_size=st.integers(1, 5),
-    world_size=st.integers(1, 3),
+    batch_size=st.integers(1, 15),
     seed=st.integers(0, 99),
     epoch=st.integers(0, 3),
 )
-def test_epoch_takes_every_sample_once(count, batch_size, world_size, seed, epoch):
-    """Over all ranks no sample comes twice and only the remainder is dropped; else data is lost."""
-    per_step = batch_size * world_size
-    if count < per_step:
+def test_epoch_takes_every_sample_once(count, batch_size, seed, epoch):
+    """No sample comes twice and only the remainder is dropped; else data is lost."""
+    if count < batch_size:
         with pytest.raises(ValueError, match=f"has {count} samples, but one batch takes"):
-            Batches(_Numbers(count), batch_size=batch_size, seed=seed, world_size=world_size)
+            Batches(_Numbers(count), batch_size=batch_size, seed=seed)
         return
-    ranks = [
-        Batches(_Numbers(count), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    steps = count // per_step
+    batches = Batches(_Numbers(count), batch_size=batch_size, seed=seed)
+    steps = count // batch_size
     seen = [
         index
         for step in range(epoch * steps, (epoch + 1) * steps)
-        for batches in ranks
         for index in batches.indices(step)
     ]
-    assert len(seen) == len(set(seen)) == steps * per_step
+    assert len(seen) == len(set(seen)) == steps * batch_size
     assert set(seen) <= set(range(count))
 
 
@@ -65,22 +60,12 @@ def test_epochs_come_in_different_orders():
     assert first != Batches(_Numbers(32), batch_size=32, seed=1).indices(0)
 
 
-def test_ranks_together_take_what_one_rank_would():
-    """More processes share the same global batch; otherwise their number would change a run."""
-    whole = Batches(_Numbers(30), batch_size=6, seed=3)
-    parts = [
-        Batches(_Numbers(30), batch_size=3, seed=3, rank=rank, world_size=2) for rank in range(2)
-    ]
-    for step in range(10):
-        joined = [index for part in parts for index in part.indices(step)]
-        assert joined == whole.indices(step)
-
-
-def test_batch_is_a_function_of_the_step_alone():
+def test_batch_is_a_function_of_the_step_alone(monkeypatch):
     """Any order of asking, with or without prefetch, gives the same batches; resume rests on it."""
-    ahead = Batches(_Numbers(20), batch_size=3, seed=5)
-    alone = Batches(_Numbers(20), batch_size=3, seed=5, prefetch=0)
-    expected = [alone.batch(step) for step in range(14)]
+    ahead, alone = (Batches(_Numbers(20), batch_size=3, seed=5) for _ in range(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(data.batches, "AHEAD", 0)
+        expected = [alone.batch(step) for step in range(14)]
     for step in [*range(14), 4, 13, 0, 1, 1, 9]:
         batch = ahead.batch(step)
         assert torch.equal(batch["number"], expected[step]["number"])
@@ -110,18 +95,25 @@ def _make_clips(count, *, frames=3):
     return [torch.randn(frames, 2, 4, 5, generator=rng).half().float() for _ in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    """Several of them come of a few clips."""
+    monkeypatch.setattr(data.latents, "MAX_SHARD_CLIPS", 4)
+
+
 def _write(folder, clips, **options):
-    with ShardWriter(folder, info=INFO, clips_per_shard=4, **options) as writer:
+    with ShardWriter(folder, info=INFO, **options) as writer:
         for number, clip in enumerate(clips):
             writer.add(clip, captions=[f"clip {number}", f"CLIP {number}"], extra={"id": number})
     return folder
 
 
 @pytest.mark.parametrize("max_memory_bytes", [0, 1 << 20])
-def test_shards_return_what_was_written(tmp_path, max_memory_bytes):
+def test_shards_return_what_was_written(tmp_path, monkeypatch, max_memory_bytes):
     """Mapped or in memory, each clip comes back exactly with a caption of its own."""
+    monkeypatch.setattr(data.latents, "MAX_MEMORY_BYTES", max_memory_bytes)
     clips = _make_clips(10)
-    shards = LatentShards(_write(tmp_path / "set", clips), max_memory_bytes=max_memory_bytes)
+    shards = LatentShards(_write(tmp_path / "set", clips))
     assert len(shards) == 10
     rng = np.random.default_rng(0)
     captions = set()

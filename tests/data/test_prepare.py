@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
-import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -28,7 +28,7 @@ from videoar.cli.main import main
 from videoar.data.clips import make_parts
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
-from videoar.data.prepare import Progress
+from videoar.data.prepare import run as run_preparation
 from videoar.data.sources import list_sources
 from videoar.data.video import read_video
 from videoar.data.workers import Pool
@@ -578,10 +578,20 @@ def test_the_encoder_s_time_is_progress(tmp_path: Path) -> None:
     assert [value is None for value in heard] == [True, True, True, False] * 2
 
 
-def test_the_time_left_is_said_when_it_is_known() -> None:
+def test_the_time_left_is_said_when_it_is_known(clips: Path, exact: str, tmp_path: Path) -> None:
     """At first nothing tells it; a number would be wrong by far."""
-    assert str(Progress(0.0, 1, 0.2, math.inf)) == "0%  1 clips  0.2 clips/s"
-    assert str(Progress(0.5, 9, 2.0, 75.0)) == "50%  9 clips  2.0 clips/s  0:01:15 left"
+    lines = list[str]()
+    config = Prepare(
+        videos=clips, latents=tmp_path / "latents", codec=exact, num_frames=(9,), workers=1
+    )
+    run_preparation(config, lines.append)
+    said = r"(\d+)%  (\d+) clips  \d+\.\d clips/s"
+    first, *_, last = lines
+    assert re.fullmatch(said, first)
+    assert re.fullmatch(rf"{said}  0:00:00 left", last)
+    shares, counts = zip(*(map(int, re.match(said, line).groups()) for line in lines), strict=True)
+    assert (shares[0], counts[0], shares[-1]) == (0, 1, 100)
+    assert shares == tuple(sorted(shares))
 
 
 # ---------------------------------------------------------------- what is held out
@@ -673,8 +683,8 @@ def test_killed_and_begun_again_it_gives_the_same_bytes(
         "import os, signal, sys\n"
         "from videoar.cli import arguments\n"
         "from videoar.data import options, prepare\n"
-        "def show(progress):\n"
-        "    if progress.clips >= int(sys.argv[1]):\n"
+        "def show(line):\n"
+        "    if int(line.split()[1]) >= int(sys.argv[1]):\n"
         "        os.kill(int(sys.argv[2]) * os.getpid(), signal.SIGKILL)\n"
         "def joining(event, values):\n"
         "    if event == 'open' and 'shard-' in str(values[0]):\n"

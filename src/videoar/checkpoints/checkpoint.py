@@ -11,8 +11,6 @@ A checkpoint of this project is a folder::
 It is written whole and loaded strictly.
 """
 
-import difflib
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -28,6 +26,7 @@ import torch
 from videoar import __version__
 from videoar.checkpoints import wan
 from videoar.checkpoints.wan import TransformerWeights, merge_lora, read_foreign
+from videoar.checks import hint
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders import umt5, wan_codec
 from videoar.encoders.codec import Codec, PatchCodec, PatchCodecConfig
@@ -108,9 +107,8 @@ def resolve(name_or_path: str | Path) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
         return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}" if close else f"pass a folder that holds {META}, or a file"
-    raise ValueError(f"no checkpoint is called {name!r} ({known}); {hint}")
+    remedy = hint(name, names, "did you mean {!r}") or f"pass a folder that holds {META}, or a file"
+    raise ValueError(f"no checkpoint is called {name!r} ({known}); {remedy}")
 
 
 def _from_hub(name: str) -> Path:

@@ -15,14 +15,7 @@ from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, Transformer
 from videoar.core.transformer import ModelConfig
 from videoar.encoders import umt5, wan_codec
 from videoar.files import replaced_folder
-from videoar.weights import (
-    CONFIG,
-    Component,
-    Weights,
-    as_dtype,
-    read_json,
-    save_weights,
-)
+from videoar.weights import CONFIG, Component, Weights, as_dtype, read_json, save_weights
 
 
 def wan_names(weights: Weights) -> Weights:

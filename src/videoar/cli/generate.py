@@ -1,6 +1,5 @@
 """`videoar generate`."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -9,11 +8,10 @@ from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import say
+from videoar.files import check_place
 
-FIELDS = {
-    "window": "window_frames",
-    "sink": "sink_frames",
-}  # of `GenerationConfig`, by their options
+FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_prompt", "lag")
+"""Options that are fields of `GenerationConfig` under their own names."""
 
 
 def generate(args: options.Generate) -> int:
@@ -21,8 +19,8 @@ def generate(args: options.Generate) -> int:
     from videoar.data.video import check_output, open_output
     from videoar.generation import conditioning
 
-    if args.report is not None and not args.report.parent.is_dir():
-        raise ValueError(f"the folder {args.report.parent} does not exist; create it first")
+    if args.report is not None:
+        check_place(args.report.parent)
     target = check_output(args.out, overwrite=args.force)
     image = None if args.image is None else conditioning.read_image(args.image)
     import torch
@@ -30,18 +28,16 @@ def generate(args: options.Generate) -> int:
     from videoar.cli.progress import Progress, how_far
     from videoar.core import schemes
     from videoar.generation import stream
-    from videoar.generation.config import GenerationConfig
     from videoar.generation.pipeline import VideoPipeline
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.units is not None:
         schemes.parse(args.units)  # what is wrong with it is said before weights are loaded
-    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
-    given = {FIELDS.get(k, k): value for k, value in vars(args).items() if value is not None}
-    given = {name: value for name, value in given.items() if name in fields}
-    if args.window == "all":
-        given["window_frames"] = None
+    given = {name: getattr(args, name) for name in FIELDS} | {"sink_frames": args.sink}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.window is not None:
+        given["window_frames"] = None if args.window == "all" else args.window
     names = ("base", "lora", "codec", "preset", "dtype", "device", "offload")
     load = {name: getattr(args, name) for name in names}
     pipe = VideoPipeline.from_pretrained(args.model, **load)

@@ -31,12 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that wait by spinning, OpenMP's default, made a video 60 times
     # as slow beside another process on 2 cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not words or words[0] in ("-h", "--help"):
-        kinds = {name: (kind.__doc__ or "").splitlines() for name, kind in COMMANDS.items()}
-        lines = [f"  {name:<14} {line}" for name, (line, *_) in kinds.items()]
-        return exit_code(lambda: say(USAGE.format(commands="\n".join(lines))))
-    if words == ["--version"]:
-        return exit_code(lambda: say(f"videoar {__version__}"))
     return exit_code(lambda: parse(words)())
 
 
@@ -67,7 +61,13 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
         ValueError: unknown or malformed words, in one sentence.
         SystemExit: help was asked for and has been printed.
     """
-    name, *words = argv
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help"):
+        kinds = {name: (kind.__doc__ or "").splitlines() for name, kind in COMMANDS.items()}
+        lines = [f"  {name:<14} {line}" for name, (line, *_) in kinds.items()]
+        return functools.partial(say, USAGE.format(commands="\n".join(lines)))
+    if name == "--version":
+        return functools.partial(say, f"videoar {__version__}")
     if name not in COMMANDS:
         close = hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")

@@ -4,12 +4,13 @@ A new scheme is a frozen dataclass with `frames` and `segment`: see `docs/extend
 but this file and the recipes knows which schemes there are.
 """
 
-import difflib
 import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from videoar.checks import hint
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
@@ -150,9 +151,10 @@ def parse(text: str) -> Scheme:
             if match := re.fullmatch(pattern, text.strip()):
                 return build(*match.groups())
     names = {example.partition(":")[0]: example for example, _, _ in _KINDS}
-    close = difflib.get_close_matches(re.split("[:/]", text[:100])[0], names, n=1)
-    hint = f" Did you mean {names[close[0]]}?" if close else ""
-    raise ValueError(f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{hint}")
+    kind = hint(re.split("[:/]", text[:100])[0], names, "{}")
+    close = f" Did you mean {names[kind]}?" if kind else ""
+    known = ", ".join(names.values())
+    raise ValueError(f"Unknown units {text[:100]!r}: use one of {known}.{close}")
 
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from videoar.checks import check_options
 from videoar.core.attention import Mask, attend, rope_table, rotate
 from videoar.core.cache import KeyValue, KVCache
 
@@ -55,9 +56,7 @@ class ModelConfig:
 
     def __post_init__(self):
         counts = ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
+        check_options(self, least=dict.fromkeys(counts, 1))
         if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:
             sizes = f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim}"
             raise ValueError(f"{sizes} must be even numbers.")

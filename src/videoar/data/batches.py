@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+AHEAD = 2  # batches that a thread prepares meanwhile; changes none of them
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -23,18 +25,14 @@ class Dataset(Protocol):
 class Batches:
     """The batch of any step, as a pure function of (seed, step).
 
-    Each epoch is a fresh permutation of the dataset, cut into global batches of
-    `batch_size * world_size` samples, of which every rank takes its own part. What does not fill a
-    last global batch is dropped in that epoch: never repeated, and another remainder each time.
-    With `kinds`, all samples of a batch are of one kind, and the rule holds for each kind.
+    Each epoch is a fresh permutation of the dataset, cut into batches. What does not fill a last
+    batch is dropped in that epoch: never repeated, and another remainder each time. With `kinds`,
+    all samples of a batch are of one kind, and the rule holds for each kind.
 
     Args:
         dataset: The samples.
-        batch_size: Samples per batch and rank.
+        batch_size: Samples per batch.
         seed: Of the order and of the random choices within samples.
-        rank: This process among `world_size`.
-        world_size: Number of processes.
-        prefetch: How many batches a background thread prepares ahead; changes no batch.
         kinds: A number per sample; only samples of the same number share a batch.
     """
 
@@ -44,56 +42,46 @@ class Batches:
         *,
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 2,
         kinds: Int[np.ndarray, " samples"] | None = None,
     ) -> None:
-        assert 0 <= rank < world_size
-        per_step = batch_size * world_size
         self._kinds = np.zeros(len(dataset), np.int64) if kinds is None else kinds
         counts = np.unique_counts(self._kinds).counts
-        self.batches_per_epoch = int((counts // per_step).sum())
-        self.left_out = int(counts[counts < per_step].sum())
+        self.batches_per_epoch = int((counts // batch_size).sum())
+        self.left_out = int(counts[counts < batch_size].sum())
         """Samples of kinds that never fill a batch."""
         if not self.batches_per_epoch:
             most = f"the dataset has {len(dataset)} samples"
             if len(counts) > 1:
                 most += f", at most {counts.max()} of one size"
             raise ValueError(
-                f"{most}, but one batch takes {per_step}: add samples or lower batch_size"
+                f"{most}, but one batch takes {batch_size}: add samples or lower batch_size"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self._order = (-1, np.zeros((0, 0), np.int64))  # epoch, batches x samples
         self._ready: dict[int, Future[dict[str, Any]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def indices(self, step: int) -> list[int]:
-        """Return which samples this rank takes at `step`."""
+        """Return which samples are taken at `step`."""
         epoch, position = divmod(step, self.batches_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._batches_of(epoch))
-        start = self.rank * self.batch_size
-        return self._order[1][position, start : start + self.batch_size].tolist()
+        return self._order[1][position].tolist()
 
     def _batches_of(self, epoch: int) -> Int[np.ndarray, "batches samples"]:
         """Permute the samples and fill batches; one stands where its last sample does."""
         samples = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        per_step = self.batch_size * self.world_size
         places = []
         for kind in np.unique(self._kinds):
             (found,) = np.nonzero(self._kinds[samples] == kind)
-            whole = len(found) // per_step * per_step
-            places.append(found[:whole].reshape(-1, per_step))
+            whole = len(found) // self.batch_size * self.batch_size
+            places.append(found[:whole].reshape(-1, self.batch_size))
         full = np.concatenate(places)
         return samples[full[np.argsort(full[:, -1])]]
 
     def batch(self, step: int) -> dict[str, Any]:
         """Return the batch of `step`, and have the next ones prepared meanwhile."""
-        if not self.prefetch:
-            return self._make(step)
-        wanted = range(step, step + 1 + self.prefetch)
+        wanted = range(step, step + 1 + AHEAD)
         for stale in self._ready.keys() - set(wanted):
             self._ready.pop(stale).cancel()
         for ahead in wanted:
@@ -103,5 +91,5 @@ class Batches:
 
     def _make(self, step: int) -> dict[str, Any]:
         # The third word keeps these streams apart from the two-word ones of the permutations.
-        rng = np.random.default_rng([self.seed, step, 1 + self.rank])
+        rng = np.random.default_rng([self.seed, step, 1])
         return self.dataset.get(self.indices(step), rng)

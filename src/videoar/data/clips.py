@@ -6,7 +6,6 @@ with the pixels if it is held out, and at last `KEY.json`. What has no `KEY.json
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +26,13 @@ from torch import Tensor
 from videoar.checkpoints.checkpoint import load_codec
 from videoar.data import world
 from videoar.data.decode import Unusable, cut, duration, read
-from videoar.data.latents import LatentsInfo, ShardWriter
+from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
 from videoar.data.sources import Source
 from videoar.data.video import Frames, VideoWriter
 from videoar.data.world import scene_of
 from videoar.encoders.codec import Codec, from_frames
-from videoar.files import write_json
+from videoar.files import replaced_folder, write_json
 
 SHEET_EVERY, SHEET_SIDE = 64, 96
 
@@ -175,10 +174,11 @@ def encode_world(
     info = LatentsInfo(
         codec=codec.fingerprint(), channels=codec.latent_channels, stride=codec.stride, fps=16.0
     )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     started = time.perf_counter()
-    with ShardWriter(partial, info=info) as writer:
+    with (
+        replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
+        ShardWriter(partial, info=info) as writer,
+    ):
         how = {"num_latents": num_latents, "seed": seed, "dtype": dtype}
         videos = encode_scenes(codec, range(num_videos), **how)
         for done, video in enumerate(videos):
@@ -188,4 +188,3 @@ def encode_world(
                 report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
             extra = {"scene": video.scene.to_json()}
             writer.add(video.latents, captions=video.captions, extra=extra)
-    partial.rename(folder)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -33,6 +33,12 @@ ENLARGE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 UNTAGGED = 2  # FFmpeg's number of the unspecified colour matrix
 MAX_GAP = 10  # seconds; what timestamps skip beyond that was never filmed
 ROUNDING = 1e-6  # of a frame: moments half-way between two frames fall to the same side
+
+
+Size = tuple[int, int]
+"""Width and height."""
+Fit = Literal["crop", "letterbox"]
+"""How another shape is brought to a size: cut at the sides, or shown whole between bars."""
 
 
 class Unusable(ValueError):
@@ -64,12 +70,13 @@ def read(
     source: Source,
     *,
     fps: float,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
+    fit: Fit = "crop",
     scene_cut: float | None = None,
     max_seconds: float = math.inf,
     picture_fps: float | None = None,
 ) -> Iterator[Shown]:
-    """Yield the frames of a source at `fps`, in the size of nearest shape, cropped at the centre.
+    """Yield the frames of a source at `fps`, in the size of nearest shape.
 
     A frame of the result shows the source at its moment, by timestamps: the last frame that is at
     most half a frame later.
@@ -78,6 +85,7 @@ def read(
         source: What to read.
         fps: Frames per second of the result.
         sizes: Widths and heights to choose from.
+        fit: Whether frames are cropped at the centre, or as large as they fit into the size whole.
         scene_cut: Mean change of a pixel, of 1, that begins a new scene; None: only jumps of time.
         max_seconds: What is later is not used.
         picture_fps: Pictures of a sequence per second; `fps` by default.
@@ -93,7 +101,7 @@ def read(
         raws = _decode(source)
     size, last, picture, scaler = None, None, None, VideoReformatter()
     for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
-        size = size or _choose(sizes, *_shape(raw))
+        size = size or _choose(sizes, *_shape(raw), fit)
         if raw is not last:
             before, picture = picture, _fit(raw, *size, scaler)
             if scene_cut is not None and before is not None:
@@ -143,13 +151,16 @@ def _turns(raw: _Raw) -> int:
     return round(raw.frame.rotation / 90)
 
 
-def _choose(sizes: Sequence[tuple[int, int]], width: float, height: float) -> tuple[int, int]:
-    """Return the size whose shape is nearest, of which the crop leaves most."""
+def _choose(sizes: Sequence[Size], width: float, height: float, fit: Fit) -> Size:
+    """Return the size whose shape is nearest, of which the crop leaves most; or what fits there."""
 
-    def distance(size: tuple[int, int]) -> float:
+    def distance(size: Size) -> float:
         return abs(math.log(size[0] / size[1] / (width / height)))
 
     best = min(sizes, key=distance)
+    if fit == "letterbox":
+        scale = min(best[0] / width, best[1] / height)
+        best = max(1, round(width * scale)), max(1, round(height * scale))
     if (kept := math.exp(-distance(best))) < MIN_KEPT:
         raise Unusable(
             f"absurd size: {width:.0f}x{height:.0f} cropped to the shape of"

@@ -20,7 +20,8 @@ from torch import Tensor
 from videoar.encoders.codec import Codec
 from videoar.files import write_json
 
-FORMAT, MAX_SHARD_BYTES = 1, 256 << 20
+FORMAT, MAX_SHARD_BYTES, MAX_SHARD_CLIPS = 1, 256 << 20, 1024
+MAX_MEMORY_BYTES = 2 << 30  # larger folders are not read into memory, but stay mapped files
 EMPTY_TEXT = "empty-text.safetensors"
 """The rows of the empty prompt, if rows are stored."""
 INFO_NAME = "latents.json"
@@ -56,23 +57,16 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        info: LatentsInfo,
-        clips_per_shard: int = 1024,
-        dtype: torch.dtype = torch.float16,
+        self, folder: Path, *, info: LatentsInfo, dtype: torch.dtype = torch.float16
     ) -> None:
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.info, self.dtype = folder, info, dtype
-        self.clips_per_shard = clips_per_shard
         self._open: dict[torch.Size, list[tuple[dict[str, Tensor], dict[str, Any]]]] = {}
         self._index: list[dict[str, Any]] = []
         self._num_shards = 0
-        self._values_per_channel = 0
-        self._sums = torch.zeros(2, info.channels, dtype=torch.float64)
+        self._sums = torch.zeros(3, info.channels, dtype=torch.float64)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -107,8 +101,8 @@ class ShardWriter:
                 f" {latents.abs().max().item():g}: normalise the latents or store torch.bfloat16"
             )
         values = stored.double()
-        self._sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        self._values_per_channel += stored.numel() // self.info.channels
+        powers = (torch.ones_like(values), values, values.square())
+        self._sums += torch.stack([power.sum((0, 2, 3)) for power in powers])
         frames, _, height, width = stored.shape
         line: dict[str, Any] = {"captions": list(captions)}
         line |= {"frames": frames, "height": height, "width": width}
@@ -120,7 +114,7 @@ class ShardWriter:
         clips = self._open.setdefault(stored.shape, [])
         clips.append((tensors, line))
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if len(clips) >= min(self.clips_per_shard, max(1, MAX_SHARD_BYTES // size)):
+        if len(clips) >= min(MAX_SHARD_CLIPS, max(1, MAX_SHARD_BYTES // size)):
             self._flush(stored.shape)
 
     def _flush(self, shape: torch.Size) -> None:
@@ -135,7 +129,7 @@ class ShardWriter:
     def _close(self) -> None:
         for shape in list(self._open):
             self._flush(shape)
-        mean, square = self._sums / max(self._values_per_channel, 1)
+        mean, square = self._sums[1:] / self._sums[0].clamp_min(1)
         std = (square - mean.square()).clamp_min(0).sqrt()
         info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._index)
@@ -149,7 +143,6 @@ class LatentShards:
     Args:
         folder: The folder.
         tokenize: Turns captions into token ids; without it batches hold the captions themselves.
-        max_memory_bytes: Larger folders are not read into memory, but stay mapped files.
     """
 
     def __init__(
@@ -157,7 +150,6 @@ class LatentShards:
         folder: Path,
         *,
         tokenize: Callable[[list[str]], Int[Tensor, "batch words"]] | None = None,
-        max_memory_bytes: int = 2 << 30,
     ) -> None:
         self.folder, self.tokenize, self.info = folder, tokenize, read_info(folder)
         self.clips = _read_index(folder / INDEX_NAME)
@@ -171,7 +163,7 @@ class LatentShards:
                     f"{folder / INDEX_NAME} names row {clip['row']} of {clip['shard']}, which has"
                     f" {num_rows} rows: prepare the latents again"
                 )
-        if sum((folder / name).stat().st_size for name in names) <= max_memory_bytes:
+        if sum((folder / name).stat().st_size for name in names) <= MAX_MEMORY_BYTES:
             for name, shard in self._shards.items():
                 self._shards[name] = {key: rows[:] for key, rows in shard.items()}
 

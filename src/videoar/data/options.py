@@ -53,14 +53,13 @@ class Prepare:
             self,
             ("fps", 0 < self.fps <= 240, "a number above 0, up to 240"),
             ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
-            ("stride", self.stride is None or self.stride >= 1, "1 or more"),
             ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
             ("scene_cut", self.scene_cut is None or 0 < self.scene_cut < 1, "between 0 and 1"),
             ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
             ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
             ("max_seconds", self.max_seconds > 0, "a number above 0"),
             ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
-            ("workers", self.workers is None or self.workers >= 1, "1 or more"),
+            least={"stride": 1, "workers": 1},
         )
 
     @property

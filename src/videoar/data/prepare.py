@@ -8,7 +8,6 @@ processes or machines changes a byte of the result.
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -17,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import load_codec, resolve, surroundings
+from videoar.checks import import_extra
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
@@ -47,26 +47,8 @@ FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "en
 SHEET_CLIPS, TEXTS_AT_A_TIME = 48, 128
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a preparation is."""
-
-    share: float
-    """Of the bytes of all videos."""
-    clips: int
-    rate: float
-    """Clips per second in this run, which may have found some done."""
-    left: float
-    """Seconds; infinite as long as nothing tells."""
-
-    def __str__(self) -> str:
-        said = f"{self.share:.0%}  {self.clips} clips  {self.rate:.1f} clips/s"
-        left = self.left < math.inf and timedelta(seconds=int(self.left))
-        return f"{said}  {left} left" if left else said
-
-
-def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: None) -> Json:
-    """Prepare a folder, or go on with it, and return its statistics.
+def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Json:
+    """Prepare a folder, or go on with it, and return its statistics; `show` hears how far it is.
 
     Raises:
         ValueError: something does not fit, or no video gives a clip.
@@ -161,7 +143,7 @@ def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source
 
 
 def _make_parts(
-    config: Prepare, sources: list[Source], todo: list[Source], show: Callable[[Progress], None]
+    config: Prepare, sources: list[Source], todo: list[Source], show: Callable[[str], None]
 ) -> None:
     work = config.latents / WORK
     total = max(1, sum(source.size for source in sources))
@@ -181,8 +163,11 @@ def _make_parts(
         if event.kind == "lost":
             write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
         done, seconds = finished + sum(within.values()), time.perf_counter() - started
-        left = seconds * (total - done) / (done - before) if done > before else math.inf
-        show(Progress(done / total, clips, (clips - old) / max(seconds, 1e-9), left))
+        said = f"{done / total:.0%}  {clips} clips  {(clips - old) / seconds:.1f} clips/s"
+        if done > before:  # nothing else tells
+            left = timedelta(seconds=int(seconds * (total - done) / (done - before)))
+            said += f"  {left} left"
+        show(said)
 
 
 def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
@@ -221,11 +206,10 @@ class _RayWorker:
 
 
 def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
-    try:
-        import ray.data
-    except ImportError as error:
-        message = "engine is ray, which is not installed: `pip install videoar[dist]`"
-        raise ValueError(message) from error
+    missing = "engine is ray, which is not installed: `pip install videoar[dist]`"
+    import_extra("ray.data", missing)
+    import ray.data
+
     if not todo:
         return
     cores = int(ray.available_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count()

@@ -17,6 +17,8 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from videoar.files import check_place
+
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Picture = UInt8[np.ndarray, "rows columns 3"]
 
@@ -44,18 +46,9 @@ class Video:
         `.mp4` is H.264, `.mkv` lossless, `.webp` and `.gif` are animations for web pages, `.png`
         is a contact sheet of up to 32 frames in the order of reading.
         """
-        target = check_output(path, overwrite=overwrite)
-        if target.suffix.lower() in STREAMS:
-            with VideoWriter(target, fps=self.fps, overwrite=overwrite) as writer:
-                writer.write(self.frames)
-            return target
-        partial = _partial(target)
-        try:
-            _save_picture(self, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return target
+        with VideoWriter(path, fps=self.fps, overwrite=overwrite) as writer:
+            writer.write(self.frames)
+        return writer.path
 
 
 class VideoWriter:
@@ -63,17 +56,19 @@ class VideoWriter:
 
     Frames go to a hidden file beside the target. At the end, also when the user interrupts, that
     file is closed properly and gets its name, so what was generated can be watched. After any other
-    error it keeps its hidden name. Without a single frame there is no file.
+    error it keeps its hidden name. Without a single frame there is no file. Animations and contact
+    sheets are written in one piece: until the end their frames are held in memory.
     """
 
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False) -> None:
         self.path = check_output(path, overwrite=overwrite)
-        kind = self.path.suffix.lower()
+        # Its suffix says of what kind it is.
+        self.partial = self.path.with_name(f".{self.path.name}.partial{self.path.suffix}")
+        self.fps, self.num_frames = fps, 0
+        self._size, self._held = (0, 0), list[Frames]()
+        self._container, kind = None, self.path.suffix.lower()
         if kind not in STREAMS:
-            raise ValueError(f"a {kind} cannot be written frame by frame; use .mp4 or .mkv")
-        self.partial = _partial(self.path)
-        self.num_frames = 0
-        self._size = (0, 0)
+            return
         rate = Fraction(fps).limit_denominator(1001)  # 23.976 is meant as 24000/1001
         # Nothing is written before the first frame, which gives the size.
         self._container = av.open(str(self.partial), "w")
@@ -96,18 +91,24 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        try:
-            if self.num_frames:
-                self._container.mux(self._stream.encode())
-        finally:
-            self._container.close()
+        watched = kind is None or issubclass(kind, KeyboardInterrupt)
+        if self._container is not None:
+            with self._container:
+                if self.num_frames:
+                    self._container.mux(self._stream.encode())
+        elif self.num_frames and watched:
+            _save_picture(np.concatenate(self._held), self.fps, self.partial)
         if self.num_frames == 0:
             self.partial.unlink(missing_ok=True)
-        elif kind is None or issubclass(kind, KeyboardInterrupt):
+        elif watched:
             os.replace(self.partial, self.path)
 
     def write(self, frames: Frames) -> None:
         """Append frames; all must have the size of the first."""
+        if self._container is None:
+            self._held.append(frames)
+            self.num_frames += len(frames)
+            return
         stream, lossy = self._stream, self.path.suffix.lower() == ".mp4"
         for frame in frames:
             height, width = frame.shape[:2]
@@ -141,10 +142,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
         raise ValueError(f"{target.name!r} ends in {suffix!r}; use one of {', '.join(known)}")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; give the name of a file in it")
-    if not target.parent.is_dir():
-        raise ValueError(f"the folder {target.parent} does not exist; create it first")
-    if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"the folder {target.parent} is not writable; choose another one")
+    check_place(target.parent)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; choose another name or pass --force")
     return target
@@ -219,24 +217,19 @@ def _label(text: str, *, width: int) -> Picture:
     return np.asarray(picture)
 
 
-def _save_picture(video: Video, path: Path) -> None:
-    count, kind = len(video.frames), path.suffix.lower()
+def _save_picture(frames: Frames, fps: float, path: Path) -> None:
+    count, kind = len(frames), path.suffix.lower()
     if kind == ".png":
         chosen = np.linspace(0, count - 1, min(count, 32)).round().astype(int)
-        Image.fromarray(contact_sheet(video.frames[chosen])).save(path)
+        Image.fromarray(contact_sheet(frames[chosen])).save(path)
         return
     # These formats count whole milliseconds or hundredths of a second: round the moments and not
     # the durations, so that the error does not add up.
     unit = 10 if kind == ".gif" else 1
-    moments = (np.arange(count + 1) * 1000 / video.fps / unit).round().astype(int) * unit
+    moments = (np.arange(count + 1) * 1000 / fps / unit).round().astype(int) * unit
     durations = np.diff(moments).tolist()
-    first, *rest = [Image.fromarray(frame) for frame in video.frames]
+    first, *rest = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
-
-
-def _partial(path: Path) -> Path:
-    """Return the hidden name of a file in the making; it ends in the suffix that gives the kind."""
-    return path.with_name(f".{path.name}.partial{path.suffix}")
 
 
 def _open_input(path: str | Path) -> InputContainer:
@@ -257,34 +250,11 @@ def _open_input(path: str | Path) -> InputContainer:
 MAX_PICTURES = 1000  # of an animation or contact sheet, which is held in memory until complete
 
 
-def open_output(path: Path, *, num_frames: int, fps: float) -> "VideoWriter | Pictures":
+def open_output(path: Path, *, num_frames: int, fps: float) -> VideoWriter:
     """Return what writes a file of this kind; one that exists is replaced."""
-    if path.suffix.lower() in STREAMS:
-        return VideoWriter(path, fps=fps, overwrite=True)
-    if num_frames > MAX_PICTURES:
+    if path.suffix.lower() in PICTURES and num_frames > MAX_PICTURES:
         raise ValueError(
             f"a {path.suffix} of {num_frames} frames would be held in memory: make it "
             f"{MAX_PICTURES} frames or fewer, or write {' or '.join(STREAMS)}"
         )
-    return Pictures(path, fps=fps)
-
-
-class Pictures:
-    """Stands in for a `VideoWriter` where a format is written in one piece."""
-
-    def __init__(self, path: Path, *, fps: float) -> None:
-        self.path, self.fps, self.num_frames = path, fps, 0
-        self.frames: list[np.ndarray] = []
-
-    def __enter__(self) -> "Pictures":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        if self.frames and (kind is None or issubclass(kind, KeyboardInterrupt)):
-            video = Video(frames=np.concatenate(self.frames), fps=self.fps)
-            video.save(self.path, overwrite=True)
-
-    def write(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> None:
-        """Keep frames for the end."""
-        self.frames.append(frames)
-        self.num_frames += len(frames)
+    return VideoWriter(path, fps=fps, overwrite=True)

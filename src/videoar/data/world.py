@@ -194,12 +194,6 @@ GROUND_PHRASES = ("on a {} background", "over {}", "against a {} backdrop", "in 
 NOUN_PHRASES = ("a {0} {1} {2}", "one {0} {1} {2}", "a {0}, {1} {2}", "a {1} {2} of {3} size")
 
 
-def plain_caption(scene: Scene) -> str:
-    """Return the canonical caption of a scene."""
-    things = [f"a {x.size} {x.color} {x.shape} {MOTIONS[x.motion][0]}" for x in scene.things]
-    return f"{' and '.join(things)} on a {scene.background} background"
-
-
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe a scene in one of many phrasings that all name every attribute."""
     words = ("grey", "gray") if scene.background == "grey" else (scene.background,)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videoar.encoders.text_encoder import Rows, check_length
+from videoar.files import written_whole
 from videoar.weights import (
     CONFIG,
     Weights,
@@ -189,9 +190,8 @@ def clean(prompt: str) -> str:
 def _write_rows(file: Path, rows: Tensor) -> None:
     with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"rows": rows.contiguous()}, partial)
-        os.replace(partial, file)
+        with written_whole(file) as partial:
+            save_file({"rows": rows.contiguous()}, partial)
 
 
 def _t5_names(weights: Weights) -> Weights:

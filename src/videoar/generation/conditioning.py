@@ -5,18 +5,15 @@ Nothing here knows of tensors or models.
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from videoar.data.decode import Unusable, check_size, read, readable, upright
+from videoar.data.decode import Fit, Unusable, check_size, read, readable, upright
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames, Picture
-
-Fit = Literal["crop", "letterbox"]
-"""How another shape is brought to the model's: cut at the sides, or shown whole between bars."""
 
 
 def read_image(path: str | Path) -> Picture:
@@ -48,10 +45,7 @@ def read_clip(
     if source is None:
         raise ValueError(f"there is no file {path} or folder of pictures; give the path of one")
     count = None if seconds is None else max(1, round(seconds * fps))
-    # Of all sizes that touch two sides of the frame, the one of nearest shape is chosen.
-    inside = [*((width, side) for side in range(1, height + 1))]
-    inside += [(side, height) for side in range(1, width)]
-    shown = read(source, fps=fps, sizes=[(width, height)] if fit == "crop" else inside)
+    shown = read(source, fps=fps, sizes=[(width, height)], fit=fit)
     try:
         frames = [frame.picture for frame in itertools.islice(shown, count)]
     except Unusable as error:

@@ -5,6 +5,7 @@ import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from videoar.checks import check, check_options, check_whole
 from videoar.core.schemes import Scheme
 from videoar.core.units import Units, Visible
 
@@ -44,10 +45,9 @@ class GenerationConfig:
         for name in ("num_inference_steps", "window_frames", "sink_frames", "lag"):
             check_whole(name, getattr(self, name))
         for name in ("shift", "guidance_scale", "context_noise", "fps"):
-            if not isinstance(value := getattr(self, name), numbers.Real):
-                raise ValueError(f"{name} is {value!r}: use a number.")
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps is {self.fps}: use a number above 0, such as 16.")
+            value = getattr(self, name)
+            check(name, repr(value), isinstance(value, numbers.Real), "a number")
+        check("fps", self.fps, 0 < self.fps < math.inf, "a number above 0, such as 16")
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace."""
@@ -58,8 +58,7 @@ class GenerationConfig:
     def visible(self, units: Units) -> Visible:
         """Return the visibility over `units`: sink and window in whole units."""
         segment = units.segment_frames
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames is {self.sink_frames}: use 0 or more.")
+        check_options(self, least={"sink_frames": 0})
         if self.window_frames is None or units.count == units.units_per_segment:
             return Visible()
         if self.window_frames < segment:
@@ -70,9 +69,3 @@ class GenerationConfig:
         sink = units.whole_segments(self.sink_frames, window=self.window_frames)
         window = (self.window_frames - sink) // segment * segment
         return Visible(window=units.units_of(window), sink=units.units_of(sink))
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless a value is a whole number, or None."""
-    if value is not None and not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {value!r}: use a whole number.")

@@ -19,17 +19,19 @@ from videoar.checkpoints.checkpoint import (
     resolve,
     save_checkpoint,
 )
+from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
+from videoar.data.decode import Fit
 from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder
-from videoar.generation.conditioning import Fit, beginning
-from videoar.generation.config import GenerationConfig, check_whole
+from videoar.generation.conditioning import beginning
+from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
 from videoar.weights import Component, as_dtype
@@ -251,14 +253,12 @@ def _check(
     if not any(prompt.strip() for prompt in prompts):
         raise ValueError("The prompt is empty: describe the video in a few words.")
     check_whole("num_frames", num_frames)
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}: use 1 or more.")
+    check("num_frames", num_frames, num_frames is None or num_frames >= 1, "1 or more")
     for seed in seeds:
         check_whole("seed", seed)
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed is {seed}: use 0 to {MAX_SEED}.")
-    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
-        raise ValueError(f"guidance_scale is {options.guidance_scale}: use 0 or more.")
+        check("seed", seed, 0 <= seed <= MAX_SEED, f"0 to {MAX_SEED}")
+    scale = options.guidance_scale
+    check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
     if len(prompts) != len(seeds):
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from videoar.core.sampler import Sampler
 from videoar.core.tokens import Assembler
-from videoar.data.video import Pictures, VideoWriter
+from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
 from videoar.machine import peak_bytes, process_seconds
 
@@ -118,7 +118,7 @@ class Generation:
 
 def write(
     generation: Generation,
-    writer: VideoWriter | Pictures,
+    writer: VideoWriter,
     *,
     started: float,
     fps: float,

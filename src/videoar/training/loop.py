@@ -14,17 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
+from videoar.checks import MUST_BE, check_options
 from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective
-from videoar.training.optimizer import (
-    OptimizerConfig,
-    ParameterGroup,
-    check,
-    ema_decay_at,
-    learning_rate,
-)
+from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
 from videoar.training.run_folder import LogLine, Report
 
 
@@ -97,12 +92,10 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            check(self, name, getattr(self, name) >= 1, "1 or more")
-        check(self, "seed", self.seed >= 0, "0 or more")
-        check(self, "sample_every", self.sample_every >= 0, "0 or more")
-        check(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
-        check(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "1 or more")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
+        least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
+        decay = ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
+        check_options(self, decay, least=least, says=MUST_BE)
 
 
 def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:

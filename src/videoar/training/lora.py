@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from videoar.checks import import_extra
 from videoar.core.transformer import VideoTransformer
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
@@ -11,12 +12,8 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
 def add_low_rank(model: VideoTransformer, rank: int) -> None:
     """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
-        ) from error
+    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+    peft = import_extra("peft", missing)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
     peft.inject_adapter_in_model(config, model)
 

@@ -9,8 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from videoar.checks import MUST_BE, check_options
+
 # A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Parameters with one of these in their name stay with AdamW: what comes first and last.
+MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,6 @@ class OptimizerConfig:
     """Step size of AdamW on the plateau."""
     muon_learning_rate: float | None = None
     """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
-    muon_excludes: tuple[str, ...] = ("embed", "proj_out", "scale_shift_table", "position")
-    """Parameters with one of these in their name stay with AdamW: what comes first and last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.01
@@ -35,10 +37,14 @@ class OptimizerConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        check(self, "learning_rate", self.learning_rate > 0, "above 0")
-        check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
-        check(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
-        check(self, "clip_norm", self.clip_norm > 0, "above 0")
+        check_options(
+            self,
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+            least={"warmup_steps": 0},
+            says=MUST_BE,
+        )
 
 
 def learning_rate(
@@ -100,7 +106,7 @@ def _optimizers(
     for name, parameter in named.items():
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif muon is None or any(part in name for part in options.muon_excludes):
+        elif muon is None or any(part in name for part in MUON_EXCLUDES):
             outer.append(parameter)
         else:
             hidden.append(parameter)
@@ -177,9 +183,3 @@ def orthogonalise(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows 
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
-
-def check(config: Any, name: str, valid: bool, limit: str) -> None:
-    """Raise unless the field of a configuration is valid."""
-    if not valid:
-        raise ValueError(f"{name} is {getattr(config, name)}, but must be {limit}: change it")

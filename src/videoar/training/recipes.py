@@ -3,12 +3,12 @@
 A name on the command line is a function here, or `package.module:function` anywhere.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from videoar.checks import hint
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
@@ -369,9 +369,7 @@ def find(name: str) -> TrainConfig:
                 f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig."
             )
         return config
-    close = difflib.get_close_matches(name, RECIPES, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
     raise ValueError(
         f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)},"
-        f" or package.module:function.{hint}"
+        f" or package.module:function.{hint(name, RECIPES, ' Did you mean {}?')}"
     )

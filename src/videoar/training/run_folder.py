@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from videoar.files import Json
+from videoar.checks import check_same
+from videoar.files import Json, write_json, written_whole
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
 
@@ -52,28 +52,14 @@ def claim(out: Path, config: Json) -> None:
     owner = out / "run.json"
     begun = (out / "log.jsonl").exists() or (out / "checkpoints").exists()
     if owner.is_file() and begun:
-        old, new = _flatten(json.loads(owner.read_text(encoding="utf-8"))), _flatten(config)
-        for key in sorted((old.keys() | new.keys()) - FREE_FIELDS):
-            before, after = old.get(key, "absent"), new.get(key, "absent")
-            if before != after:
-                raise ValueError(
-                    f"{out} holds a run with {key} = {before}, but {after} is asked for: keep the"
-                    " old value, or name another folder"
-                )
+        old, held = json.loads(owner.read_text(encoding="utf-8")), f"{out} holds a run"
+        check_same(old, config, held=held, other="folder", free=FREE_FIELDS)
     elif out.exists() and (
-        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.partial"}
+        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.json.partial"}
     ):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / ".run.partial", config)
-    os.replace(out / ".run.partial", owner)
-
-
-def _flatten(value: Any, prefix: str = "") -> Json:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
-    return {key: item for part in parts for key, item in part.items()}
+    write_json(owner, config)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -98,7 +84,7 @@ def write_checkpoint(
         for left_over in target.parent.glob(".step-*"):
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
-        _write_json(partial / "state.json", state)
+        write_json(partial / "state.json", state)
     ranks.wait()
     for stem, named in tensors.items():
         save(partial / stem, named, ranks)
@@ -157,9 +143,8 @@ class Log:
         self.report = report
         path = out / "log.jsonl"
         rows = [row for row in read_log(out) if row["step"] <= after]
-        partial = path.with_name(".log.partial")
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         # Line by line, so that a checkpoint never knows of a line that the file lacks.
         self.file = path.open("a", buffering=1, encoding="utf-8")
         try:
@@ -253,7 +238,3 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _write_json(path: Path, value: Json) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

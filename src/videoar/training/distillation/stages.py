@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tyro.conf import arg
 
+from videoar.checks import check_options
 from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
 from videoar.core.loss import Reads
 from videoar.core.schemes import Scheme
@@ -92,13 +93,15 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
-        check_ranges(self, **dict.fromkeys(whole, 1))
-        check_ranges(self, critic_warmup=0, separate_weight=0, guidance_scale=0)
-        for name in ("shift", "score_shift"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a number above 0, as 5.")
-        if self.gradient_units is not None and self.gradient_units < 1:
-            raise ValueError(f"gradient_units is {self.gradient_units}: use 1 or more, or None.")
+        free = ("critic_warmup", "separate_weight", "guidance_scale")
+        units = self.gradient_units
+        check_options(
+            self,
+            ("shift", self.shift > 0, "a number above 0, as 5"),
+            ("score_shift", self.score_shift > 0, "a number above 0, as 5"),
+            ("gradient_units", units is None or units >= 1, "1 or more, or None"),
+            least=dict.fromkeys(whole, 1) | dict.fromkeys(free, 0),
+        )
         if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
             raise ValueError(
                 f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
@@ -114,13 +117,6 @@ class DistillationConfig:
     def sigmas(self) -> tuple[float, ...]:
         """The sigmas of the student."""
         return sigma_steps(self.num_inference_steps, shift=self.shift)
-
-
-def check_ranges(config: Any, **least: int) -> None:
-    """Raise unless fields of a configuration have at least these values."""
-    for name, low in least.items():
-        if (value := getattr(config, name)) < low:
-            raise ValueError(f"{name} is {value}: use {low} or more.")
 
 
 class Critic(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import resolve
+from videoar.checks import check_options
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -26,7 +27,6 @@ from videoar.training.distillation.stages import (
     DistillationConfig,
     DistributionMatching,
     Initialisation,
-    check_ranges,
 )
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
@@ -62,7 +62,7 @@ class StudentConfig:
     """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_validation=1, **({} if self.lora_rank is None else {"lora_rank": 1}))
+        check_options(self, least={"num_validation": 1, "lora_rank": 1})
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
         if not self.latents.is_dir():
