@@ -18,6 +18,7 @@ from videoar.cli.progress import say
 from videoar.core.schemes import KINDS
 from videoar.data.video import decode_frames, read_video, side_by_side
 from videoar.evaluation import judge
+from videoar.evaluation.lengths import WINDOW_SECONDS
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 
@@ -29,7 +30,6 @@ def demo(args: options.Demo) -> None:
 
 
 DEMO_PROMPT = "a small red ball bounces up and down on a black background"
-CLIP_SECONDS = 4.0  # of the short videos of the demo, and of what its judge sees at a time
 
 
 def run(args: options.Demo, report: Callable[[str], None]) -> None:
@@ -40,7 +40,7 @@ def run(args: options.Demo, report: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         clip, figures = Path(scratch) / "clip.mp4", Path(scratch) / "report.json"
         for kind in kinds:
-            rows.append(_generate_apart(kind, clip, CLIP_SECONDS, figures, model=args.model))
+            rows.append(_generate_apart(kind, clip, WINDOW_SECONDS, figures, model=args.model))
             report(_line(rows[-1]))
             videos.append(read_video(clip))
             rows[-1]["seen"] = seen([videos[-1].frames], fps=videos[-1].fps)

@@ -26,11 +26,10 @@ from videoar.data.world import (
     coverage,
     wrap,
 )
+from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 from videoar.evaluation.metrics import properties, slope
-from videoar.evaluation.options import WINDOW_SECONDS
 from videoar.files import Json
 
-MIN_SECONDS = 1.5  # shorter clips do not tell a bounce from a drift
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
 """Slower (as a share), lower, tighter or weaker is called still: a generated thing trembles."""
 MAX_STRAY = 16.0  # variance, in square units, by which a track may miss its motion's law

@@ -9,8 +9,8 @@ from tyro.conf import Positional, arg
 
 from videoar.checks import check_options
 from videoar.core.schemes import KINDS
+from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 
-WINDOW_SECONDS = 4.0  # of the first and last window in which long videos are judged
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
@@ -123,12 +123,13 @@ class Compare:
     """JSON file with the scores of every video; what it holds is not computed again."""
 
     def __post_init__(self) -> None:
+        right = MIN_SECONDS <= self.seconds <= WINDOW_SECONDS
         check_options(
             self,
             ("entries", len(self.entries) > 0, "one or more, such as toy"),
             ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
             ("seeds", self.seeds >= 1, "1 or more"),
-            ("seconds", 1.5 <= self.seconds <= WINDOW_SECONDS, "1.5 to 4, as the judge needs"),
+            ("seconds", right, "1.5 to 4, as the judge needs"),
             ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
             ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
             ("seed", self.seed >= 0, "0 or more"),

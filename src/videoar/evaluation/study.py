@@ -21,7 +21,8 @@ from videoar.data import world
 from videoar.data.world import held_out_prompts
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.evaluation.judge import Clips, judge_ends, judge_whole
-from videoar.evaluation.options import WINDOW_SECONDS, Evaluate
+from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.options import Evaluate
 from videoar.evaluation.tables import COMPARED, Report, Row, difference, row_of
 from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
