@@ -56,7 +56,8 @@ FROZEN = {
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
     "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
-    "num_inference_steps shift guidance_scale out data",
+    "num_inference_steps shift guidance_scale out",
+    "evaluate heldout": "checkpoint data units seed out",
     "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
     "out",
     "demo": "out model seconds",
@@ -323,6 +324,9 @@ BAD = [
     (("info", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
     (("demo", "--out", "missing/demo"), "missing does not exist"),
     (("evaluate", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
+    (("evaluate", "CHECKPOINT", "--data", "latents"), "videoar evaluate heldout"),
+    (("evaluate", "heldout", "CHECKPOINT"), "--data"),
+    (("evaluate", "heldout", "CHECKPOINT", "--data", "x", "--shift", "2"), "option '--shift'"),
     (("bench", "CHECKPOINT", "--num-inference-steps", "0"), "num_inference_steps is 0"),
 ]
 

@@ -81,8 +81,6 @@ class Evaluate:
     """Classifier-free guidance."""
     out: Path | None = None
     """JSON file with the scores of every video; kinds that it holds are not computed again."""
-    data: Path | None = None
-    """Prepared videos: measure reconstruction and loss on what they hold out, and nothing else."""
 
     def __post_init__(self) -> None:
         check_options(
@@ -134,4 +132,27 @@ class Compare:
             ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Measure reconstruction and loss on the clips that prepared videos hold out."""
+
+    checkpoint: Positional[Checkpoint] = "toy"
+    """A bundled name or a folder."""
+    data: Path
+    """Folder of prepared videos."""
+    units: tuple[str, ...] = KINDS
+    """Kinds of unit; differences are taken to the first."""
+    seed: int = 0
+    """Of the noise."""
+    out: Path | None = None
+    """JSON file with the figures of every clip; it must not exist."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
+            ("seed", self.seed >= 0, "0 or more"),
         )
