@@ -55,11 +55,11 @@ FROZEN = {
     "held_out max_seconds timeout workers device engine",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
-    "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
-    "num_inference_steps shift guidance_scale out",
+    "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
+    "seconds num_inference_steps shift guidance_scale",
     "evaluate heldout": "checkpoint data units seed out",
-    "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
-    "out",
+    "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
+    "seconds",
     "demo": "out model seconds",
 }
 

@@ -1,13 +1,12 @@
 """`videoar evaluate`, `videoar evaluate heldout`, `videoar compare` and `videoar bench`."""
 
 from videoar.cli.progress import say
-from videoar.evaluation import compare as comparison
 from videoar.evaluation import heldout, options, speed, study
 
 
 def evaluate(args: options.Evaluate) -> None:
     """Measure faithfulness and drift."""
-    say(study.run(args, say))
+    say(study.evaluate(args, say))
 
 
 def evaluate_heldout(args: options.HeldOut) -> None:
@@ -17,7 +16,7 @@ def evaluate_heldout(args: options.HeldOut) -> None:
 
 def compare(args: options.Compare) -> None:
     """Judge checkpoints beside each other."""
-    say(comparison.run(args, say))
+    say(study.compare(args, say))
 
 
 def bench(args: options.Bench) -> None:

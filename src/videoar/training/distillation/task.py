@@ -23,7 +23,6 @@ from videoar.data.world import held_out_prompts
 from videoar.encoders.text_encoder import TinyPromptEncoder
 from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.evaluation.judge import judge_whole
-from videoar.evaluation.study import make
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation.scores import PASSES, Context
 from videoar.training.distillation.stages import (
@@ -304,10 +303,12 @@ class StudentTask:
         pipe.codec.to(next(module.parameters()).device)
         count, fps = self.task.num_validation, pipe.sampling.fps
         prompts = held_out_prompts(count, seed=0) if self.of_the_world else self._captions(count)
+        texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
         for name in self.task.units:
-            blocks = np.concatenate(list(make(pipe, name, prompts, num_frames=frames)), axis=1)
+            made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
+            blocks = np.concatenate(list(made), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             pixels = blocks.astype(np.float32) / 255
             values[f"change/{name}"] = float(np.abs(np.diff(pixels, axis=1)).mean())
