@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from tiny import SCHEMES, TEXT, tiny_pipeline
 from torch import nn
 
 from videoar.cli import drawing
-from videoar.cli.generate import generate
+from videoar.cli.generate import generate, make
 from videoar.cli.main import COMMANDS, main, parse
 from videoar.cli.progress import Progress, how_far
 from videoar.core import cache, schemes
@@ -44,7 +45,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)
 FROZEN = {
     "generate": "base lora preset dtype prompt units image video keep fit seconds num_frames seed "
     "out model codec height width device offload num_inference_steps shift guidance_scale "
-    "negative_prompt window sink lag threads report force",
+    "negative_prompt window sink lag threads force",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
@@ -54,10 +55,11 @@ FROZEN = {
     "held_out max_seconds timeout workers device engine",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
-    "evaluate": "checkpoint units num_prompts seconds long_prompts long_seconds seed batch_size "
-    "num_inference_steps shift guidance_scale out data",
-    "compare": "entries units num_prompts seeds seconds long_prompts long_seconds seed batch_size "
-    "out",
+    "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
+    "seconds num_inference_steps shift guidance_scale",
+    "evaluate heldout": "checkpoint data units seed out",
+    "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
+    "seconds",
     "demo": "out model seconds",
 }
 
@@ -154,26 +156,30 @@ def test_version(run: Run) -> None:
 
 
 def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
-    """File, report and summary tell of the same video; else the printed speed would be fiction."""
-    code, out, _ = run(
+    """File, figures and summary tell of the same video; else the printed speed would be fiction."""
+    words = [
         "generate", "a red ball", "--model", checkpoint, "--seconds", "1.5", "--units", "chunk:2",
-        "--window", "4", "--sink", "2", "--out", "ball.mp4", "--report", "ball.json",
-    )  # fmt: skip
-    assert code == 0
-    figures = json.loads(Path("ball.json").read_text())
+        "--window", "4", "--sink", "2", "--out", "ball.mp4",
+    ]  # fmt: skip
+    (args,) = parse(words).args
+    figures, scheme = make(args)
     video = read_video("ball.mp4")
-    assert figures["frames"] == len(video.frames) == 24
+    assert figures.frames == len(video.frames) == 24
     assert video.fps == 16
-    assert figures["fps"] * figures["seconds"] == pytest.approx(24)
-    parts = [figures[f"{part}_seconds"] for part in ("model", "decode", "write")]
+    assert figures.video_seconds == 1.5
+    assert figures.fps * figures.seconds == pytest.approx(24)
+    parts = [figures.model_seconds, figures.decode_seconds, figures.write_seconds]
     assert min(parts) > 0
-    assert sum(parts) <= figures["seconds"] * 1.001
-    assert figures["first_frame_seconds"] < figures["seconds"]
-    assert figures["peak_bytes"] > 2**24
+    assert sum(parts) <= figures.seconds * 1.001
+    assert figures.first_frame_seconds < figures.seconds
+    assert figures.peak_bytes > 2**24
     # 7 latent frames are 4 units of 2 steps; 2 sink and 2 window frames of 16 tokens are read.
-    assert (figures["units"], figures["passes"], figures["cache_tokens"]) == (4, 8, 2 * 16)
+    assert (figures.units, figures.passes, figures.cache_tokens) == (4, 8, 2 * 16)
+    assert (scheme, figures.interrupted) == ("chunk:2", False)
+    code, out, _ = run(*words, "--force")
+    assert code == 0
     assert "24 frames, 1.5 s" in out
-    assert "chunk:2" in out
+    assert "4 units of chunk:2 in 8 passes; up to 32 tokens in the cache" in out
 
 
 def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
@@ -214,8 +220,9 @@ def test_all_of_the_past_can_be_read(run: Run, checkpoint: str) -> None:
     cached = []
     for window in ((), ("--window", "all")):
         words = ("--model", checkpoint, "--num-frames", "41", "--units", "frame", *window)
-        assert run("generate", "a ball", *words, "--report", "r.json", "--force")[0] == 0
-        cached.append(json.loads(Path("r.json").read_text())["cache_tokens"])
+        code, out, _ = run("generate", "a ball", *words, "--force")
+        assert code == 0
+        cached.append(int(re.search(r"up to (\d+) tokens", out)[1]))
     assert cached == [5 * 16, 10 * 16]
 
 
@@ -295,7 +302,7 @@ BAD = [
     (("generate", "ball", "--out", "missing/x.mp4"), "missing does not exist"),
     (("generate", "ball", "--out", "x.avi"), ".avi"),
     (("generate", "ball", "--out", "x.webp", "--num-frames", "4000"), "held in memory"),
-    (("generate", "ball", "--report", "missing/x.json"), "missing does not exist"),
+    (("generate", "ball", "--report", "x.json"), "unknown option '--report'"),
     (("generate", "ball", "--secnds", "3"), "did you mean --seconds?"),
     (("generate",), "PROMPT"),
     (("units", "chunk:0"), "0"),
@@ -317,6 +324,9 @@ BAD = [
     (("info", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
     (("demo", "--out", "missing/demo"), "missing does not exist"),
     (("evaluate", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
+    (("evaluate", "CHECKPOINT", "--data", "latents"), "videoar evaluate heldout"),
+    (("evaluate", "heldout", "CHECKPOINT"), "--data"),
+    (("evaluate", "heldout", "CHECKPOINT", "--data", "x", "--shift", "2"), "option '--shift'"),
     (("bench", "CHECKPOINT", "--num-inference-steps", "0"), "num_inference_steps is 0"),
 ]
 

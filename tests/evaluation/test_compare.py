@@ -10,8 +10,8 @@ from tiny import TEXT, tiny_pipeline
 
 from videoar.cli.main import main
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
-from videoar.evaluation.compare import Entry, features, with_fields
 from videoar.evaluation.metrics import frechet_distance, frechet_interval
+from videoar.evaluation.study import features, read_line, read_overrides
 from videoar.generation.config import GenerationConfig
 
 SMALL = ["--num-prompts", "3", "--seconds", "1.5", "--units", "frame"]
@@ -50,11 +50,11 @@ def test_features_tell_videos_apart() -> None:
 
 def test_entries_name_one_or_several_checkpoints() -> None:
     """Seeds of training belong together under one name."""
-    assert Entry.read("full=a,b") == Entry("full", ("a", "b"))
-    assert Entry.read("runs/a/checkpoint") == Entry("runs/a/checkpoint", ("runs/a/checkpoint",))
+    assert read_line("full=a,b") == ("full", ("a", "b"))
+    assert read_line("runs/a/checkpoint") == ("runs/a/checkpoint", ("runs/a/checkpoint",))
     for bad in ("", "=a", "full=", "full=a,"):
         with pytest.raises(ValueError, match="names nothing"):
-            Entry.read(bad)
+            read_line(bad)
 
 
 def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
@@ -77,24 +77,25 @@ def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
     ]
     assert rows[2][4] == "100.0 [100.0, 100.0]"
     assert rows[7][1] == "0.0 [0.0, 0.0]"  # the same weights, prompts and noise
-    parts = json.loads(out.read_text())["parts"]
-    assert parts[f"one {folders[0]}"]["videos"] == parts[f"two {folders[1]}"]["videos"]
+    found = json.loads(out.read_text())["entries"]
+    assert found[f"one {folders[0]}"]["videos"] == found[f"two {folders[1]}"]["videos"]
+    assert "one " in said.split("| videos of")[0]
     assert main(words) == 0
     again = capsys.readouterr().out
-    assert " s\n" not in again.split("| videos of")[0]
+    assert again.startswith("| videos of")
     assert again[again.index("| videos of") :] == said[said.index("| videos of") :]
 
 
 def test_fields_of_the_sampling_may_follow_a_name() -> None:
     """The same checkpoint with and without guidance is a comparison, too."""
-    changed = with_fields(
-        GenerationConfig(), "guidance_scale=2.5&units=frame&num_inference_steps=2"
-    )
+    overrides = read_overrides("guidance_scale=2.5&units=frame&num_inference_steps=2")
+    changed = GenerationConfig(sigmas=(1.0, 0.0)).replaced(**overrides)
     assert (changed.guidance_scale, changed.units, changed.num_inference_steps) == (2.5, "frame", 2)
-    assert with_fields(GenerationConfig(), "") == GenerationConfig()
+    assert changed.sigmas is None
+    assert read_overrides("") == {}
     for bad in ("guidance=2", "shift"):
         with pytest.raises(ValueError, match="changes no field of the sampling"):
-            with_fields(GenerationConfig(), bad)
+            read_overrides(bad)
 
 
 def test_two_entries_of_one_name_are_refused(capsys) -> None:

@@ -45,10 +45,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `evaluate`: its exit code, and what it printed."""
+    """Run `evaluate heldout`: its exit code, and what it printed."""
 
     def evaluate(*words: object) -> tuple[int, str, str]:
-        code = main(["evaluate", *map(str, words)])
+        code = main(["evaluate", "heldout", *map(str, words)])
         return code, *capsys.readouterr()
 
     return evaluate

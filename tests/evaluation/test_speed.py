@@ -14,7 +14,6 @@ from videoar.evaluation import speed
 from videoar.evaluation.options import Bench
 from videoar.evaluation.speed import (
     Row,
-    Run,
     cost_at,
     flat_cells,
     generate,
@@ -26,6 +25,7 @@ from videoar.evaluation.speed import (
     without_cache,
 )
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes
 
 PROMPT = "a red ball moves left"
@@ -66,24 +66,25 @@ def rows(config: Bench) -> list[Row]:
 def test_frames_per_second_are_end_to_end(rows: list[Row]) -> None:
     """Rate times wall time is the number of frames, and no part takes longer than the whole."""
     for run in rows[0].runs:
-        assert run.fps * run.wall_seconds == pytest.approx(run.frames)
+        assert run.fps * run.seconds == pytest.approx(run.frames)
         assert run.frames == 10
         parts = run.model_seconds + run.decode_seconds + run.write_seconds
-        assert 0 < parts <= run.wall_seconds
-        assert 0 < run.first_frame_seconds < run.wall_seconds
+        assert 0 < parts <= run.seconds
+        assert 0 < run.first_frame_seconds < run.seconds
 
 
 def test_the_start_of_the_process_is_counted(rows: list[Row]) -> None:
     """Time to the first frame from the start includes loading and the wait for the first frame."""
-    row = rows[0]
-    assert row.start_seconds > row.load_seconds + row.runs[0].first_frame_seconds
+    row, first = rows[0], rows[0].runs[0]
+    assert first.start_seconds is not None
+    assert first.start_seconds > row.load_seconds + first.first_frame_seconds
 
 
 def test_memory_is_that_of_a_process(rows: list[Row]) -> None:
     """Peaks are positive, hold at least the interpreter, and never fall as a video grows."""
     row = rows[0]
     assert row.flat is not None
-    assert 2**24 < row.peak_bytes < 2**34
+    assert all(2**24 < run.peak_bytes < 2**34 for run in row.runs)
     assert 0 < row.flat["early_bytes"] <= row.flat["late_bytes"]
     assert row.runs[0].cache_bytes > 0
     assert peak_bytes() > 2**24
@@ -102,7 +103,7 @@ def test_the_file_reloads(rows: list[Row], config: Bench) -> None:
     assert config.out is not None
     read = json.loads(config.out.read_text())
     assert read["benchmark"]["rows"] == json.loads(json.dumps([asdict(row) for row in rows]))
-    assert Run(**read["benchmark"]["rows"][0]["runs"][0]) == rows[0].runs[0]
+    assert Timing(**read["benchmark"]["rows"][0]["runs"][0]) == rows[0].runs[0]
 
 
 def test_the_tables_have_all_parts(rows: list[Row], config: Bench) -> None:
@@ -142,19 +143,21 @@ def test_tokens_are_counted_with_their_commits(
     pipe: VideoPipeline, config: Bench, scheme: str
 ) -> None:
     """A unit goes through once per step and once to be cached, the last one never to be cached."""
-    run, clock = generate(pipe, replace(config, units=(scheme,)), seconds=8.5)
+    clock: list[int] = []
+    one = replace(config, units=(scheme,))
+    run, counted = generate(pipe, one, seconds=8.5, show=lambda frames, _: clock.append(frames))
     sizes = pipe.lattice(parse(scheme), 17).sizes
-    assert run.tokens == 2 * sum(sizes) + sum(sizes[:-1])
+    assert counted.tokens == 2 * sum(sizes) + sum(sizes[:-1])
     assert run.passes == 2 * len(sizes)
     assert run.units == len(sizes)
-    assert clock[-1][0] == run.frames == 17
+    assert clock[-1] == run.frames == 17
 
 
 def test_flops_grow_with_guidance(pipe: VideoPipeline, config: Bench) -> None:
     """Guidance runs every pass on two conditions, so it costs twice as much."""
-    once, _ = generate(pipe, config, seconds=5.0)
+    _, once = generate(pipe, config, seconds=5.0)
     guided = replace(pipe, sampling=replace(pipe.sampling, guidance_scale=3.0))
-    twice, _ = generate(guided, config, seconds=5.0)
+    _, twice = generate(guided, config, seconds=5.0)
     assert twice.flops == pytest.approx(2 * once.flops)
 
 
@@ -167,26 +170,26 @@ def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:
 
 
 def _made_up() -> Row:
-    run = Run(
+    run = Timing(
         frames=100,
-        wall_seconds=2.0,
+        seconds=2.0,
         model_seconds=1.0,
         decode_seconds=0.5,
         write_seconds=0.25,
         first_frame_seconds=0.1,
+        start_seconds=3.0,
         passes=50,
         units=10,
-        tokens=200,
-        flops=4e9,
         cache_tokens=64,
         cache_bytes=2**20,
+        peak_bytes=2**28,
     )
     return Row(
         name="frame",
-        runs=(run, replace(run, wall_seconds=1.0), replace(run, wall_seconds=4.0)),
-        start_seconds=3.0,
+        runs=(run, replace(run, seconds=1.0), replace(run, seconds=4.0)),
+        tokens=200,
+        flops=4e9,
         load_seconds=1.0,
-        peak_bytes=2**28,
         window_frames=None,
         matmul_rate=1.6e10,
         hardware="abacus",
@@ -208,6 +211,9 @@ def test_cells_follow_from_the_measurements() -> None:
     assert cells["ms/pass"] == "20.00"
     assert cells["tokens/pass"] == "4.0"
     assert cells["of a matmul"] == "25%"
+    assert (cells["from start (s)"], cells["peak memory"]) == ("3.00", "256 MiB")
+    unknown = replace(row, runs=(replace(row.runs[0], start_seconds=None),))
+    assert speed_cells(unknown)["from start (s)"] == "unknown"
     assert row.flat is not None
     assert row.uncached is not None
     assert flat_cells("frame", row.flat)["last / first"] == "1.500"

@@ -1,8 +1,9 @@
 """Evaluation: held-out prompts in pairs, a judge with a ceiling, and results that are kept."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, sc
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
 from videoar.evaluation.judge import judge_ends, windows
 from videoar.evaluation.options import Evaluate
-from videoar.evaluation.study import CLEAN, CODEC, fingerprint, run, tabulate
-from videoar.evaluation.tables import ATTRIBUTES, Report
+from videoar.evaluation.study import evaluate, fingerprint
+from videoar.evaluation.tables import CLEAN, CODEC, unit_tables
 from videoar.generation.pipeline import VideoPipeline
 
 FPS = 16
+ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
+Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +50,21 @@ def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluat
 
 
 @pytest.fixture(scope="module")
-def report(config: Evaluate) -> Report:
+def text(config: Evaluate) -> str:
     """One evaluation that several tests look at."""
-    return run(config, lambda line: None)
+    return evaluate(config, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def report(text: str, config: Evaluate) -> Report:
+    """What its file holds."""
+    return json.loads(config.out.read_text())
 
 
 def _row(report: Report, name: str) -> dict[str, float]:
-    row = next(row for row in report.rows if row.name == name)
-    return {key: interval.mean for key, interval in row.scores.items()}
+    rows = next(iter(report["tables"].values()))
+    row = next(row for row in rows if row["units"] == name)
+    return {key: value["mean"] for key, value in row.items() if key in ATTRIBUTES}
 
 
 def test_scenes_were_never_trained_on() -> None:
@@ -73,7 +83,7 @@ def test_more_prompts_begin_with_the_same_ones() -> None:
 def test_every_kind_gets_the_same_prompts_and_seeds(report: Report) -> None:
     """Differences are paired; with other prompts per kind their intervals would be wrong."""
     asked = [
-        [(video["prompt"], video["seed"]) for video in report.parts[name]["videos"]]
+        [(video["prompt"], video["seed"]) for video in report["entries"][name]["videos"]]
         for name in (CLEAN, CODEC, "frame", "cube:1x2x2")
     ]
     assert len(asked[0]) == 5
@@ -93,11 +103,11 @@ def test_noise_is_not_faithful(report: Report) -> None:
 
 def test_long_videos_are_judged_at_both_ends(report: Report) -> None:
     """Every long video has scores of its first and last window, and slopes from all windows."""
-    (video, _) = report.parts["frame, long"]["videos"]
+    (video, _) = report["entries"]["frame, long"]["videos"]
     assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
     assert len(video["values"]["brightness"]) == 4  # two halves of each of two whole windows
-    tables = {row.table for row in report.rows if row.name == "frame, long"}
-    assert len(tables) == 4
+    rows = [row for table in report["tables"].values() for row in table]
+    assert [row["units"] for row in rows].count("frame, long") == 4
 
 
 def test_ends_of_a_stream_are_its_first_and_last_seconds() -> None:
@@ -135,67 +145,69 @@ def test_windows_keep_every_frame_in_order(rng: np.random.Generator) -> None:
 def _videos(colors: list[float]) -> dict:
     scene, _ = scene_of(0, seed=0)
     scores = [dict.fromkeys(ATTRIBUTES, 1.0) | {"color": color} for color in colors]
-    return {"videos": [{"scores": s, "scene": scene.to_json()} for s in scores]}
+    videos = [{"scores": s, "scene": scene.to_json()} for s in scores]
+    return {"settings": {"num_prompts": len(videos)}, "videos": videos}
 
 
 def test_shares_and_differences_are_those_of_the_scores() -> None:
     """Half right, where the judge is right in 4 of 5, is 62.5 % of the ceiling."""
-    parts = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
-    parts |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
-    rows = {(row.table, row.name): row for row in tabulate(parts, units=("a", "b"))}
-    of_codec = next(row for (table, _), row in rows.items() if table.endswith(CODEC))
-    assert of_codec.name == "a"
-    assert of_codec.scores["color"].mean == pytest.approx(0.625)
-    minus = next(row for (table, _), row in rows.items() if table.startswith("Minus a"))
-    assert minus.name == "b"
-    assert minus.scores["color"].mean == pytest.approx(0.1)
-    assert minus.scores["shape"].low <= 0 <= minus.scores["shape"].high
+    found = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
+    found |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
+    tables = unit_tables(found, units=("a", "b"))
+    of_codec = next(rows for title, rows in tables.items() if title.endswith(CODEC))[0]
+    assert of_codec["units"] == "a"
+    assert of_codec["color"].mean == pytest.approx(0.625)
+    (minus,) = next(rows for title, rows in tables.items() if title.startswith("Minus a"))
+    assert minus["units"] == "b"
+    assert minus["color"].mean == pytest.approx(0.1)
+    assert minus["shape"].low <= 0 <= minus["shape"].high
 
 
-def test_the_tables_hold_every_row(report: Report) -> None:
+def test_the_tables_hold_every_row(text: str, report: Report) -> None:
     """Behind the first table the markdown has one line per row, with as many cells as columns."""
-    _, _, details = str(report).partition("\n\n")
+    _, _, details = text.partition("\n\n")
     lines = [line for line in details.splitlines() if line.startswith("|")]
-    tables = {row.table for row in report.rows}
-    assert len(lines) == len(report.rows) + 2 * len(tables)
+    tables = report["tables"]
+    assert len(lines) == sum(map(len, tables.values())) + 2 * len(tables)
     assert all(line.count("|") == 10 for line in lines[:4])
 
 
-def test_the_first_table_fits_a_readme(report: Report) -> None:
+def test_the_first_table_fits_a_readme(text: str, report: Report) -> None:
     """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
-    head, rule, *lines = str(report).partition("\n\n")[0].splitlines()
+    head, rule, *lines = text.partition("\n\n")[0].splitlines()
     assert head == "| units | colour | shape | motion | all right |"
     assert rule == "|---|---|---|---|---|".replace("---", " --- ")
     kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == kinds
-    for line, name in zip(lines, kinds, strict=True):
-        row = next(row for row in report.rows if row.name == name)
+    rows = next(iter(report["tables"].values()))
+    for line, row in zip(lines, rows, strict=True):
         for cell, key in zip(
             line.split(" | ")[1:], ("color", "shape", "motion", "all"), strict=True
         ):
-            score = row.scores[key]
-            shown = [100 * value for value in (score.mean, score.low, score.high)]
+            shown = [100 * row[key][name] for name in ("mean", "low", "high")]
             assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
 
 
-def test_the_file_holds_every_score(report: Report, config: Evaluate) -> None:
-    """The JSON reloads as what was returned, down to each video."""
-    assert json.loads(config.out.read_text()) == json.loads(json.dumps(asdict(report)))
+def test_the_file_holds_every_score(report: Report) -> None:
+    """The tables can be made again from the videos in the file, to the last digit."""
+    tables = unit_tables(report["entries"], units=("frame", "cube:1x2x2"))
+    assert json.loads(json.dumps(tables, default=vars)) == report["tables"]
 
 
 def test_finished_kinds_are_not_computed_again(
     report: Report, config: Evaluate, tmp_path: Path
 ) -> None:
     """A second run only adds what is new; a mark on an old result survives it."""
-    kept = json.loads(json.dumps(asdict(report)))
-    kept["parts"]["frame"]["videos"][0]["mark"] = 7
+    kept = json.loads(json.dumps(report))
+    kept["entries"]["frame"]["videos"][0]["mark"] = 7
     path = tmp_path / "report.json"
     path.write_text(json.dumps(kept))
     lines: list[str] = []
-    more = run(replace(config, out=path, units=("frame", "chunk:2"), long_prompts=0), lines.append)
-    assert more.parts["frame"]["videos"][0]["mark"] == 7
+    evaluate(replace(config, out=path, units=("frame", "chunk:2"), long_prompts=0), lines.append)
+    more = json.loads(path.read_text())["entries"]
+    assert more["frame"]["videos"][0]["mark"] == 7
     assert {line.partition(": ")[0] for line in lines} == {"chunk:2"}
-    assert "cube:1x2x2" in json.loads(path.read_text())["parts"]
+    assert "cube:1x2x2" in more
 
 
 def test_results_of_other_settings_are_not_mixed(
@@ -203,7 +215,7 @@ def test_results_of_other_settings_are_not_mixed(
 ) -> None:
     """Another seed or other weights under the same name would make pairs of strangers."""
     with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
-        run(replace(config, seed=1), lambda line: None)
+        evaluate(replace(config, seed=1), lambda line: None)
     other = tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     assert fingerprint(other) != fingerprint(Path(config.checkpoint))
 
@@ -211,12 +223,13 @@ def test_results_of_other_settings_are_not_mixed(
 def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
     """A file that is no evaluation is refused in one sentence, and stays as it is."""
     path = tmp_path / "notes.json"
-    path.write_text("my notes")
-    with pytest.raises(ValueError, match="holds no evaluation"):
-        run(replace(config, out=path), lambda line: None)
-    assert path.read_text() == "my notes"
+    for notes in ("my notes", '{"parts": {}}'):  # the second is a file of 0.1
+        path.write_text(notes)
+        with pytest.raises(ValueError, match="holds no evaluation"):
+            evaluate(replace(config, out=path), lambda line: None)
+        assert path.read_text() == notes
     with pytest.raises(ValueError, match="does not exist"):
-        run(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
+        evaluate(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +250,7 @@ def test_impossible_requests_are_refused(field: str, value: object, message: str
     with pytest.raises(ValueError, match=message):
         Evaluate(**{field: value})
     with pytest.raises(ValueError, match="Did you mean chunk"):
-        run(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
+        evaluate(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
 
 
 def test_an_impossible_step_count_fails_before_the_first_video(
@@ -246,4 +259,4 @@ def test_an_impossible_step_count_fails_before_the_first_video(
     """Arguments that only the pipeline knows are checked for all kinds before hours of work."""
     config = Evaluate(checkpoint=checkpoint, num_inference_steps=0)
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
-        run(config, lambda line: pytest.fail(line))
+        evaluate(config, lambda line: pytest.fail(line))

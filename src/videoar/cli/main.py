@@ -13,7 +13,7 @@ from videoar.checks import hint
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
-from videoar.evaluation.options import Bench, Compare, Evaluate
+from videoar.evaluation.options import Bench, Compare, Evaluate, HeldOut
 
 USAGE = """\
 usage: videoar [--version] COMMAND ...
@@ -64,13 +64,17 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     name, *words = argv or ["--help"]
     if name in ("-h", "--help"):
         kinds = {name: (kind.__doc__ or "").splitlines() for name, kind in COMMANDS.items()}
-        lines = [f"  {name:<14} {line}" for name, (line, *_) in kinds.items()]
+        lines = [f"  {name:<16} {line}" for name, (line, *_) in kinds.items()]
         return functools.partial(say, USAGE.format(commands="\n".join(lines)))
     if name == "--version":
         return functools.partial(say, f"videoar {__version__}")
+    if words and f"{name} {words[0]}" in COMMANDS:
+        name, *words = f"{name} {words[0]}", *words[1:]
     if name not in COMMANDS:
         close = hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
+    if name == "evaluate" and any(word.partition("=")[0] == "--data" for word in words):
+        raise ValueError("`evaluate` reads no --data: use `videoar evaluate heldout` with it")
     kind = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
         args = arguments.read(kind, words, prog=f"videoar {name}")
@@ -95,6 +99,7 @@ COMMANDS: dict[str, type] = {
     "prepare": Prepare,
     "bench": Bench,
     "evaluate": Evaluate,
+    "evaluate heldout": HeldOut,
     "compare": Compare,
     "demo": options.Demo,
 }
@@ -118,6 +123,8 @@ def command_of(name: str) -> Callable[..., int | None]:
         from videoar.cli.evaluate import bench as command
     elif name == "evaluate":
         from videoar.cli.evaluate import evaluate as command
+    elif name == "evaluate heldout":
+        from videoar.cli.evaluate import evaluate_heldout as command
     elif name == "compare":
         from videoar.cli.evaluate import compare as command
     else:

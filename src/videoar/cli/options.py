@@ -77,8 +77,6 @@ class Generate(CheckpointOptions):
     """Steps between the starts of two units; the number of steps is one after the other."""
     threads: int | None = None
     """CPU threads."""
-    report: Path | None = None
-    """JSON file for the figures that are printed at the end."""
     force: bool = False
     """Replace the file if it exists."""
 

@@ -17,7 +17,7 @@ def prepare(args: options.Prepare) -> None:
         " {videos} videos".format(**statistics)
     )
     if statistics["held_out_clips"] < 2:
-        say("`evaluate --data` needs 2 clips held out: add videos, or raise --held-out")
+        say("`evaluate heldout --data` needs 2 clips held out: add videos, or raise --held-out")
     for reason, count in statistics["rejected"].items():
         say(f"  {count} x {reason}")
     say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")

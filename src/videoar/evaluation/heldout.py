@@ -18,7 +18,7 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import read_video
 from videoar.encoders.codec import to_frames
 from videoar.evaluation.metrics import Interval, Values, bootstrap_interval, psnr, ssim
-from videoar.evaluation.options import Evaluate
+from videoar.evaluation.options import HeldOut
 from videoar.evaluation.tables import markdown
 from videoar.files import Json, save
 from videoar.generation.pipeline import VideoPipeline
@@ -28,14 +28,13 @@ LOSSLESS = 100.0  # dB; a mean of infinite ones would be none
 
 
 @torch.no_grad()
-def run(config: Evaluate, report: Callable[[str], None]) -> str:
+def run(config: HeldOut, report: Callable[[str], None]) -> str:
     """Measure a checkpoint on what `config.data` holds out, and return the tables.
 
     Raises:
         ValueError: the folder holds nothing out, or is of another codec.
     """
     data = config.data
-    assert data is not None
     if config.out is not None and config.out.exists():
         raise ValueError(f"{config.out} exists already: name another file")
     for name in config.units:
@@ -80,7 +79,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
 
 
 def _scores(
-    pipe: VideoPipeline, module: nn.Module, shards: LatentShards, config: Evaluate
+    pipe: VideoPipeline, module: nn.Module, shards: LatentShards, config: HeldOut
 ) -> Iterator[Json]:
     rng, schemes = np.random.default_rng(config.seed), {name: parse(name) for name in config.units}
     flow, model = FlowMatchingConfig(shift=pipe.sampling.shift), pipe.transformer

@@ -7,30 +7,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from videoar.data import world
-from videoar.data.world import (
-    AREAS,
-    BACKGROUNDS,
-    COLORS,
-    DRIFTS,
-    EXTENT,
-    GROWTH_MEAN,
-    PERIODS,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Frames,
-    Masks,
-    Path,
-    Scene,
-    Series,
-    coverage,
-    wrap,
-)
+from videoar.data.world import COLORS, EXTENT, SHAPES, WORDS, Frames, Masks, Path, Series, wrap
+from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 from videoar.evaluation.metrics import properties, slope
-from videoar.evaluation.options import WINDOW_SECONDS
 from videoar.files import Json
 
-MIN_SECONDS = 1.5  # shorter clips do not tell a bounce from a drift
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
 """Slower (as a share), lower, tighter or weaker is called still: a generated thing trembles."""
 MAX_STRAY = 16.0  # variance, in square units, by which a track may miss its motion's law
@@ -73,7 +54,9 @@ def read(frames: Frames, *, fps: int = 16) -> Reading:
     step = height // 64
     video = frames[:, ::step, ::step].astype(np.float32)
     ground = np.median(video[:, ::2, ::2].reshape(-1, 3), axis=0)
-    far, nearest = min((np.linalg.norm(ground - rgb), name) for name, rgb in BACKGROUNDS.items())
+    far, nearest = min(
+        (np.linalg.norm(ground - rgb), name) for name, rgb in world.BACKGROUNDS.items()
+    )
     masks = _find_masks(video - ground, palette=np.array(list(COLORS.values())) - ground)
     things = tuple(_see(color, mask, fps=fps) for color, mask in masks.items())
     return Reading(background=nearest if far < 80.0 else None, things=things)
@@ -115,14 +98,14 @@ def _see(color: str, mask: Masks, *, fps: int) -> Seen:
     few = shown[:: max(1, len(shown) // 16)]
     overlap, shape = max((_overlap(name, mask[few], blobs=blobs[few]), name) for name in SHAPES)
     track = np.unwrap(blobs[shown], axis=0, period=EXTENT)
-    track[:, 2] = radius = np.sqrt(blobs[shown, 2] / AREAS[shape])
+    track[:, 2] = radius = np.sqrt(blobs[shown, 2] / world.AREAS[shape])
     motion = _name_motion(shown / fps, track)
-    middle = (radius.min() + radius.max()) / 2.0 / GROWTH_MEAN
+    middle = (radius.min() + radius.max()) / 2.0 / world.GROWTH_MEAN
     usual = middle if motion == "growing" else np.median(radius)
     return Seen(
         color=color,
         shape=shape if overlap > 0.5 else None,
-        size="small" if usual < np.sqrt(SIZES["small"] * SIZES["large"]) else "large",
+        size="small" if usual < np.sqrt(world.SIZES["small"] * world.SIZES["large"]) else "large",
         motion=motion if len(mask) >= MIN_SECONDS * fps else None,
         track=track,
     )
@@ -148,10 +131,10 @@ def _overlap(shape: str, mask: Masks, *, blobs: Float[np.ndarray, "frames 3"]) -
 
     Without the blur every soft corner looks round: a tenth of blurred small crosses read as balls.
     """
-    path = np.concatenate([blobs[:, :2], np.sqrt(blobs[:, 2:] / AREAS[shape])], axis=-1)
+    path = np.concatenate([blobs[:, :2], np.sqrt(blobs[:, 2:] / world.AREAS[shape])], axis=-1)
     if shape == "triangle":  # its centroid lies below its centre
         path[:, 1] -= path[:, 2] / 3.0
-    drawn = coverage(shape, path=path, size=mask.shape[1])
+    drawn = world.coverage(shape, path=path, size=mask.shape[1])
     best = 0.0
     for _ in range(4):
         seen = np.where(drawn > FAINT, drawn, 0.0)
@@ -169,21 +152,21 @@ def _name_motion(seconds: Series, track: Path) -> str | None:
     """
     x, y, radius = track.T
     gains = [(0.0, "still")]
-    for motion, (speed_x, speed_y) in DRIFTS.items():
+    for motion, (speed_x, speed_y) in world.DRIFTS.items():
         gain, (speed,) = _explain(x if speed_x else y, seconds)
         if speed / (speed_x + speed_y) > MIN_SPEED:
             gains.append((gain - 0.5, motion))
     for stretch in (0.8, 0.9, 1.0, 1.1, 1.2):  # a generated motion may be a little slow or fast
         for phase in np.arange(0.0, 1.0, 0.05):
-            turn = (seconds / (stretch * PERIODS["bouncing"]) + phase) % 1.0
+            turn = (seconds / (stretch * world.PERIODS["bouncing"]) + phase) % 1.0
             gain, (height,) = _explain(y, -4.0 * turn * (1.0 - turn))
             if height > MIN_BOUNCE:
                 gains.append((gain - 1.0, "bouncing"))
-        angle = 2.0 * np.pi * seconds / (stretch * PERIODS["circling"])
+        angle = 2.0 * np.pi * seconds / (stretch * world.PERIODS["circling"])
         gain, swing = _explain(track[:, :2], np.cos(angle), np.sin(angle))
         if np.hypot(*swing).min() > MIN_ORBIT:
             gains.append((gain - 1.0, "circling"))
-        angle = 2.0 * np.pi * seconds / (stretch * PERIODS["growing"])
+        angle = 2.0 * np.pi * seconds / (stretch * world.PERIODS["growing"])
         gain, swing = _explain(radius, np.cos(angle), np.sin(angle))
         if np.hypot(*swing) > MIN_GROWTH * np.mean(radius):
             gains.append((4.0 * gain - 1.0, "growing"))
@@ -198,11 +181,12 @@ def _explain(values: Float[np.ndarray, "..."], *laws: Series) -> tuple[float, np
     return float(np.var(basis @ amplitudes, axis=0).sum()), amplitudes[1:]
 
 
-def score(reading: Reading, scene: Scene) -> dict[str, float]:
+def score(reading: Reading, scene: world.Scene) -> dict[str, float]:
     """Return the share of a scene's attributes that a reading got right, each in [0, 1].
 
     Things are matched by colour first and then by order, never by place: where a thing starts is
     the generator's choice. Missing things are wrong in everything, and spurious ones cost as much.
+    `count` is right if nothing else is there: noise shows every colour.
     """
     seen = {thing.color: thing for thing in reading.things}
     same = [(thing, seen.pop(thing.color, None)) for thing in scene.things]
@@ -219,9 +203,9 @@ Clips = UInt8[np.ndarray, "batch frames height width 3"]
 
 
 def look(frames: UInt8[np.ndarray, "frames height width 3"], prompt: Json, *, fps: int) -> Json:
-    """Return what the judge sees in a clip, and the scores."""
+    """Return what the judge sees in a clip, and the scores; `all`: everything is right."""
     reading = read(frames, fps=fps)
-    things = [{name: getattr(thing, name) for name in world.WORDS} for thing in reading.things]
+    things = [{name: getattr(thing, name) for name in WORDS} for thing in reading.things]
     scores = score(reading, world.Scene.from_json(prompt["scene"]))
     scores["all"] = float(min(scores.values()) == 1)
     return {"scores": scores, "seen": {"background": reading.background, "things": things}}

@@ -64,6 +64,10 @@ class Interval:
         mean, low, high = (format(value, spec) for value in vars(self).values())
         return f"{mean} [{low}, {high}]"
 
+    def __str__(self) -> str:
+        """Write it as tables show a share or score, in hundredths."""
+        return f"{self.times(100):.1f}"
+
     def times(self, factor: float) -> "Interval":
         """Return the interval of values that are so many times as large."""
         return Interval(**{name: factor * value for name, value in vars(self).items()})

@@ -9,8 +9,8 @@ from tyro.conf import Positional, arg
 
 from videoar.checks import check_options
 from videoar.core.schemes import KINDS
+from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 
-WINDOW_SECONDS = 4.0  # of the first and last window in which long videos are judged
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
@@ -54,7 +54,34 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class StudyOptions:
+    """What may be said of videos that are judged on the procedural world, whoever makes them."""
+
+    long_prompts: int = 0
+    """Prompts for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    seed: int = 0
+    """Of the scenes and of the noise; video i has the seed `seed + i`."""
+    batch_size: int = 16
+    """Videos that are generated side by side."""
+    out: Path | None = None
+    """JSON file with all scores; what it holds is kept, and other settings are refused."""
+
+    def check(self, *rules: tuple[str, bool, str]) -> None:
+        """Raise for the first field whose rule does not hold, here or in `rules`."""
+        check_options(
+            self,
+            *rules,
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(StudyOptions):
     """Judge on the procedural world whether videos show what their prompts say, and go on to."""
 
     checkpoint: Positional[Checkpoint] = "toy"
@@ -65,40 +92,23 @@ class Evaluate:
     """Prompts per kind."""
     seconds: float = 3.0
     """Length of the videos: 2 to 4."""
-    long_prompts: int = 0
-    """Prompts per kind for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
-    seed: int = 0
-    """Of the scenes; video i has the seed `seed + i`."""
-    batch_size: int = 16
-    """Videos that are generated side by side."""
     num_inference_steps: int | None = None
     """Denoising steps per unit; this and the next two: the checkpoint's own by default."""
     shift: float | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
-    out: Path | None = None
-    """JSON file with the scores of every video; kinds that it holds are not computed again."""
-    data: Path | None = None
-    """Prepared videos: measure reconstruction and loss on what they hold out, and nothing else."""
 
     def __post_init__(self) -> None:
-        check_options(
-            self,
+        self.check(
             ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
             ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
             ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(StudyOptions):
     """Judge checkpoints beside each other on the procedural world, in pairs and with intervals."""
 
     entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
@@ -110,27 +120,36 @@ class Compare:
     seeds: int = 2
     """Videos per prompt."""
     seconds: float = 1.8
-    """Length of the videos."""
-    long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
+    """Length of the videos: 1.5 to 4."""
+
+    def __post_init__(self) -> None:
+        right = MIN_SECONDS <= self.seconds <= WINDOW_SECONDS
+        self.check(
+            ("entries", len(self.entries) > 0, "one or more, such as toy"),
+            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
+            ("seeds", self.seeds >= 1, "1 or more"),
+            ("seconds", right, "1.5 to 4, as the judge needs"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Measure reconstruction and loss on the clips that prepared videos hold out."""
+
+    checkpoint: Positional[Checkpoint] = "toy"
+    """A bundled name or a folder."""
+    data: Path
+    """Folder of prepared videos."""
+    units: tuple[str, ...] = KINDS
+    """Kinds of unit; differences are taken to the first."""
     seed: int = 0
-    """Of the scenes and of the noise."""
-    batch_size: int = 16
-    """Videos that are generated side by side."""
+    """Of the noise."""
     out: Path | None = None
-    """JSON file with the scores of every video; what it holds is not computed again."""
+    """JSON file with the figures of every clip; it must not exist."""
 
     def __post_init__(self) -> None:
         check_options(
             self,
-            ("entries", len(self.entries) > 0, "one or more, such as toy"),
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("seconds", 1.5 <= self.seconds <= WINDOW_SECONDS, "1.5 to 4, as the judge needs"),
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
             ("seed", self.seed >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
         )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from videoar.evaluation.tables import cells, markdown
 from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import Generation, write
+from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes
 
 MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
@@ -49,43 +50,18 @@ INCLUDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One generated file; the parts of its time need not add up to all of it."""
-
-    frames: int
-    wall_seconds: float
-    model_seconds: float
-    decode_seconds: float
-    write_seconds: float
-    first_frame_seconds: float
-    passes: int
-    units: int
-    tokens: int
-    """Tokens that went through the network, cache writes included."""
-    flops: float
-    """Of the network, counting the keys that may be read."""
-    cache_tokens: int
-    """Most tokens the cache held."""
-    cache_bytes: int
-
-    @property
-    def fps(self) -> float:
-        """Frames per second, end to end."""
-        return self.frames / self.wall_seconds
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """All that was measured of one kind of unit."""
 
     name: str
-    runs: tuple[Run, ...]
-    start_seconds: float
-    """From the start of the process to the first frames: interpreter, imports, loading, text."""
+    runs: tuple[Timing, ...]
+    """Of the same video, the first one at the start of a process."""
+    tokens: int
+    """Tokens that went through the network for it, cache writes included."""
+    flops: float
+    """Of the network, counting the keys that may be read."""
     load_seconds: float
     """Of the weights."""
-    peak_bytes: int
-    """Peak memory of the process after these runs."""
     window_frames: int | None
     """Latent frames that a unit may read; None: all."""
     matmul_rate: float
@@ -115,7 +91,7 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     folder, rows = resolve(config.checkpoint), []
     for name in config.units:
         one = replace(config, units=(name,), checkpoint=str(folder))
-        row = apart(measure, one, time.time())
+        row = apart(measure, one)
         if config.long_seconds:
             row = replace(row, flat=apart(measure_flat, one))
         rows.append(row)
@@ -157,20 +133,20 @@ def speed_cells(row: Row) -> dict[str, str]:
     """Return the cells of the table of speed, by column."""
     first, names = row.runs[0], ("model_seconds", "decode_seconds", "write_seconds")
     seconds = [statistics.median(getattr(run, name) for run in row.runs) for name in names]
-    rate = first.flops / seconds[0]
+    start, rate = first.start_seconds, row.flops / seconds[0]
     return {
         "units": row.name,
         "frames/s": _spread([run.fps for run in row.runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
         "passes": str(first.passes),
         "units made": str(first.units),
-        "tokens/pass": f"{first.tokens / first.passes:.1f}",
+        "tokens/pass": f"{row.tokens / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
         "window (latent frames)": str(row.window_frames or "all"),
         "first frame (s)": _spread([run.first_frame_seconds for run in row.runs]),
-        "from start (s)": f"{row.start_seconds:.2f}",
-        "peak memory": f"{row.peak_bytes / 2**20:.0f} MiB",
+        "from start (s)": "unknown" if start is None else f"{start:.2f}",
+        "peak memory": f"{row.runs[-1].peak_bytes / 2**20:.0f} MiB",
         "GFLOP/s": f"{rate / 1e9:.1f}",
         "of a matmul": f"{rate / row.matmul_rate:.0%}",
     }
@@ -209,21 +185,18 @@ def load_pipeline(config: Bench) -> VideoPipeline:
     return VideoPipeline.from_pretrained(config.checkpoint)
 
 
-def measure(config: Bench, started: float) -> Row:
-    """Generate the video of one kind several times; then measure the machine, and use no cache.
-
-    `started` is when this process was started, on the clock `time.time`.
-    """
+def measure(config: Bench) -> Row:
+    """Generate the video of one kind several times; then measure the machine, and use no cache."""
     before = time.perf_counter()
     pipe = load_pipeline(config)
-    load_seconds, begun = time.perf_counter() - before, time.time()
-    done = [generate(pipe, config, seconds=config.seconds)[0] for _ in range(config.repeats)]
+    load_seconds = time.perf_counter() - before
+    done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
     return Row(
         name=config.units[0],
-        runs=tuple(done),
-        start_seconds=begun - started + done[0].first_frame_seconds,
+        runs=tuple(timing for timing, _ in done),
+        tokens=done[0][1].tokens,
+        flops=done[0][1].flops,
         load_seconds=load_seconds,
-        peak_bytes=peak_bytes(),  # before anything else takes memory
         window_frames=pipe.sampling.window_frames,
         matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
         hardware=machine.hardware("cpu"),
@@ -233,8 +206,12 @@ def measure(config: Bench, started: float) -> Row:
 
 def measure_flat(config: Bench) -> Json:
     """Generate one long video; return what its seconds cost, and the peak of memory on the way."""
-    pipe = load_pipeline(config)
-    clock = generate(pipe, config, seconds=config.long_seconds)[1]
+    pipe, clock = load_pipeline(config), []
+
+    def tick(frames: int, seconds: float) -> None:
+        clock.append((frames, seconds, peak_bytes()))
+
+    generate(pipe, config, seconds=config.long_seconds, show=tick)
     frames, times, peaks = zip(*clock, strict=True)
     fps = pipe.sampling.fps
     seconds = np.arange(1, config.long_seconds // MARK_SECONDS + 1) * MARK_SECONDS
@@ -293,29 +270,25 @@ def start(pipe: VideoPipeline, config: Bench, *, seconds: float) -> Generation:
 
 
 def generate(
-    pipe: VideoPipeline, config: Bench, *, seconds: float
-) -> tuple[Run, list[tuple[int, float, int]]]:
-    """Generate a video file and forget it.
+    pipe: VideoPipeline,
+    config: Bench,
+    *,
+    seconds: float,
+    show: Callable[[int, float], None] = lambda frames, seconds: None,
+) -> tuple[Timing, Counted]:
+    """Generate a video file and forget it; return what it took, and what the network did.
 
-    Returns:
-        What it cost, and after every write: frames so far, time, peak memory.
+    After every write `show` gets the frames and the seconds so far.
     """
-    started, clock = time.perf_counter(), []
     generation = start(pipe, config, seconds=seconds)
-    sampler, fps = generation.sampler, pipe.sampling.fps
-    counted = sampler.network = Counted(sampler.network, pipe.transformer)
-
-    def tick(frames: int, seconds: float) -> None:
-        clock.append((frames, seconds, peak_bytes()))
-
+    counted = Counted(generation.sampler.network, pipe.transformer)
+    generation.sampler.network = counted
     with tempfile.TemporaryDirectory() as folder:
-        writer = VideoWriter(Path(folder) / "video.mp4", fps=fps)
-        found, interrupted = write(generation, writer, started=started, fps=fps, show=tick)
-    if interrupted:
+        writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
+        timing = write(generation, writer, fps=pipe.sampling.fps, show=show)
+    if timing.interrupted:
         raise KeyboardInterrupt
-    found |= {"wall_seconds": found["seconds"], "cache_bytes": sampler.cache.num_bytes}
-    found |= {"tokens": counted.tokens, "flops": counted.flops}
-    return Run(**{field.name: found[field.name] for field in fields(Run)}), clock
+    return timing, counted
 
 
 def measure_uncached(pipe: VideoPipeline, config: Bench) -> Json:

@@ -1,104 +1,253 @@
 """Faithfulness and drift on the procedural world: does a video show what its prompt says?
 
-Every kind of unit gets the same prompts and seeds, so kinds are compared in pairs. The judge is
-`judge.read`; its ceiling is its score on real clips of the same scenes. No scene is trained on, but
-its words may be: one thing on a background has only 1,536 combinations of attributes.
+A study is a list of entries, each a checkpoint with fields of `GenerationConfig` beside its own;
+all get the same prompts and seeds, so they are compared in pairs. The judge is `judge.read`; its
+ceiling is its score on real clips of the same scenes. No scene is trained on, but its words may be:
+one thing on a background has only 1,536 combinations of attributes.
+
+What the file of a study holds is kept and not computed again; of other settings it is refused.
 """
 
+import functools
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
-from videoar.checkpoints.checkpoint import resolve
+from videoar.checkpoints.checkpoint import load_codec, resolve
 from videoar.core.schemes import parse
 from videoar.data import world
 from videoar.data.world import held_out_prompts
 from videoar.encoders.codec import from_frames, to_frames
+from videoar.evaluation import tables
 from videoar.evaluation.judge import Clips, judge_ends, judge_whole
-from videoar.evaluation.options import WINDOW_SECONDS, Evaluate
-from videoar.evaluation.tables import COMPARED, Report, Row, difference, row_of
-from videoar.files import Json, load, save
+from videoar.evaluation.options import Compare, Evaluate, StudyOptions
+from videoar.evaluation.tables import CLEAN, CODEC, LONG, cells, markdown
+from videoar.files import Json, load, save, to_json
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
-CLEAN, CODEC = "real clips", "real clips through the codec"
-LONG = ", long"  # ends the names of parts with long videos
+
+def generated(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
+    """Yield the frames of a batch of generated videos as they come."""
+    texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
+    yield from pipe.generate(texts, num_frames=num_frames, seeds=seeds)
 
 
-def run(config: Evaluate, report: Callable[[str], None]) -> Report:
-    """Evaluate a checkpoint, with a report of each batch and kind.
+def real(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
+    """Yield real clips of the scenes."""
+    scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
+    how = {"num_frames": num_frames, "size": pipe.height, "fps": pipe.sampling.fps}
+    yield np.stack([world.render(scene, **how) for scene in scenes])
 
-    What `config.out` holds already is kept, not computed again; with other settings it is refused.
+
+def coded(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
+    """Yield real clips that went through the codec, which takes whole latent frames."""
+    stride = pipe.codec.stride[0]
+    whole = 1 + math.ceil((num_frames - 1) / stride) * stride
+    for clips in real(pipe, prompts, num_frames=whole):
+        latents = pipe.codec.encode(from_frames(clips))
+        yield to_frames(pipe.codec.decode(latents))[:, :num_frames]
+
+
+def judge_and_describe(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> list[Json]:
+    """Judge short videos, and describe them by `features`."""
+    clips = np.concatenate(list(blocks), axis=1)
+    found = zip(judge_whole(iter([clips]), prompts, fps=fps), features(clips).tolist(), strict=True)
+    return [video | {"features": described} for video, described in found]
+
+
+def features(frames: Clips) -> Float[np.ndarray, "b c"]:
+    """Describe videos by the encoder of the bundled codec, a fixed network that saw no generator.
+
+    Per latent channel: its mean and deviation over all places, and its mean change in time.
     """
-    for name in config.units:
+    codec = load_codec(resolve("toy"))
+    stride = codec.stride[0]
+    with torch.inference_mode():
+        whole = 1 + (frames.shape[1] - 1) // stride * stride
+        latents = codec.encode(from_frames(frames[:, :whole]))
+    change = latents.diff(dim=1).abs()
+    parts = (latents.mean((1, 3, 4)), latents.std((1, 3, 4)), change.mean((1, 3, 4)))
+    return torch.cat(parts, dim=1).double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Videos of the held-out prompts that one checkpoint makes in one way, and their judge."""
+
+    name: str
+    """In the file; no other entry has it."""
+    checkpoint: str
+    overrides: Json = field(default_factory=dict)
+    """Fields of `GenerationConfig`, such as the units, that are not the checkpoint's own."""
+    num_prompts: int
+    seconds: float
+    seeds: int = 1
+    """Videos per prompt."""
+    make: Callable[..., Iterator[Clips]] = generated
+    judge: Callable[..., list[Json]] = judge_whole
+
+
+def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
+    """Judge a checkpoint under every kind of unit, and return the tables."""
+    for name in config.units:  # what is wrong with it is said before weights are loaded
         parse(name)
-    folder, parts = resolve(config.checkpoint), load(config.out, "parts", kind="evaluation")
-    save(config.out, {"parts": parts})  # fails now if it must fail
-    pipe = VideoPipeline.from_pretrained(folder)
     names = ("num_inference_steps", "shift", "guidance_scale")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    pipe.sampling = replace(pipe.sampling, **given)
-    fps = pipe.sampling.fps
-    shared = {key: value for key, value in vars(pipe.sampling).items() if key != "units"}
-    shared |= {"seed": config.seed, "weights": fingerprint(folder)}
-    for name in config.units:  # what is wrong with one kind is said before the others take hours
-        pipe.generate(["a ball"], num_frames=1 + fps, seeds=[0], units=name)
+    shared: Json = {"checkpoint": config.checkpoint}
+    shared |= {"num_prompts": config.num_prompts, "seconds": config.seconds}
+    entries = [
+        Entry(name=CLEAN, make=real, overrides=given, **shared),
+        Entry(name=CODEC, make=coded, overrides=given, **shared),
+        *(Entry(name=name, overrides=given | {"units": name}, **shared) for name in config.units),
+    ]
+    found = run(entries, config, report)
+    titled = tables.unit_tables(found, units=config.units)
+    save(config.out, {"entries": found, "tables": titled})
+    text = [markdown(cells(tables.headline(next(iter(titled.values())))))]
+    for title, rows in titled.items():
+        text += [f"{title}:", markdown(cells(rows))]
+    return "\n\n".join(text) + "\n"
 
-    lengths = dict.fromkeys((CLEAN, CODEC, *config.units), (config.num_prompts, config.seconds))
-    if config.long_prompts:
-        long = (f"{name}{LONG}" for name in config.units)
-        lengths |= dict.fromkeys(long, (config.long_prompts, config.long_seconds))
+
+def compare(config: Compare, report: Callable[[str], None]) -> str:
+    """Judge checkpoints beside each other, and return the tables.
+
+    A line is a name with one checkpoint, or with several that differ in their seed of training:
+    their videos of one prompt are one observation. Every checkpoint samples as it says itself, but
+    for fields after its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
+    """
+    lines = dict(map(read_line, config.entries))
+    if len(lines) < len(config.entries):
+        raise ValueError("two entries have one name: write NAME=CHECKPOINT with other names")
+    shared: Json = {"num_prompts": config.num_prompts, "seconds": config.seconds}
+    shared["judge"] = judge_and_describe
+    entries = [Entry(name=CLEAN, checkpoint="toy", make=real, **shared)]
+    for line, checkpoint in ((line, one) for line, several in lines.items() for one in several):
+        path, _, text = checkpoint.partition("?")
+        overrides = read_overrides(text) | ({"units": config.units} if config.units else {})
+        how: Json = {"checkpoint": path, "overrides": overrides, "seeds": config.seeds}
+        entries.append(Entry(name=f"{line} {checkpoint}", **how, **shared))
+    found = run(entries, config, report)
+    names = {line: [f"{line} {one}" for one in several] for line, several in lines.items()}
+    three = tables.checkpoint_tables(found, names)
+    save(config.out, {"entries": found, "tables": three})
+    return "\n\n".join(markdown(cells(rows)) for rows in three) + "\n"
+
+
+def read_line(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read `NAME=CHECKPOINT,CHECKPOINT`, or a checkpoint alone."""
+    name, equals, paths = text.partition("=")
+    checkpoints = tuple((paths if equals else name).split(","))
+    if not name or not all(checkpoints):
+        raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
+    return name, checkpoints
+
+
+def read_overrides(text: str) -> Json:
+    """Read fields of `GenerationConfig` from `name=value&name=value`; values are JSON, or words."""
+    changes, known = {}, [field.name for field in fields(GenerationConfig)]
+    for pair in filter(None, text.split("&")):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"{pair!r} changes no field of the sampling: write NAME=VALUE with a name among"
+                f" {', '.join(known)}"
+            )
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], None]) -> Json:
+    """Make and judge the videos of entries, and keep them, with a report of each batch and entry.
+
+    If they are asked for, long videos of what generates are judged, too.
+
+    Returns:
+        All that the file holds then, by entry: settings, and what was seen in every video.
+    """
+    found = load(config.out, "entries", kind="evaluation")
+    save(config.out, {"entries": found})  # fails now if it must fail
+    how: Json = {"num_prompts": config.long_prompts, "seconds": config.long_seconds, "seeds": 1}
+    long = [
+        replace(entry, name=f"{entry.name}{LONG}", judge=judge_ends, **how)
+        for entry in entries
+        if config.long_prompts and entry.make is generated
+    ]
+    pipelines = functools.lru_cache(maxsize=1)(_load)  # neighbours often share a checkpoint
     jobs = {}
-    for name, (count, seconds) in lengths.items():
-        settings = shared | {"num_prompts": count, "num_frames": round(seconds * fps)}
-        if name not in parts:
-            jobs[name] = settings
+    for entry in (*entries, *long):  # what is wrong with one is said before others take hours
+        pipe, weights = pipelines(entry.checkpoint)
+        sampling = pipe.sampling.replaced(**entry.overrides)
+        pipe = replace(pipe, sampling=sampling)
+        pipe.generate(["a ball"], num_frames=1 + sampling.fps, seeds=[0])
+        settings = to_json(
+            vars(sampling)
+            | {"num_prompts": entry.num_prompts, "seeds": entry.seeds, "seed": config.seed}
+            | {"num_frames": round(entry.seconds * sampling.fps), "weights": weights}
+            | {"judge": entry.judge.__name__}
+        )
+        if entry.name not in found:
+            jobs[entry.name] = entry, sampling, settings
             continue
-        for key, value in parts[name]["settings"].items():
+        for key, value in found[entry.name]["settings"].items():
             if value != settings.get(key):
                 raise ValueError(
-                    f"{config.out} holds {name} with {key} = {value}, but {settings.get(key)} is "
-                    "asked for: keep the old value, or name another file."
+                    f"{config.out} holds {entry.name} with {key} = {value}, but "
+                    f"{settings.get(key)} is asked for: keep the old value, or name another file."
                 )
-    total = sum(settings["num_prompts"] * settings["num_frames"] for settings in jobs.values())
+    total = sum(s["num_prompts"] * s["seeds"] * s["num_frames"] for *_, s in jobs.values())
     done, started = 0, time.perf_counter()
-    for name, settings in jobs.items():
-        judge, key = (judge_ends, "last") if name.endswith(LONG) else (judge_whole, "scores")
+    for name, (entry, sampling, settings) in jobs.items():
+        pipe = replace(pipelines(entry.checkpoint)[0], sampling=sampling)
         frames, videos = settings["num_frames"], []
-        prompts = held_out_prompts(settings["num_prompts"], seed=config.seed)
-        how = {"num_frames": frames, "batch_size": config.batch_size}
-        for batch in judged(pipe, name, prompts, judge, **how):
-            videos += batch
+        for batch in _batches(entry, config):
+            blocks = entry.make(pipe, batch, num_frames=frames)
+            videos += entry.judge(blocks, batch, fps=sampling.fps)
             done += len(batch) * frames
             left = (time.perf_counter() - started) * (total / done - 1)
             report(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
-        parts[name] = {"settings": settings, "videos": videos}
-        save(config.out, {"parts": parts})
-        means = row_of("", name, [video[key] for video in videos]).scores
-        report(f"{name}: {', '.join(f'{key} {100 * s.mean:.1f}' for key, s in means.items())}")
-    result = Report(parts=parts, rows=tuple(tabulate(parts, units=config.units)))
-    save(config.out, result)
-    return result
+        found[name] = {"settings": settings, "videos": videos}
+        if entry.make is generated:
+            found[name]["passes_per_second"] = _passes(pipe)
+        save(config.out, {"entries": found})
+        scores = tables.by_prompt([found[name]], "last" if "last" in videos[0] else "scores")
+        report(f"{name}: {', '.join(f'{key} {100 * s.mean():.1f}' for key, s in scores.items())}")
+    return found
 
 
-def judged(
-    pipe: VideoPipeline,
-    name: str,
-    prompts: list[Json],
-    judge: Callable[..., list[Json]],
-    *,
-    num_frames: int,
-    batch_size: int,
-) -> Iterator[list[Json]]:
-    """Make the videos of all prompts, batch by batch, and yield what a judge says of each batch."""
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        yield judge(make(pipe, name, batch, num_frames=num_frames), batch, fps=pipe.sampling.fps)
+def _load(checkpoint: str) -> tuple[VideoPipeline, str]:
+    """Load a checkpoint, and take its fingerprint."""
+    folder = resolve(checkpoint)
+    return VideoPipeline.from_pretrained(folder), fingerprint(folder)
+
+
+def _batches(entry: Entry, config: StudyOptions) -> Iterator[list[Json]]:
+    """Yield the prompts of an entry, once for each of its seeds, in batches."""
+    prompts = held_out_prompts(entry.num_prompts, seed=config.seed)
+    asked = [p | {"seed": p["seed"] + 1_000_003 * k} for k in range(entry.seeds) for p in prompts]
+    for start in range(0, len(asked), config.batch_size):
+        yield asked[start : start + config.batch_size]
+
+
+def _passes(pipe: VideoPipeline) -> float:
+    """Count the passes for a second of video; guidance makes two of one."""
+    generation = pipe.generate(["a ball"], num_frames=1 + 4 * pipe.codec.stride[0], seeds=[0])
+    frames = sum(block.shape[1] for block in generation)
+    twice = 2 if pipe.sampling.guidance_scale != 1 else 1
+    return generation.stats.passes * twice * pipe.sampling.fps / frames
 
 
 def fingerprint(folder: Path) -> str:
@@ -107,51 +256,3 @@ def fingerprint(folder: Path) -> str:
     for file in sorted(folder.glob("*/*")):
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def make(
-    pipe: VideoPipeline, name: str, prompts: list[Json], *, num_frames: int
-) -> Iterator[Clips]:
-    """Yield the frames of a batch of videos as they come: generated, or real ones."""
-    if name not in (CLEAN, CODEC):
-        texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
-        units = name.removesuffix(LONG)
-        yield from pipe.generate(texts, num_frames=num_frames, seeds=seeds, units=units)
-        return
-    stride, size, fps = pipe.codec.stride[0], pipe.height, pipe.sampling.fps
-    frames = 1 + math.ceil((num_frames - 1) / stride) * stride
-    scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
-    clips = np.stack([world.render(s, num_frames=frames, size=size, fps=fps) for s in scenes])
-    if name == CODEC:
-        clips = to_frames(pipe.codec.decode(pipe.codec.encode(from_frames(clips))))
-    yield clips[:, :num_frames]
-
-
-def tabulate(parts: Json, *, units: Sequence[str]) -> Iterator[Row]:
-    """Yield the lines of all tables."""
-
-    def scores(name: str, key: str = "scores") -> list[dict[str, float]]:
-        return [video[key] for video in parts[name]["videos"]]
-
-    table = "Right, in %, with 95 % intervals over prompts"
-    means = {name: row_of(table, name, scores(name)) for name in (CLEAN, CODEC, *units)}
-    yield from means.values()
-    for ceiling in (CODEC, CLEAN):
-        best = {key: means[ceiling].scores[key].mean for key in COMPARED}
-        for name in units:  # the ceiling is taken as exact; a judge who is always wrong has none
-            own = means[name].scores
-            shares = {key: own[key].times(1 / best[key]) for key in COMPARED if best[key]}
-            yield replace(means[name], table=f"In % of the score of {ceiling}", scores=shares)
-    table = f"Minus {units[0]} with the same prompts and seeds, in points"
-    for name in units[1:]:
-        yield difference(table, name, scores(name), scores(units[0]))
-    long = [f"{name}{LONG}" for name in units if f"{name}{LONG}" in parts]
-    for table, key in (
-        (f"The first {WINDOW_SECONDS:g} s of the long videos", "first"),
-        (f"The last {WINDOW_SECONDS:g} s of the long videos", "last"),
-        ("Change per minute, times 100", "slopes"),
-    ):
-        yield from (row_of(table, name, scores(name, key)) for name in long)
-    table = "Last minus first window of the same video, in points"
-    for name in long:
-        yield difference(table, name, scores(name, "last"), scores(name, "first"))

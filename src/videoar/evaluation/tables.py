@@ -1,13 +1,15 @@
-"""Tables for people, and files of the figures behind them."""
+"""Tables for people, and the statistics in them: means over prompts, with 95 % intervals."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from videoar.evaluation import metrics
+from videoar.evaluation.lengths import WINDOW_SECONDS
 from videoar.evaluation.metrics import Interval, bootstrap_interval
 from videoar.files import Json
 
@@ -31,65 +33,122 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
-"""`count` is right if nothing else is there: noise shows every colour. `all`: everything right."""
-COMPARED = ATTRIBUTES[:3]
+CLEAN, CODEC = "real clips", "real clips through the codec"
+LONG = ", long"  # ends the names of long videos
 HEADLINE = {"color": "colour", "shape": "shape", "motion": "motion", "all": "all right"}
+COMPARED = {"color": "color", "shape": "shape", "motion": "motion"}
+"""Scores, and the columns that show them."""
+
+Scores = dict[str, Float[np.ndarray, " prompts"]]
+Rows = list[dict[str, Any]]
+"""Of a table, by column."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of one table: means over videos, with 95 % bootstrap intervals."""
+def by_prompt(samples: Sequence[Json], key: str = "scores") -> Scores:
+    """Return scores, each the mean over all videos of a prompt, in the order of the prompts.
 
-    table: str
-    name: str
-    """Kind of unit, or kind of real clips."""
-    num_videos: int
-    scores: dict[str, Interval]
-    """By column, 1 for all right."""
-
-    def cells(self, columns: Iterable[str]) -> list[str]:
-        """Return some of the scores as `mean [low, high]`, in hundredths."""
-        return [f"{self.scores[column].times(100):.1f}" for column in columns]
+    The videos of a sample differ in their noise, and the samples in who made them.
+    """
+    videos = [video for sample in samples for video in sample["videos"]]
+    shape = -1, samples[0]["settings"]["num_prompts"]
+    names = videos[0][key]
+    return {name: np.reshape([v[key][name] for v in videos], shape).mean(0) for name in names}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The result: tables, and every video behind them."""
-
-    parts: Json
-    """By kind: the settings, and each video's prompt, scores and what the judge saw."""
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        """Return a table of few columns, made for a README, and then all tables; in hundredths."""
-        text = []
-        for table, group in itertools.groupby(self.rows, key=lambda row: row.table):
-            rows = list(group)
-            if not text:
-                cells = [["units", *HEADLINE.values()]]
-                cells += [[row.name, *row.cells(HEADLINE)] for row in rows]
-                text += [markdown(cells)]
-            cells = [["units", "videos", *rows[0].scores]]
-            cells += [[row.name, str(row.num_videos), *row.cells(row.scores)] for row in rows]
-            text += [f"{table}:", markdown(cells)]
-        return "\n\n".join(text) + "\n"
+def intervals(scores: Scores, names: Mapping[str, str] | None = None) -> dict[str, Interval]:
+    """Return the means of scores over prompts, with intervals, by column."""
+    names = names or {name: name for name in scores}
+    return {column: bootstrap_interval(scores[name]) for name, column in names.items()}
 
 
-def row_of(table: str, name: str, scores: Sequence[Mapping[str, float]]) -> Row:
-    """Return the means of scores, with intervals."""
-    means = {key: bootstrap_interval([one[key] for one in scores]) for key in scores[0]}
-    return Row(table=table, name=name, num_videos=len(scores), scores=means)
+def difference(first: Scores, second: Scores, names: Mapping[str, str]) -> dict[str, Interval]:
+    """Return the means of differences between videos of the same prompts, with intervals."""
+    # What makes a prompt easy for both cancels.
+    return intervals({name: first[name] - second[name] for name in names}, names)
 
 
-def difference(
-    table: str, name: str, first: list[dict[str, float]], second: list[dict[str, float]]
-) -> Row:
-    """Return the means of differences between videos of the same prompts and seeds."""
-    pairs = zip(first, second, strict=True)  # what makes a prompt easy for both cancels
-    return row_of(table, name, [{key: a[key] - b[key] for key in COMPARED} for a, b in pairs])
+def headline(rows: Rows) -> Rows:
+    """Return few columns, made for a README."""
+    return [
+        {"units": row["units"]} | {shown: row[key] for key, shown in HEADLINE.items()}
+        for row in rows
+    ]
 
 
-def cell(values: Sequence[float] | Float[np.ndarray, " values"]) -> str:
-    """Return a mean and its interval, in hundredths."""
-    return f"{bootstrap_interval(values).times(100):.1f}"
+def unit_tables(found: Json, *, units: Sequence[str]) -> dict[str, Rows]:
+    """Return the tables of kinds of unit, by title."""
+    tables: dict[str, Rows] = defaultdict(list)
+
+    def add(title: str, name: str, scores: dict[str, Interval]) -> None:
+        tables[title].append({"units": name, "videos": len(found[name]["videos"])} | scores)
+
+    scores = {name: by_prompt([found[name]]) for name in (CLEAN, CODEC, *units)}
+    right = {name: intervals(own) for name, own in scores.items()}
+    for name in right:
+        add("Right, in %, with 95 % intervals over prompts", name, right[name])
+    for ceiling, name in itertools.product((CODEC, CLEAN), units):
+        best = {key: right[ceiling][key].mean for key in COMPARED}
+        # It is taken as exact; a judge who is always wrong has none.
+        shares = {key: right[name][key].times(1 / best[key]) for key in COMPARED if best[key]}
+        add(f"In % of the score of {ceiling}", name, shares)
+    for name in units[1:]:
+        change = difference(scores[name], scores[units[0]], COMPARED)
+        add(f"Minus {units[0]} with the same prompts and seeds, in points", name, change)
+    for name in (f"{name}{LONG}" for name in units if f"{name}{LONG}" in found):
+        first, last, slopes = (by_prompt([found[name]], key) for key in ("first", "last", "slopes"))
+        add(f"The first {WINDOW_SECONDS:g} s of the long videos", name, intervals(first))
+        add(f"The last {WINDOW_SECONDS:g} s of the long videos", name, intervals(last))
+        add("Change per minute, times 100", name, intervals(slopes))
+        change = difference(last, first, COMPARED)
+        add("Last minus first window of the same video, in points", name, change)
+    return tables
+
+
+def checkpoint_tables(found: Json, lines: Mapping[str, Sequence[str]]) -> list[Rows]:
+    """Return the tables of lines that are one entry, or several that differ in who made them."""
+    real = intervals(by_prompt([found[CLEAN]]), HEADLINE)
+    extra = ("Frechet", "diversity", "steps", "passes/s")
+    right: Rows = [{"videos of": CLEAN} | real | dict.fromkeys(extra, "")]
+    minus, drift, first = [], [], {}
+    for line, names in lines.items():
+        own = [found[name] for name in names]
+        scores, settings = by_prompt(own), own[0]["settings"]
+        sigmas = settings["sigmas"]
+        right.append({"videos of": line} | intervals(scores, HEADLINE))
+        right[-1]["Frechet"] = _distance(own, _features(found[CLEAN]))
+        right[-1]["diversity"] = _diversity(own)
+        steps = settings["num_inference_steps"] if sigmas is None else len(sigmas) - 1
+        right[-1] |= {"steps": steps, "passes/s": f"{own[0]['passes_per_second']:.1f}"}
+        if first:
+            minus.append({"minus the first": line} | difference(scores, first, HEADLINE))
+        first = first or scores
+        if long := [found[f"{name}{LONG}"] for name in names if f"{name}{LONG}" in found]:
+            change = difference(by_prompt(long, "last"), by_prompt(long, "first"), HEADLINE)
+            drift.append({f"last - first {WINDOW_SECONDS:g} s": line} | change)
+    return [rows for rows in (right, minus, drift) if rows]
+
+
+def _features(sample: Json) -> Float[np.ndarray, "videos features"]:
+    return np.array([video["features"] for video in sample["videos"]])
+
+
+def _distance(samples: Sequence[Json], real: Float[np.ndarray, "videos features"]) -> str:
+    """Return the Fréchet distance, the mean over samples: more videos would be nearer."""
+    made = [_features(sample) for sample in samples]
+    values = [
+        (metrics.frechet_distance(one, real), *metrics.frechet_interval(one, real)) for one in made
+    ]
+    mean, low, high = np.mean(values, axis=0)
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _diversity(samples: Sequence[Json]) -> str:
+    """Return how far apart videos of one prompt with different noise are, in features."""
+    seeds = samples[0]["settings"]["seeds"]
+    if seeds < 2:
+        return ""
+    apart: list[float] = []
+    for described in map(_features, samples):
+        first, second = described.reshape(seeds, -1, described.shape[1])[:2]
+        apart += np.linalg.norm(first - second, axis=1).tolist()
+    return f"{bootstrap_interval(apart):.2f}"

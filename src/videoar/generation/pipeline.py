@@ -1,6 +1,7 @@
 """From a prompt to frames: text encoder, sampler and codec behind one object."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,7 @@ class VideoPipeline:
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
         """
+        started = time.perf_counter()
         options, batch = self.sampling.replaced(**sampling), len(prompts)
         _check(prompts, seeds, num_frames, options)
         lattice = self.lattice(options.units, num_frames)
@@ -204,7 +206,8 @@ class VideoPipeline:
             noise=None if latents is None else self._noise(latents, lattice, batch),
             device=device,
         )
-        return Generation(sampler, self.codec, num_frames=num_frames, conditioning=conditioning)
+        how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
+        return Generation(sampler, self.codec, **how)
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""

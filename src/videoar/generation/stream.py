@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,25 +14,8 @@ from videoar.core.sampler import Sampler
 from videoar.core.tokens import Assembler
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
+from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes, process_seconds
-
-
-@dataclass
-class Stats:
-    """What a generation has cost so far; seconds are wall-clock."""
-
-    passes: int = 0
-    """Forward passes of the transformer."""
-    units: int = 0
-    """Finished units."""
-    frames: int = 0
-    """Finished pixel frames."""
-    model_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    cache_tokens: int = 0
-    """Most tokens the cache held."""
-    first_frame_seconds: float | None = None
-    """From the start of the iteration to the first frames."""
 
 
 class Generation:
@@ -48,9 +31,12 @@ class Generation:
         codec: Codec,
         *,
         num_frames: int | None,
-        conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None = None,
+        conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None,
+        started: float,
     ):
-        self.sampler, self.num_frames, self.stats = sampler, num_frames, Stats()
+        self.sampler, self.num_frames, self.stats = sampler, num_frames, Timing()
+        self.started = started
+        """When the work began, on the clock `time.perf_counter`."""
         self.conditioning = conditioning
         """First frames; they come out as they are, not as the codec gives them back."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
@@ -64,19 +50,22 @@ class Generation:
         return 0 if self.conditioning is None else self.conditioning.shape[1]
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
-        stats, sampler = self.stats, self.sampler
-        before = started = time.perf_counter()
+        sampler, before = self.sampler, time.perf_counter()
         steps = iter(sampler)
         while True:
             with torch.inference_mode():
                 finished = next(steps, None)
             computed = time.perf_counter()
-            stats.model_seconds += computed - before
-            stats.passes = sampler.passes
-            stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
+            self.stats = replace(
+                self.stats,
+                passes=sampler.passes,
+                units=self.stats.units + (finished is not None),
+                cache_tokens=max(self.stats.cache_tokens, sampler.cache.tokens),
+                cache_bytes=sampler.cache.num_bytes,
+                model_seconds=self.stats.model_seconds + computed - before,
+            )
             if finished is None:
                 return
-            stats.units += 1
             with torch.inference_mode():
                 latents = self._assembler.add(finished.unit, finished.tokens)
                 if latents is not None and not latents.isfinite().all():
@@ -85,18 +74,20 @@ class Generation:
                         " damaged, or the dtype is too narrow; try float32, or another copy"
                     )
                 frames = None if latents is None else to_frames(self._decoder(latents))
-            before = time.perf_counter()
-            stats.decode_seconds += before - computed
+            before, shown = time.perf_counter(), self.stats.frames
+            spent = self.stats.decode_seconds + before - computed
+            self.stats = replace(self.stats, decode_seconds=spent)
             if frames is None:
                 continue
             if self.num_frames is not None:
-                frames = frames[:, : self.num_frames - stats.frames]
+                frames = frames[:, : self.num_frames - shown]
             if self.conditioning is not None:
-                kept = self.conditioning[:, stats.frames : stats.frames + frames.shape[1]]
+                kept = self.conditioning[:, shown : shown + frames.shape[1]]
                 frames[:, : kept.shape[1]] = kept
-            if stats.first_frame_seconds is None:
-                stats.first_frame_seconds = before - started
-            stats.frames += frames.shape[1]
+            if not self.stats.first_frame_seconds:
+                waited, age = before - self.started, process_seconds()
+                self.stats = replace(self.stats, first_frame_seconds=waited, start_seconds=age)
+            self.stats = replace(self.stats, frames=shown + frames.shape[1])
             yield frames
             before = time.perf_counter()
 
@@ -113,50 +104,39 @@ class Generation:
         for name, part in self._parts.items():
             own = {key: state[key].to(device) for key in state if key.startswith(f"{name}.")}
             part.load_state_dict({key.removeprefix(f"{name}."): own[key] for key in own})
-        self.stats.frames = int(state["frames"])
+        self.stats = replace(self.stats, frames=int(state["frames"]))
 
 
 def write(
     generation: Generation,
     writer: VideoWriter,
     *,
-    started: float,
     fps: float,
     show: Callable[[int, float], None],
-) -> tuple[dict[str, Any], bool]:
+) -> Timing:
     """Write the frames of one video as they come, until the end or Ctrl-C.
 
-    The work began when the clock `time.perf_counter` showed `started`; `show` gets the frames and
-    the seconds since then after every write.
-
-    Returns:
-        What was done and what it took; and whether the user stopped it.
+    After every write `show` gets the frames, and the seconds since the work began.
     """
-    stats, interrupted = generation.stats, False
-    first_frame_seconds = start_seconds = closing = None
-    write_seconds = 0.0
+    interrupted, write_seconds, closing = False, 0.0, None
     try:
         with writer:
             for batch in generation:
                 before = time.perf_counter()
-                if first_frame_seconds is None:
-                    first_frame_seconds, start_seconds = before - started, process_seconds()
                 writer.write(batch[0])
                 after = time.perf_counter()
                 write_seconds += after - before
-                show(stats.frames, after - started)
+                show(generation.stats.frames, after - generation.started)
             closing = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
     ended = time.perf_counter()
-    frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
-    return vars(stats) | {
-        "frames": frames,
-        "video_seconds": frames / fps,
-        "fps": frames / (ended - started),
-        "seconds": ended - started,
-        "write_seconds": write_seconds + (ended - closing if closing else 0.0),
-        "first_frame_seconds": first_frame_seconds,
-        "start_seconds": start_seconds,
-        "peak_bytes": peak_bytes(),
-    }, interrupted
+    return replace(
+        generation.stats,
+        frames=writer.num_frames,  # fewer than were generated, if it was stopped in a write
+        video_seconds=writer.num_frames / fps,
+        seconds=ended - generation.started,
+        write_seconds=write_seconds + (ended - closing if closing else 0.0),
+        peak_bytes=peak_bytes(),
+        interrupted=interrupted,
+    )

@@ -20,7 +20,6 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
-from videoar.evaluation.study import make
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation.scores import PASSES, Context
 from videoar.training.distillation.stages import (
@@ -267,10 +266,12 @@ class StudentTask:
         pipe, values, shown = with_networks(self.student, module), {}, []
         pipe.codec.to(next(module.parameters()).device)
         prompts, fps = self._prompts(), pipe.sampling.fps
+        texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
         for name in self.task.units:
-            blocks = np.concatenate(list(make(pipe, name, prompts, num_frames=frames)), axis=1)
+            made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
+            blocks = np.concatenate(list(made), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             pixels = blocks.astype(np.float32) / 255
             values[f"change/{name}"] = float(np.abs(np.diff(pixels, axis=1)).mean())

@@ -1,0 +1,42 @@
+"""What was done for a video, and what it took. No torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The figures of a generation so far; seconds are wall-clock.
+
+    The parts of the time need not add up to all of it.
+    """
+
+    frames: int = 0
+    """Finished pixel frames; once it is written, those in the file."""
+    video_seconds: float = 0.0
+    """Length of the written video."""
+    units: int = 0
+    """Finished units."""
+    passes: int = 0
+    """Forward passes of the transformer."""
+    cache_tokens: int = 0
+    """Most tokens the cache held."""
+    cache_bytes: int = 0
+    model_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    seconds: float = 0.0
+    """From the prompt to the closed file."""
+    first_frame_seconds: float = 0.0
+    """From the prompt to the first frames."""
+    start_seconds: float | None = None
+    """From the start of the process to the first frames: interpreter, imports, loading, text; None
+    where the system does not tell."""
+    peak_bytes: int = 0
+    """Most memory that the process held."""
+    interrupted: bool = False
+    """Whether the user stopped it."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, end to end."""
+        return self.frames / self.seconds
