@@ -16,7 +16,6 @@ import torch
 from einops import rearrange
 from safetensors.torch import load, load_file, save
 
-from videoar.checkpoints import checkpoint
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.flow import unit_noise
@@ -168,7 +167,7 @@ def test_weights_of_taehv_load_as_a_codec(tmp_path: Path, folder: Path) -> None:
     torch.manual_seed(0)
     tiny = TinyCodec(TinyCodecConfig()).eval()
     torch.save(tiny.state_dict(), tmp_path / "taew2_1.pth")
-    found = checkpoint.load_codec(tmp_path / "taew2_1.pth")
+    found = Checkpoint.find(tmp_path / "taew2_1.pth").codec()
     assert isinstance(found, TinyCodec)
     assert found.config == TinyCodecConfig()
     latents = torch.randn(1, 2, 16, 4, 4)
@@ -184,7 +183,7 @@ def test_the_codec_of_wan_2_2_is_refused(tmp_path: Path, folder: Path) -> None:
     file = tmp_path / "wan" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 2}))
     with pytest.raises(ValueError, match=r"patch_size 2, as the codec of Wan 2\.2"):
-        checkpoint.load_codec(tmp_path / "wan")
+        Checkpoint.find(tmp_path / "wan").codec()
 
 
 # ---------------------------------------------------------------- text

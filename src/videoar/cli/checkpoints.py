@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from videoar.checkpoints import convert as conversion
-from videoar.checkpoints.checkpoint import CODECS, Checkpoint, surroundings
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checkpoints.wan import TransformerWeights
 from videoar.cli import options
 from videoar.cli.progress import say
@@ -19,7 +19,7 @@ from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.config import GenerationConfig
-from videoar.weights import as_dtype, build_empty
+from videoar.weights import as_dtype
 
 
 def convert(args: options.Convert) -> None:
@@ -50,7 +50,7 @@ def describe(
     dtype: str | torch.dtype | None = None,
 ) -> str:
     """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
-    meta, parts, memory = checkpoint.meta, surroundings(checkpoint.home), ""
+    meta, parts, memory = checkpoint.meta, checkpoint.parts(), ""
     kinds = {name: type(part).__name__ for name, part in parts.items()}
     tensors: dict[str, list[Tensor]] = {
         name: list(part.parameters() if isinstance(part, Codec) else part.tensors())
@@ -121,8 +121,7 @@ def _memory(
     stride, decoding = (4, 8, 8), "a decoder"
     if codec is not None:
         # On the meta device: nothing is computed, however large the frames are.
-        stride, twin = codec.stride, build_empty(CODECS[type(codec).__name__][0], codec.config)
-        decoder = twin.stream_decoder()
+        stride, decoder = codec.stride, codec.to("meta").stream_decoder()
         size = (height // stride[1], width // stride[2])
         decoder(torch.zeros(1, 1, codec.latent_channels, *size, device="meta"))
         bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())

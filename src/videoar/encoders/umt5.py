@@ -145,8 +145,7 @@ class UMT5PromptEncoder:
             model = build_empty(transformers.UMT5EncoderModel, transformers.UMT5Config(**stated))
         if self.dtype is not None:
             weights = {key: tensor.to(self.dtype) for key, tensor in weights.items()}
-        assign_weights(model, weights, file=self.encoder)
-        return model.eval()
+        return assign_weights(model, weights, file=self.encoder).eval()
 
     def save(self, folder: Path, encoder: str = "encoder") -> None:
         """Copy encoder and tokenizer; the original's file becomes a folder of transformers."""

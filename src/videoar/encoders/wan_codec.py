@@ -7,9 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from videoar.encoders.codec import Codec, Latents, Memory, Video
-from videoar.weights import (
-    library,
-)
+from videoar.weights import library
 
 
 @dataclass(frozen=True, kw_only=True)

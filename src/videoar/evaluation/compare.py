@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from videoar.checkpoints.checkpoint import load_codec, resolve
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data.world import held_out_prompts
 from videoar.encoders.codec import from_frames
 from videoar.evaluation.judge import Clips, judge_ends, judge_whole
 from videoar.evaluation.metrics import bootstrap_interval, frechet_distance, frechet_interval
 from videoar.evaluation.options import Compare
-from videoar.evaluation.study import CLEAN, fingerprint, judged
+from videoar.evaluation.study import CLEAN, judged
 from videoar.evaluation.tables import HEADLINE, cell, markdown
 from videoar.files import Json, load, save
 from videoar.generation.config import GenerationConfig
@@ -52,7 +52,7 @@ def features(frames: Clips) -> Float[np.ndarray, "b c"]:
 
     Per latent channel: its mean and deviation over all places, and its mean change in time.
     """
-    codec = load_codec(resolve("toy"))
+    codec = Checkpoint.find("toy").codec()
     with torch.inference_mode():
         latents = codec.encode(from_frames(frames[:, : 1 + (frames.shape[1] - 1) // 4 * 4]))
     change = latents.diff(dim=1).abs()
@@ -75,8 +75,7 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
     made = [(entry.name, checkpoint) for entry in entries for checkpoint in entry.checkpoints]
     for name, checkpoint in ((CLEAN, "toy"), *made):
         path, _, given = checkpoint.partition("?")
-        folder = resolve(path)
-        kinds: Json = {"": settings | {"weights": fingerprint(folder)}}
+        kinds: Json = {"": settings | {"weights": Checkpoint.find(path).fingerprint()}}
         if config.long_prompts and name != CLEAN:
             kinds[LONG] = kinds[""] | {"long": [config.long_prompts, config.long_seconds]}
         for suffix, asked in kinds.items():
@@ -84,7 +83,7 @@ def run(config: Compare, report: Callable[[str], None]) -> str:
             if parts.get(key, {}).get("settings") == asked:
                 continue
             started = time.perf_counter()
-            pipe = VideoPipeline.from_pretrained(folder)
+            pipe = VideoPipeline.from_pretrained(path)
             pipe.sampling = with_fields(pipe.sampling, given)
             parts[key] = {"settings": asked} | _part(pipe, config, name, suffix)
             save(config.out, {"parts": parts})

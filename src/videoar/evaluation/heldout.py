@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from videoar.checkpoints.checkpoint import resolve
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.schemes import parse
 from videoar.data.captions import Wording
@@ -43,7 +42,7 @@ def run(config: Evaluate, report: Callable[[str], None]) -> str:
         raise ValueError(
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
-    pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
+    pipe = VideoPipeline.from_pretrained(config.checkpoint)
     check_codec(data, pipe.codec, checkpoint=config.checkpoint)
     wording = Wording.of(pipe.prompt_encoder, data)
     shards = LatentShards(data / "heldout", tokenize=wording.tokenize)

@@ -5,17 +5,15 @@ Every kind of unit gets the same prompts and seeds, so kinds are compared in pai
 its words may be: one thing on a background has only 1,536 combinations of attributes.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 
-from videoar.checkpoints.checkpoint import resolve
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.schemes import parse
 from videoar.data import world
 from videoar.data.world import held_out_prompts
@@ -37,15 +35,16 @@ def run(config: Evaluate, report: Callable[[str], None]) -> Report:
     """
     for name in config.units:
         parse(name)
-    folder, parts = resolve(config.checkpoint), load(config.out, "parts", kind="evaluation")
+    weights = Checkpoint.find(config.checkpoint).fingerprint()
+    parts = load(config.out, "parts", kind="evaluation")
     save(config.out, {"parts": parts})  # fails now if it must fail
-    pipe = VideoPipeline.from_pretrained(folder)
+    pipe = VideoPipeline.from_pretrained(config.checkpoint)
     names = ("num_inference_steps", "shift", "guidance_scale")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     pipe.sampling = replace(pipe.sampling, **given)
     fps = pipe.sampling.fps
     shared = {key: value for key, value in vars(pipe.sampling).items() if key != "units"}
-    shared |= {"seed": config.seed, "weights": fingerprint(folder)}
+    shared |= {"seed": config.seed, "weights": weights}
     for name in config.units:  # what is wrong with one kind is said before the others take hours
         pipe.generate(["a ball"], num_frames=1 + fps, seeds=[0], units=name)
 
@@ -99,14 +98,6 @@ def judged(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         yield judge(make(pipe, name, batch, num_frames=num_frames), batch, fps=pipe.sampling.fps)
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of the weights and configs: a checkpoint may change under its name."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*")):
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def make(

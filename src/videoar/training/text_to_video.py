@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checkpoints import checkpoint
-from videoar.checkpoints.checkpoint import resolve
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -100,7 +99,7 @@ class TextToVideoTask:
 
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
-        self.codec = checkpoint.load_codec(resolve(task.codec))
+        self.codec = Checkpoint.find(task.codec).codec()
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         how: dict[str, Any] = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         if not task.latents.exists():
@@ -196,8 +195,7 @@ class FinetuneConfig:
                 f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
                 f" VIDEOS {self.latents}`, or name it with --task.latents"
             )
-        folder = resolve(self.init)
-        pipe = VideoPipeline.from_pretrained(folder)
+        folder, pipe = Path(self.init), VideoPipeline.from_pretrained(self.init)
         prompts = pipe.prompt_encoder
         trained = isinstance(prompts, TinyPromptEncoder)
         info = check_codec(self.latents, pipe.codec, checkpoint=self.init)

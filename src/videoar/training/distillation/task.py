@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import resolve
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -79,7 +78,7 @@ class StudentConfig:
 def load_part(name: str, role: str) -> VideoPipeline:
     """Load who takes a part, or say which checkpoint is missing."""
     try:
-        return VideoPipeline.from_pretrained(resolve(name))
+        return VideoPipeline.from_pretrained(name)
     except ValueError as error:
         raise ValueError(f"the {role}: {error}") from error
 
