@@ -275,10 +275,12 @@ def test_a_local_folder_comes_before_every_other_meaning(tmp_path: Path) -> None
 
 
 def test_a_hub_name_says_how_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a folder of that name, the command that fetches the repository is given."""
+    """Without a folder of that name, the command that fetches it; a path is no repository."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="hf download owner/some-model --local-dir some-model"):
         Checkpoint.find("owner/some-model")
+    with pytest.raises(ValueError, match=r"no checkpoint is called '\.\./model'"):
+        Checkpoint.find("../model")
 
 
 def test_bundled_names_are_found_and_suggested(

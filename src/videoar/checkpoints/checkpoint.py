@@ -112,7 +112,7 @@ def resolve(name_or_path: str | Path) -> Path:
     name, names = str(name_or_path), bundled()
     if name in names:
         return _assets() / name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
         return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
