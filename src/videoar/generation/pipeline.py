@@ -26,7 +26,6 @@ from videoar.generation.conditioning import Fit, beginning
 from videoar.generation.config import GenerationConfig, check_whole
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
-from videoar.weights import as_dtype
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
@@ -83,11 +82,11 @@ class VideoPipeline:
         defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
-        wanted, host = as_dtype(dtype), "cpu" if offload else device
+        wanted, host = weights.as_dtype(dtype), "cpu" if offload else device
         found = checkpoint.transformer()
         checkpoint.check_preset(found, preset)
         prompts = checkpoint.text_encoder(dtype=wanted, device=host)
-        transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
+        transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
         if offload:
             weights.offload(transformer, transformer.blocks, device)
         return cls(
