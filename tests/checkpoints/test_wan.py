@@ -436,3 +436,25 @@ def test_a_folder_of_the_original_generates_and_converts(original: Path, tmp_pat
     names = {tiny_wan.transformer_name(key): key for key in reference.transformer.state_dict()}
     weights = reference.transformer.state_dict()
     assert all(torch.equal(weights[names[key]], first[key]) for key in first)
+
+
+def test_the_parts_of_wan_are_shared(folder: Path, tmp_path: Path) -> None:
+    """Fine-tuned models of one Wan need one text encoder of 11 GB: the fingerprint covers it."""
+    ours = tmp_path / "ours"
+    assert main.main(["convert", str(folder), str(ours)]) == 0
+    whole = Checkpoint.find(ours)
+    expected, before = VideoPipeline.from_pretrained(ours), whole.fingerprint()
+    rows = expected.prompt_encoder.encode([PROMPT])
+    for part in ("text", "codec"):
+        shutil.rmtree(ours / part)
+    shutil.copytree(folder, ours / "wan")
+    meta = whole.meta | {"parts": {"text": "wan", "codec": "wan"}}
+    (ours / "videoar.json").write_text(json.dumps(meta))
+    found = VideoPipeline.from_pretrained(ours)
+    latents = torch.randn(1, 2, 16, 4, 4)
+    assert torch.equal(found.codec.decode(latents), expected.codec.decode(latents))
+    assert torch.equal(found.prompt_encoder.encode([PROMPT]), rows)
+    changed = Checkpoint.find(ours).fingerprint()
+    assert changed != before
+    (ours / "wan" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert Checkpoint.find(ours).fingerprint() != changed

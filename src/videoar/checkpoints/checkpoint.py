@@ -8,7 +8,8 @@ A checkpoint of this project is a folder::
         model.safetensors
         ...              further text files, such as a tokenizer
 
-It is written whole and loaded strictly.
+It is written whole and loaded strictly. What it shares with another checkpoint need not be there
+twice: `"parts": {"codec": "toy-base"}` in `videoar.json` says whose it is.
 """
 
 import difflib
@@ -68,6 +69,7 @@ def save_checkpoint(
         versions[library] = importlib.metadata.version(library)
     # The writer's versions win: a checkpoint saved again keeps those it was trained with.
     about = {**own, "versions": versions, **meta, **own}
+    about.pop("parts", None)  # of the checkpoint that was loaded: this one is whole
     with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
         for name, part in parts.items():
             if isinstance(part, nn.Module):
@@ -84,7 +86,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     meta = read_json(file)
-    version = meta.get("format")
+    version, parts = meta.get("format"), meta.get("parts", {})
     if type(version) is not int or version < 1:
         raise ValueError(
             f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
@@ -94,25 +96,35 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
             "update it with `pip install --upgrade videoar`"
         )
+    if not isinstance(parts, dict) or not all(
+        part in PARTS and isinstance(name, str) for part, name in parts.items()
+    ):
+        raise ValueError(
+            f"{file} gives parts {parts!r}, but only {' and '.join(PARTS)} may be those of another "
+            "checkpoint, by its name; correct it"
+        )
     return meta
 
 
 def bundled() -> list[str]:
     """Return the names of the checkpoints that come with the package."""
-    assets = _assets()
-    return sorted(path.parent.name for path in assets.glob(f"*/{META}"))
+    return sorted(path.parent.name for path in _assets().glob(f"*/{META}"))
 
 
 def resolve(name_or_path: str | Path) -> Path:
     """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository."""
     path = Path(name_or_path).expanduser()
     found = path.exists() or split_entry(path)[0].is_file()
-    if found:
-        return path
-    name, names = str(name_or_path), bundled()
+    return path if found else _published(str(name_or_path))
+
+
+def _published(name: str) -> Path:
+    """Find a checkpoint by a name that means the same everywhere."""
+    names = bundled()
     if name in names:
         return _assets() / name
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
+    weights = Path(name).suffix.startswith((".pt", ".safe"))
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not weights:
         return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -158,6 +170,8 @@ class Checkpoint:
     """Low-rank updates to merge."""
     meta: dict[str, Any]
     """What a checkpoint of ours says of itself; empty for another's."""
+    named: dict[str, str]
+    """Parts that are not at home, and the names of the checkpoints that hold them."""
 
     @classmethod
     def find(
@@ -172,12 +186,35 @@ class Checkpoint:
             lora: file of low-rank updates.
         """
         source = resolve(name)
+        meta, home = _read_meta(source), source if base is None else resolve(base)
+        named = (meta if base is None else _read_meta(home)).get("parts", {})
         return cls(
             source=source,
-            home=source if base is None else resolve(base),
+            home=home,
             lora=None if lora is None else Path(lora),
-            meta=_read_meta(source),
+            meta=meta,
+            named={part: name for part, name in named.items() if not _holds(home, part)},
         )
+
+    def _place(self, part: str) -> Path:
+        """Return who holds a part: `home`, or the checkpoint that is named there.
+
+        The name means the same wherever the checkpoint lies: the current folder does not matter,
+        and a path does not lead out of the checkpoint. There is one step, so there is no circle.
+        """
+        if part not in self.named:
+            return self.home
+        name, inside = self.named[part], self.home / self.named[part]
+        says = f"{self.home / META} takes its {part} from {name!r}, unless --base names another"
+        try:
+            below = inside.is_dir() and inside.resolve().is_relative_to(self.home.resolve())
+            folder = inside if below else _published(name)
+            _read_meta(folder)
+        except ValueError as error:
+            raise ValueError(f"{says}: {error}") from error
+        if not _holds(folder, part):
+            raise ValueError(f"{says}: it has none of its own; name one that has it")
+        return folder
 
     def sampling(self, preset: str | None = None) -> dict[str, Any]:
         """Return its defaults: fields of `GenerationConfig`, with height and width."""
@@ -217,17 +254,19 @@ class Checkpoint:
 
     def codec(self, *, device: torch.device | str = "cpu") -> Codec:
         """Load the codec, in any format."""
-        if not (ours := self.home / "codec" / CONFIG).is_file():
-            return wan.read_codec(self.home, device=device).eval()
+        place = self._place("codec")
+        if not (ours := place / "codec" / CONFIG).is_file():
+            return wan.read_codec(place, device=device).eval()
         return load_component(ours.parent, TinyCodec, PatchCodec, WanCodec, device=device).eval()
 
     def text_encoder(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> PromptEncoder:
         """Load the text side, in any format."""
-        if (self.home / "text" / CONFIG).is_file():
-            return TinyPromptEncoder.load(self.home / "text", device=device)
-        return umt5.UMT5PromptEncoder.find(self.home, dtype=dtype, device=device)
+        place = self._place("text")
+        if (place / "text" / CONFIG).is_file():
+            return TinyPromptEncoder.load(place / "text", device=device)
+        return umt5.UMT5PromptEncoder.find(place, dtype=dtype, device=device)
 
     def parts(self) -> dict[str, Any]:
         """Load text side and codec, if there are any.
@@ -235,12 +274,17 @@ class Checkpoint:
         That they are not there is no error; that they are damaged is one.
         """
         loaders = {"text": self.text_encoder, "codec": self.codec}
-        return {part: load() for part, load in loaders.items() if _holds(self.home, part)}
+        return {p: load() for p, load in loaders.items() if p in self.named or _holds(self.home, p)}
 
     def fingerprint(self) -> str:
         """Return a hash of all weights and configs: a checkpoint may change under its name."""
         below = "*/**/*" if self.meta else "**/*"
         found = {file.relative_to(self.source): file for file in self.source.glob(below)}
+        for part in self.named:
+            folder = self._place(part)
+            part_folder = folder / part if (folder / part).is_dir() else folder
+            for file in part_folder.rglob("*"):
+                found[Path(part) / file.relative_to(part_folder)] = file
         digest = hashlib.sha256()
         for name, file in sorted(found.items()):
             if file.is_file():
