@@ -1,5 +1,6 @@
 """Parts that checkpoints share: stored once, loaded as if each had its own."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -46,6 +47,15 @@ def _same(first: VideoPipeline, second: VideoPipeline) -> bool:
     return all(
         a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs
     )
+
+
+def test_the_package_holds_nothing_twice() -> None:
+    """Every file of weights is there once: megabytes that all users download."""
+    assets = checkpoint._assets()
+    files = [file.read_bytes() for file in assets.rglob("*.safetensors")]
+    assert len({hashlib.sha256(content).digest() for content in files}) == len(files) >= 5
+    codecs = [Checkpoint.find(name).codec() for name in ("toy", "toy-base")]
+    assert codecs[0].fingerprint() == codecs[1].fingerprint()
 
 
 def test_a_named_part_is_loaded_as_its_own(sharing: Path, whole: Path, capsys) -> None:
