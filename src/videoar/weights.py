@@ -210,11 +210,10 @@ def split_entry(source: Path) -> tuple[Path, str | None]:
 
 def read_weights(source: Path) -> Weights:
     """Read the tensors of a file or of a folder of shards, without what is wrapped around them."""
-    source, entry = split_entry(source)
-    return unwrap(read_file(source), entry=entry, file=source)[0]
+    return read_wrapped(*split_entry(source))[0]
 
 
-def read_file(source: Path) -> dict[str, Any]:
+def _read_file(source: Path) -> dict[str, Any]:
     """Read what a file or a folder of shards holds, wrappers and all."""
     if source.is_dir():
         return _read_shards(source)
@@ -267,11 +266,9 @@ def _read_shards(folder: Path) -> Weights:
     return {key: tensor for file in files for key, tensor in read_safetensors(file).items()}
 
 
-def unwrap(
-    tree: Mapping[str, Any], *, entry: str | None = None, file: Path
-) -> tuple[Weights, list[str]]:
-    """Descend to the tensors; return them and the names of what was around them."""
-    path = []
+def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[str]]:
+    """Read tensors, from one entry or the usual one; also return the names of what is around."""
+    tree, path = _read_file(file), []
     while True:
         inner = [key for key, value in tree.items() if isinstance(value, Mapping)]
         if entry is not None and entry not in inner:

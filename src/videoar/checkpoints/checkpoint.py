@@ -96,9 +96,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
             "update it with `pip install --upgrade videoar`"
         )
-    if not isinstance(parts, dict) or not all(
-        part in PARTS and isinstance(name, str) for part, name in parts.items()
-    ):
+    named = isinstance(parts, dict) and all(type(name) is str for name in parts.values())
+    if not named or parts.keys() - PARTS.keys():
         raise ValueError(
             f"{file} gives parts {parts!r}, but only {' and '.join(PARTS)} may be those of another "
             "checkpoint, by its name; correct it"

@@ -23,11 +23,10 @@ from videoar.weights import (
     build_config,
     build_empty,
     library,
-    read_file,
     read_json,
     read_weights,
+    read_wrapped,
     split_entry,
-    unwrap,
 )
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -122,7 +121,7 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
         )
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    weights, wrappers = unwrap(read_file(folder), entry=entry, file=folder)
+    weights, wrappers = read_wrapped(folder, entry)
     for part, says in OTHERS.items():
         if any(part in key for key in weights):
             raise ValueError(f"{folder} {says}")
