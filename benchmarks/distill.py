@@ -11,7 +11,6 @@ import torch
 from tyro.conf import Positional
 
 from videoar import machine
-from videoar.checkpoints.checkpoint import resolve
 from videoar.checks import check_options
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
@@ -133,7 +132,7 @@ def run(config: BenchDistill, report: Callable[[str], None]) -> str:
     """Measure each part, and return a table."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
+    pipe = VideoPipeline.from_pretrained(config.checkpoint)
     matching, stride = objectives(pipe, config), pipe.codec.stride
     how, rng = matching["full"].config, torch.Generator().manual_seed(0)
     cell = stride[1] * pipe.transformer.config.patch

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
-from videoar.checkpoints import checkpoint, convert, wan
+from videoar.checkpoints import convert, wan
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_options
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
@@ -133,7 +134,7 @@ def _make_weights(folder: Path) -> int:
 
 def _load_weights(folder: Path) -> tuple[float, int, int, int]:
     before, start = peak_bytes(), time.perf_counter()
-    model = checkpoint.read_transformer(folder).build()
+    model = Checkpoint.find(folder).transformer().build()
     seconds, loaded = time.perf_counter() - start, peak_bytes()
     for parameter in model.parameters():
         parameter.sum()

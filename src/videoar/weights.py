@@ -31,22 +31,11 @@ AGAIN = "copy or download the checkpoint again"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Component:
-    """One part of a checkpoint; call it to write it into a folder."""
-
-    module: nn.Module
-    """Its state dict is what is saved."""
-    config: Any
-    """A frozen dataclass from which the module can be built again."""
-    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Names of further files and their text, such as `tokenizer.json`."""
-
-    def __call__(self, folder: Path) -> None:
-        fields = {"class": type(self.module).__name__, **dataclasses.asdict(self.config)}
-        save_weights(folder / WEIGHTS, self.module.state_dict(), fields)
-        for name, content in self.texts.items():
-            (folder / name).write_text(content, encoding="utf-8")
+def save_component(folder: Path, module: nn.Module) -> None:
+    """Write a module and its `config`, a frozen dataclass from which it can be built again."""
+    config: Any = module.config
+    fields = {"class": type(module).__name__, **dataclasses.asdict(config)}
+    save_weights(folder / WEIGHTS, module.state_dict(), fields)
 
 
 def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -62,28 +51,24 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
 
 
 def load_component(
-    folder: Path,
-    classes: Mapping[str, tuple[type[ModuleT], type]],
-    *,
-    device: torch.device | str = "cpu",
+    folder: Path, *classes: type[ModuleT], device: torch.device | str = "cpu"
 ) -> ModuleT:
-    """Build what a `Component` wrote, with the weights in the precision they have there.
+    """Build what `save_component` wrote, with the weights in the precision they have there.
 
-    `classes` gives the module class and its config class for each class name that may occur.
+    `classes` are those that may occur; each is made from the config that its `__init__` names.
     """
     config, weights = folder / CONFIG, folder / WEIGHTS
     for file in (config, weights):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
     values = read_json(config)
-    name = values.pop("class", None)
-    if name not in classes:
-        known = ", ".join(sorted(classes))
-        raise ValueError(f"{config} names class {name!r}; only {known} fits here")
-    module_class, config_class = classes[name]
-    module = build_empty(module_class, build_config(config_class, values, file=config))
-    assign_weights(module, read_safetensors(weights, device=device), file=weights)
-    return module
+    name, known = values.pop("class", None), {each.__name__: each for each in classes}
+    if name not in known:
+        fits = ", ".join(sorted(known))
+        raise ValueError(f"{config} names class {name!r}; only {fits} fits here")
+    config_class = typing.get_type_hints(known[name].__init__)["config"]
+    module = build_empty(known[name], build_config(config_class, values, file=config))
+    return assign_weights(module, read_safetensors(weights, device=device), file=weights)
 
 
 def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -103,8 +88,8 @@ def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
         return module_class(config)
 
 
-def assign_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path) -> None:
-    """Make tensors those of a module, strictly and without a copy.
+def assign_weights(module: ModuleT, weights: Mapping[str, Tensor], *, file: Path) -> ModuleT:
+    """Make tensors those of a module, strictly and without a copy; return it.
 
     Raises:
         ValueError: in one sentence, which are missing, unexpected or wrongly shaped.
@@ -127,6 +112,7 @@ def assign_weights(module: nn.Module, weights: dict[str, Tensor], *, file: Path)
     module.load_state_dict(weights, strict=True, assign=True)
     for buffer, tensor in module.named_buffers():
         assert not tensor.is_meta, f"buffer {buffer} is not saved: compute it in forward"
+    return module
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -219,11 +205,10 @@ def split_entry(source: Path) -> tuple[Path, str | None]:
 
 def read_weights(source: Path) -> Weights:
     """Read the tensors of a file or of a folder of shards, without what is wrapped around them."""
-    source, entry = split_entry(source)
-    return unwrap(read_file(source), entry=entry, file=source)[0]
+    return read_wrapped(*split_entry(source))[0]
 
 
-def read_file(source: Path) -> dict[str, Any]:
+def _read_file(source: Path) -> dict[str, Any]:
     """Read what a file or a folder of shards holds, wrappers and all."""
     if source.is_dir():
         return _read_shards(source)
@@ -276,11 +261,9 @@ def _read_shards(folder: Path) -> Weights:
     return {key: tensor for file in files for key, tensor in read_safetensors(file).items()}
 
 
-def unwrap(
-    tree: Mapping[str, Any], *, entry: str | None = None, file: Path
-) -> tuple[Weights, list[str]]:
-    """Descend to the tensors; return them and the names of what was around them."""
-    path = []
+def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[str]]:
+    """Read tensors, from one entry or the usual one; also return the names of what is around."""
+    tree, path = _read_file(file), []
     while True:
         inner = [key for key, value in tree.items() if isinstance(value, Mapping)]
         if entry is not None and entry not in inner:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import Float
+from tiny import tiny_pipeline
 from torch import Tensor, nn
 
 from videoar.checkpoints import checkpoint
-from videoar.checkpoints.checkpoint import load_meta, resolve, save_checkpoint
-from videoar.weights import Component, load_component
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from videoar.encoders.text_encoder import TinyPromptEncoder
+from videoar.weights import load_component, save_component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,6 @@ class Net(nn.Module):
         return self.inner(x) * self.config.scale.factor * self.frozen
 
 
-CLASSES: dict[str, tuple[type[nn.Module], type]] = {"Net": (Net, NetConfig)}
 CONFIG = NetConfig(
     width=4, pairs=((2, 0.25), (3, 1.0)), scale=ScaleConfig(factor=2.0), other=ScaleConfig()
 )
@@ -61,7 +62,7 @@ CONFIG = NetConfig(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A saved component."""
-    Component(module=Net(CONFIG), config=CONFIG, texts={"words.json": "[]"})(tmp_path / "net")
+    save_component(tmp_path / "net", Net(CONFIG))
     return tmp_path / "net"
 
 
@@ -74,7 +75,7 @@ def _edit(folder: Path, **changes: object) -> None:
 def _sentence(folder: Path) -> str:
     """Return the error that loading gives; it must be one line that names the folder."""
     with pytest.raises(ValueError, match=r".") as caught:
-        load_component(folder, CLASSES)
+        load_component(folder, Net)
     text = str(caught.value)
     assert "\n" not in text
     assert str(folder) in text
@@ -85,8 +86,8 @@ def _sentence(folder: Path) -> str:
 def test_a_component_comes_back_with_its_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     """Config, weights, precision and outputs survive; otherwise a checkpoint is another model."""
     net = Net(CONFIG).to(dtype)
-    Component(module=net, config=CONFIG)(tmp_path)
-    loaded = load_component(tmp_path, CLASSES)
+    save_component(tmp_path, net)
+    loaded = load_component(tmp_path, Net)
     assert isinstance(loaded, Net)
     assert loaded.config == CONFIG
     assert all(
@@ -98,21 +99,21 @@ def test_a_component_comes_back_with_its_bits(tmp_path: Path, dtype: torch.dtype
 
 def test_a_loaded_component_can_be_trained_and_saved_over_its_own_file(folder: Path) -> None:
     """Flags for gradients survive, and the mapped file is replaced and not overwritten."""
-    loaded = load_component(folder, CLASSES)
+    loaded = load_component(folder, Net)
     assert [p.requires_grad for p in loaded.parameters()] == [
         p.requires_grad for p in Net(CONFIG).parameters()
     ]
     loaded(torch.randn(2, 4)).sum().backward()
     before = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
-    Component(module=loaded, config=CONFIG)(folder)
-    for weights in (loaded.state_dict(), load_component(folder, CLASSES).state_dict()):
+    save_component(folder, loaded)
+    for weights in (loaded.state_dict(), load_component(folder, Net).state_dict()):
         assert all(torch.equal(before[key], weights[key]) for key in before)
 
 
 def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     """Loading draws no random numbers; otherwise it would change what is generated after it."""
     state = torch.get_rng_state()
-    load_component(folder, CLASSES)
+    load_component(folder, Net)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -164,41 +165,57 @@ def test_a_corrupt_config_is_refused(folder: Path, content: bytes) -> None:
 def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
     """Both directions of a mismatch are errors: nothing is dropped, nothing is left at random."""
     larger = nn.ModuleDict({"inner": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    larger.config = CONFIG
     config = (folder / "config.json").read_text()
-    Component(module=larger, config=CONFIG)(folder)
+    save_component(folder, larger)
     (folder / "config.json").write_text(config)
     assert "lacks 2 of the 4 tensors of Net" in _sentence(folder)
     net = Net(CONFIG)
     net.register_buffer("extra", torch.zeros(2))
-    Component(module=net, config=CONFIG)(folder)
+    save_component(folder, net)
     assert "'extra'" in _sentence(folder)
+
+
+def _tied() -> nn.ModuleDict:
+    net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    net["b"].weight = net["a"].weight
+    net.config = CONFIG
+    return net
 
 
 def test_shared_tensors_are_refused(tmp_path: Path) -> None:
     """Tied weights would come back untied, so saving them fails and leaves no file."""
-    net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-    net["b"].weight = net["a"].weight
     with pytest.raises(RuntimeError, match=r"share memory.*[ab]\.weight.*[ab]\.weight"):
-        Component(module=net, config=CONFIG)(tmp_path / "net")
+        save_component(tmp_path / "net", _tied())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+class Noted(TinyPromptEncoder):
+    """A part that writes itself, with a further file."""
+
+    def save(self, folder: Path) -> None:
+        """Write a net and a note."""
+        save_component(folder, Net(CONFIG))
+        (folder / "notes.txt").write_text("x")
+
+
 def _checkpoint(folder: Path, *, overwrite: bool = False, **meta: object) -> Path:
-    parts = {"transformer": Component(module=Net(CONFIG), config=CONFIG, texts={"notes.txt": "x"})}
+    text = tiny_pipeline().prompt_encoder
+    parts = {"transformer": Noted(text.tokenizer, text.encoder)}
     return save_checkpoint(folder, parts, meta, overwrite=overwrite)
 
 
 def test_a_checkpoint_tells_what_it_is(tmp_path: Path) -> None:
     """The writer's meta comes back beside format, components and versions."""
     folder = _checkpoint(tmp_path / "run" / "toy", seed=3, recipe={"steps": [1, 2]})
-    meta = load_meta(folder)
+    meta = Checkpoint.find(folder).meta
     assert meta["seed"] == 3
     assert meta["recipe"] == {"steps": [1, 2]}
     assert meta["format"] == checkpoint.FORMAT
     assert meta["components"] == ["transformer"]
     assert meta["versions"]["torch"] == torch.__version__
     assert (folder / "transformer" / "notes.txt").read_text() == "x"
-    load_component(folder / "transformer", CLASSES)
+    load_component(folder / "transformer", Net)
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -206,9 +223,9 @@ def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path: Path) -> N
     folder = _checkpoint(tmp_path / "toy", seed=1)
     with pytest.raises(ValueError, match=r"exists already; .* --force"):
         _checkpoint(folder, seed=2)
-    assert load_meta(folder)["seed"] == 1
+    assert Checkpoint.find(folder).meta["seed"] == 1
     _checkpoint(folder, seed=2, overwrite=True)
-    assert load_meta(folder)["seed"] == 2
+    assert Checkpoint.find(folder).meta["seed"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
@@ -223,15 +240,10 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> Non
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     """When the second component cannot be written, the old folder is whole and nothing else is."""
     folder = _checkpoint(tmp_path / "toy", seed=1)
-    tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-    tied["b"].weight = tied["a"].weight
-    parts = {
-        "transformer": Component(module=Net(CONFIG), config=CONFIG),
-        "text": Component(module=tied, config=CONFIG),
-    }
+    parts = {"transformer": Net(CONFIG), "text": _tied()}
     with pytest.raises(RuntimeError, match="share memory"):
         save_checkpoint(folder, parts, {"seed": 2}, overwrite=True)
-    assert load_meta(folder)["seed"] == 1
+    assert Checkpoint.find(folder).meta["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
@@ -244,29 +256,31 @@ def test_a_format_that_cannot_be_read_is_refused(
 ) -> None:
     """A checkpoint of a later version is refused instead of being read as if it were old."""
     folder = _checkpoint(tmp_path / "toy")
-    meta = load_meta(folder) | {"format": version}
+    meta = Checkpoint.find(folder).meta | {"format": version}
     (folder / "videoar.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=words) as caught:
-        load_meta(folder)
+        Checkpoint.find(folder)
     assert "videoar.json" in str(caught.value)
 
 
 def test_a_folder_without_meta_is_no_checkpoint(tmp_path: Path) -> None:
     """The sentence says which file makes a checkpoint."""
     with pytest.raises(ValueError, match=r"has no videoar\.json"):
-        load_meta(tmp_path)
+        Checkpoint.find(tmp_path).transformer()
 
 
 def test_a_local_folder_comes_before_every_other_meaning(tmp_path: Path) -> None:
     """A folder that exists is taken as it is."""
-    assert resolve(tmp_path) == tmp_path
+    assert Checkpoint.find(tmp_path).source == tmp_path
 
 
 def test_a_hub_name_says_how_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a folder of that name, the command that fetches the repository is given."""
+    """Without a folder of that name, the command that fetches it; a path is no repository."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="hf download owner/some-model --local-dir some-model"):
-        resolve("owner/some-model")
+        Checkpoint.find("owner/some-model")
+    with pytest.raises(ValueError, match=r"no checkpoint is called '\.\./model'"):
+        Checkpoint.find("../model")
 
 
 def test_bundled_names_are_found_and_suggested(
@@ -276,6 +290,6 @@ def test_bundled_names_are_found_and_suggested(
     _checkpoint(tmp_path / "toy")
     monkeypatch.setattr(checkpoint, "_assets", lambda: tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    assert resolve("toy") == tmp_path / "toy"
+    assert Checkpoint.find("toy").source == tmp_path / "toy"
     with pytest.raises(ValueError, match=r"no checkpoint is called 'tpy' .*did you mean 'toy'"):
-        resolve("tpy")
+        Checkpoint.find("tpy")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import MODEL, tiny_transformer
 
 from videoar import weights
-from videoar.checkpoints import checkpoint, convert
-from videoar.checkpoints.checkpoint import Checkpoint, load_meta
+from videoar.checkpoints import convert
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.transformer import VideoTransformer
 from videoar.weights import build_empty
@@ -192,15 +192,15 @@ def _base(folder: Path) -> str:
     return str(folder / "base")
 
 
-def _origin(source: Path | str) -> Checkpoint:
-    return Checkpoint.find(source, base=_base(Path(source).parent))
+def _origin(source: Path | str, lora: Path | None = None) -> Checkpoint:
+    return Checkpoint.find(source, base=_base(Path(source).parent), lora=lora)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_public_layout_loads_with_its_bits(tmp_path: Path, layout: str) -> None:
     """Unwrapped, renamed and reshaped, it is the model that was written, and the words say how."""
     write, words = LAYOUTS[layout]
-    found = checkpoint.read_transformer(write(tmp_path), head_dim=HEAD)
+    found = _origin(write(tmp_path)).transformer()
     expected = _ours()
     assert words in found.format
     assert replace(found.config, rope_theta=MODEL.rope_theta) == MODEL
@@ -225,14 +225,14 @@ def test_an_entry_can_be_chosen(tmp_path: Path) -> None:
 def test_weights_are_mapped(tmp_path: Path, layout: str) -> None:
     """Loading 28 GB must not take 28 GB before the first tensor is used."""
     path = LAYOUTS[layout][0](tmp_path)
-    found = checkpoint.read_transformer(path, head_dim=HEAD)
+    found = _origin(path).transformer()
     assert str(path) in Path("/proc/self/maps").read_text()
     assert found.weights
 
 
 def test_narrow_weights_keep_the_modulation_wide(tmp_path: Path) -> None:
     """As in diffusers and in the original: what the noise level acts through stays in float32."""
-    found = checkpoint.read_transformer(LAYOUTS["krea"][0](tmp_path), head_dim=HEAD)
+    found = _origin(LAYOUTS["krea"][0](tmp_path)).transformer()
     model = found.build(dtype=torch.bfloat16)
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert {
@@ -279,7 +279,7 @@ def test_low_rank_updates_are_merged(tmp_path: Path, naming: str) -> None:
     tensors, added = _lora(naming)
     torch.save({"generator_lora": tensors}, tmp_path / "lora.pt")
     base = LAYOUTS["longlive-base"][0](tmp_path)
-    merged = checkpoint.read_transformer(base, lora=tmp_path / "lora.pt", head_dim=HEAD).weights
+    merged = _origin(base, tmp_path / "lora.pt").transformer().weights
     for key, tensor in _ours().items():
         expected = (tensor.double() + added.get(key, 0.0)).float()
         torch.testing.assert_close(merged[key], expected, atol=1e-6, rtol=1e-6)
@@ -308,7 +308,7 @@ def test_updates_of_another_model_are_refused(tmp_path: Path, tensors: Tensors, 
     save_file(tensors, tmp_path / "lora.safetensors")
     base = LAYOUTS["krea"][0](tmp_path)
     with pytest.raises(ValueError, match=words) as caught:
-        checkpoint.read_transformer(base, lora=tmp_path / "lora.safetensors", head_dim=HEAD)
+        _origin(base, tmp_path / "lora.safetensors").transformer()
     assert "\n" not in str(caught.value)
 
 
@@ -442,7 +442,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(
 
 
 def _bits(folder: Path) -> Tensors:
-    return checkpoint.read_transformer(folder, head_dim=HEAD).weights
+    return _origin(folder).transformer().weights
 
 
 @pytest.mark.parametrize("layout", ["self-forcing", "rcm", "diffusers-pipeline"])
@@ -485,8 +485,9 @@ def test_a_preset_is_written_into_the_checkpoint(tmp_path: Path) -> None:
     """Who converts once need not say again how the family is sampled."""
     checkpoint = _origin(LAYOUTS["causvid"][0](tmp_path))
     convert.convert(checkpoint, tmp_path / "ours", format="videoar", preset="causvid")
-    assert load_meta(tmp_path / "ours")["origin"] == "original Wan names, entry generator, file"
-    found = Checkpoint.find(tmp_path / "ours").sampling()
+    ours = Checkpoint.find(tmp_path / "ours")
+    assert ours.meta["origin"] == "original Wan names, entry generator, file"
+    found = ours.sampling()
     assert (found["step"], found["sigmas"]) == ("renoise", (1.0, 0.757, 0.522, 0.0))
     assert (found["height"], found["width"]) == (480, 832)
 

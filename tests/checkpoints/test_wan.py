@@ -16,7 +16,6 @@ import torch
 from einops import rearrange
 from safetensors.torch import load, load_file, save
 
-from videoar.checkpoints import checkpoint
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.flow import unit_noise
@@ -168,7 +167,7 @@ def test_weights_of_taehv_load_as_a_codec(tmp_path: Path, folder: Path) -> None:
     torch.manual_seed(0)
     tiny = TinyCodec(TinyCodecConfig()).eval()
     torch.save(tiny.state_dict(), tmp_path / "taew2_1.pth")
-    found = checkpoint.load_codec(tmp_path / "taew2_1.pth")
+    found = Checkpoint.find(tmp_path / "taew2_1.pth").codec()
     assert isinstance(found, TinyCodec)
     assert found.config == TinyCodecConfig()
     latents = torch.randn(1, 2, 16, 4, 4)
@@ -184,7 +183,7 @@ def test_the_codec_of_wan_2_2_is_refused(tmp_path: Path, folder: Path) -> None:
     file = tmp_path / "wan" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 2}))
     with pytest.raises(ValueError, match=r"patch_size 2, as the codec of Wan 2\.2"):
-        checkpoint.load_codec(tmp_path / "wan")
+        Checkpoint.find(tmp_path / "wan").codec()
 
 
 # ---------------------------------------------------------------- text
@@ -437,3 +436,25 @@ def test_a_folder_of_the_original_generates_and_converts(original: Path, tmp_pat
     names = {tiny_wan.transformer_name(key): key for key in reference.transformer.state_dict()}
     weights = reference.transformer.state_dict()
     assert all(torch.equal(weights[names[key]], first[key]) for key in first)
+
+
+def test_the_parts_of_wan_are_shared(folder: Path, tmp_path: Path) -> None:
+    """Fine-tuned models of one Wan need one text encoder of 11 GB: the fingerprint covers it."""
+    ours = tmp_path / "ours"
+    assert main.main(["convert", str(folder), str(ours)]) == 0
+    whole = Checkpoint.find(ours)
+    expected, before = VideoPipeline.from_pretrained(ours), whole.fingerprint()
+    rows = expected.prompt_encoder.encode([PROMPT])
+    for part in ("text", "codec"):
+        shutil.rmtree(ours / part)
+    shutil.copytree(folder, ours / "wan")
+    meta = whole.meta | {"parts": {"text": "wan", "codec": "wan"}}
+    (ours / "videoar.json").write_text(json.dumps(meta))
+    found = VideoPipeline.from_pretrained(ours)
+    latents = torch.randn(1, 2, 16, 4, 4)
+    assert torch.equal(found.codec.decode(latents), expected.codec.decode(latents))
+    assert torch.equal(found.prompt_encoder.encode([PROMPT]), rows)
+    changed = Checkpoint.find(ours).fingerprint()
+    assert changed != before
+    (ours / "wan" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert Checkpoint.find(ours).fingerprint() != changed

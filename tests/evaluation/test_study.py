@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
 from videoar.evaluation.judge import judge_ends, windows
 from videoar.evaluation.options import Evaluate
-from videoar.evaluation.study import evaluate, fingerprint
+from videoar.evaluation.study import evaluate
 from videoar.evaluation.tables import CLEAN, CODEC, unit_tables
 from videoar.generation.pipeline import VideoPipeline
 
@@ -217,7 +218,8 @@ def test_results_of_other_settings_are_not_mixed(
     with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
         evaluate(replace(config, seed=1), lambda line: None)
     other = tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
-    assert fingerprint(other) != fingerprint(Path(config.checkpoint))
+    first, second = (Checkpoint.find(name).fingerprint() for name in (other, config.checkpoint))
+    assert first != second
 
 
 def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:

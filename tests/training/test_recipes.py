@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import CODEC, MODEL, TEXT
 
-from videoar.checkpoints.checkpoint import load_meta
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
-from videoar.training.codec import ReconstructionConfig, load_codec
+from videoar.training.codec import ReconstructionConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
@@ -94,7 +94,7 @@ def test_every_recipe_trains(trained, name: str) -> None:
     rows = [row for row in read_log(checkpoint.parent) if "loss" in row]
     assert rows
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert load_meta(checkpoint)
+    assert Checkpoint.find(checkpoint).meta
 
 
 def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
@@ -108,7 +108,8 @@ def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
 
 def test_a_second_decoder_leaves_the_latents_alone(trained) -> None:
     """Latents encoded with the first codec stay valid: only the decoder is trained on."""
-    first, second = (load_codec(trained(name)) for name in ("codec-toy", "codec-toy-decoder"))
+    names = ("codec-toy", "codec-toy-decoder")
+    first, second = (Checkpoint.find(trained(name)).codec() for name in names)
     video = torch.rand(1, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(first.encode(video), second.encode(video))
     latents = first.encode(video)

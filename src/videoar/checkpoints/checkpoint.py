@@ -8,31 +8,33 @@ A checkpoint of this project is a folder::
         model.safetensors
         ...              further text files, such as a tokenizer
 
-It is written whole and loaded strictly.
+It is written whole and loaded strictly. What it shares with another checkpoint need not be there
+twice: `"parts": {"codec": "toy-base"}` in `videoar.json` says whose it is.
 """
 
+import hashlib
 import importlib.metadata
-import json
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from videoar import __version__
 from videoar.checkpoints import wan
-from videoar.checkpoints.wan import TransformerWeights, merge_lora, read_foreign
 from videoar.checks import hint
-from videoar.core.transformer import ModelConfig, VideoTransformer
-from videoar.encoders import umt5, wan_codec
-from videoar.encoders.codec import Codec, PatchCodec, PatchCodecConfig
+from videoar.core.transformer import VideoTransformer
+from videoar.encoders import umt5
+from videoar.encoders.codec import Codec, PatchCodec
 from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
-from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.files import replaced_folder
+from videoar.encoders.tiny_codec import TinyCodec
+from videoar.encoders.wan_codec import WanCodec
+from videoar.files import replaced_folder, write_json
 from videoar.weights import (
     AGAIN,
     CONFIG,
@@ -40,44 +42,51 @@ from videoar.weights import (
     load_component,
     read_json,
     read_weights,
+    save_component,
     split_entry,
 )
 
 FORMAT = 1
+# Where these parts lie: in a folder of ours, of diffusers, of the original.
+PARTS = {"text": ("text", *umt5.TEXTS), "codec": ("codec", *wan.CODECS)}
 
 
 def save_checkpoint(
     folder: Path,
-    components: Mapping[str, Callable[[Path], None]],
+    parts: Mapping[str, nn.Module | PromptEncoder],
     meta: Mapping[str, Any],
     *,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is complete the moment it appears under its name.
 
-    Each component writes into a sub-folder of its name; `meta` goes into `videoar.json`.
-    `overwrite` replaces a checkpoint of this name; nothing but a checkpoint is ever replaced.
+    Each part has a sub-folder of its name; `meta` goes into `videoar.json`. `overwrite` replaces a
+    checkpoint of this name; nothing but a checkpoint is ever replaced.
     """
-    own = {"format": FORMAT, "components": sorted(components)}
+    own = {"format": FORMAT, "components": sorted(parts)}
     versions = {"videoar": __version__, "python": platform.python_version()}
     for library in ("torch", "numpy", "safetensors", "tokenizers"):
         versions[library] = importlib.metadata.version(library)
     # The writer's versions win: a checkpoint saved again keeps those it was trained with.
-    text = json.dumps({**own, "versions": versions, **meta, **own}, indent=2) + "\n"
+    about = {**own, "versions": versions, **meta, **own}
+    about.pop("parts", None)  # of the checkpoint that was loaded: this one is whole
     with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
-        for name, component in components.items():
-            component(partial / name)
-        (partial / META).write_text(text, encoding="utf-8")
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                save_component(partial / name, part)
+            else:
+                part.save(partial / name)
+        write_json(partial / META, about)
     return folder
 
 
-def load_meta(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint says of itself."""
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint of ours says of itself; nothing if it is another's."""
     file = folder / META
     if not file.is_file():
-        raise ValueError(f"{folder} has no {META}, so it is no checkpoint; pass one that has it")
+        return {}
     meta = read_json(file)
-    version = meta.get("format")
+    version, parts = meta.get("format"), meta.get("parts", {})
     if type(version) is not int or version < 1:
         raise ValueError(
             f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
@@ -87,24 +96,34 @@ def load_meta(folder: Path) -> dict[str, Any]:
             f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
             "update it with `pip install --upgrade videoar`"
         )
+    named = isinstance(parts, dict) and all(type(name) is str for name in parts.values())
+    if not named or parts.keys() - PARTS.keys():
+        raise ValueError(
+            f"{file} gives parts {parts!r}, but only {' and '.join(PARTS)} may be those of another "
+            "checkpoint, by its name; correct it"
+        )
     return meta
 
 
 def bundled() -> list[str]:
     """Return the names of the checkpoints that come with the package."""
-    assets = _assets()
-    return sorted(path.parent.name for path in assets.glob(f"*/{META}"))
+    return sorted(path.parent.name for path in _assets().glob(f"*/{META}"))
 
 
 def resolve(name_or_path: str | Path) -> Path:
     """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository."""
-    name = str(name_or_path)
-    if (path := Path(name).expanduser()).exists():
-        return path
+    path = Path(name_or_path).expanduser()
+    found = path.exists() or split_entry(path)[0].is_file()
+    return path if found else _published(str(name_or_path))
+
+
+def _published(name: str) -> Path:
+    """Find a checkpoint by a name that means the same everywhere."""
     names = bundled()
     if name in names:
         return _assets() / name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.startswith((".pt", ".safe")):
+    weights = Path(name).suffix.startswith((".pt", ".safe"))
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not weights:
         return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     remedy = hint(name, names, "did you mean {!r}") or f"pass a folder that holds {META}, or a file"
@@ -133,78 +152,79 @@ def _assets() -> Path:
     return Path(str(files("videoar").joinpath("assets")))
 
 
-def read_transformer(
-    source: Path, *, lora: Path | None = None, head_dim: int | None = None
-) -> TransformerWeights:
-    """Read a transformer: a folder of ours, of diffusers or of the original, or a single file.
-
-    Args:
-        source: where it is; `FILE#ENTRY` picks one of the entries that a trainer wrapped.
-        lora: low-rank updates that are merged into it.
-        head_dim: of the model, if no config states it: weights do not show it, and Wan has 128.
-
-    Raises:
-        ValueError: in one sentence, what is missing, damaged, or of another kind.
-    """
-    if (source / META).is_file():
-        folder = source / "transformer"
-        module = load_component(folder, {"VideoTransformer": (VideoTransformer, ModelConfig)})
-        found = TransformerWeights(module.state_dict(), module.config, folder, "videoar")
-    else:
-        found = read_foreign(source, head_dim)
-    if lora is not None:
-        merged = merge_lora(found.weights, read_weights(lora), file=lora)
-        found = replace(found, weights=merged, format=f"{found.format} with {lora.name}")
-    return found
-
-
-CODECS = {
-    "TinyCodec": (TinyCodec, TinyCodecConfig),
-    "PatchCodec": (PatchCodec, PatchCodecConfig),
-    "WanCodec": (wan_codec.WanCodec, wan_codec.WanCodecConfig),
-}
+def _holds(folder: Path, part: str) -> bool:
+    return any(True for place in PARTS[part] for _ in folder.glob(place))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where the parts of a model come from."""
+    """What a name stands for: found and read once; parts are loaded when they are asked for."""
 
     source: Path
     """Transformer, in any format; `FILE#ENTRY` picks an entry of a file."""
     home: Path
     """Codec and text encoder."""
-    lora: Path | None = None
+    lora: Path | None
     """Low-rank updates to merge."""
+    meta: dict[str, Any]
+    """What a checkpoint of ours says of itself; empty for another's."""
+    named: dict[str, str]
+    """Parts that are not at home, and the names of the checkpoints that hold them."""
 
     @classmethod
     def find(
         cls, name: str | Path, *, base: str | Path | None = None, lora: str | Path | None = None
     ) -> "Checkpoint":
-        """Find a bundled checkpoint, a folder, a file, or a Hugging Face repository."""
-        source = Path(name).expanduser()
-        found = split_entry(source)[0]
-        if not found.is_file():
-            source = found = resolve(name)
-        home = found if base is None else resolve(base)
-        return cls(source=source, home=home, lora=None if lora is None else Path(lora))
+        """Find a bundled checkpoint, a folder, a file, or a Hugging Face repository.
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What a checkpoint of ours says of itself."""
-        return load_meta(self.source) if (self.source / META).is_file() else {}
+        Args:
+            name: `FILE#ENTRY` picks one of the entries that a trainer wrapped.
+            base: whose codec and text encoder are taken, and whose config states the size of the
+                heads if none is beside the weights.
+            lora: file of low-rank updates.
+        """
+        source = resolve(name)
+        meta, home = _read_meta(source), source if base is None else resolve(base)
+        named = (meta if base is None else _read_meta(home)).get("parts", {})
+        return cls(
+            source=source,
+            home=home,
+            lora=None if lora is None else Path(lora),
+            meta=meta,
+            named={part: name for part, name in named.items() if not _holds(home, part)},
+        )
+
+    def _place(self, part: str) -> Path:
+        """Return who holds a part: `home`, or the checkpoint that is named there.
+
+        The name means the same wherever the checkpoint lies: the current folder does not matter,
+        and a path does not lead out of the checkpoint. There is one step, so there is no circle.
+        """
+        if part not in self.named:
+            return self.home
+        name, inside = self.named[part], self.home / self.named[part]
+        says = f"{self.home / META} takes its {part} from {name!r}, unless --base names another"
+        try:
+            below = inside.is_dir() and inside.resolve().is_relative_to(self.home.resolve())
+            folder = inside if below else _published(name)
+            _read_meta(folder)
+        except ValueError as error:
+            raise ValueError(f"{says}: {error}") from error
+        if not _holds(folder, part):
+            raise ValueError(f"{says}: it has none of its own; name one that has it")
+        return folder
 
     def sampling(self, preset: str | None = None) -> dict[str, Any]:
         """Return its defaults: fields of `GenerationConfig`, with height and width."""
-        meta = self.meta
-        if preset is not None or not meta:
+        if preset is not None or not self.meta:
             return wan.sampling(self.home, preset)
-        size = {"height": meta.get("height", 64), "width": meta.get("width", 64)}
-        stated = size | meta.get("sampling", {})
+        size = {side: self.meta.get(side, 64) for side in ("height", "width")}
+        stated = size | self.meta.get("sampling", {})
         if stated.get("sigmas"):  # a list in JSON
             stated["sigmas"] = tuple(stated["sigmas"])
         return stated
 
-    def check_preset(self, found: TransformerWeights, preset: str | None) -> None:
+    def check_preset(self, found: wan.TransformerWeights, preset: str | None) -> None:
         """Raise if weights alone, which may be of any family, would be sampled like plain Wan."""
         alone = self.lora is not None or not found.file.is_dir()
         if preset is None and alone and not self.meta:
@@ -213,40 +233,58 @@ class Checkpoint:
                 f" one of {', '.join(wan.PRESETS)}"
             )
 
-    def transformer(self) -> TransformerWeights:
-        """Read the transformer; its weights are mapped and not yet in memory."""
-        head_dim = wan.stated_head_dim(self.home)
-        return read_transformer(self.source, lora=self.lora, head_dim=head_dim)
+    def transformer(self) -> wan.TransformerWeights:
+        """Read the transformer; its weights are mapped and not yet in memory.
 
+        Raises:
+            ValueError: in one sentence, what is missing, damaged, or of another kind.
+        """
+        if self.meta:
+            folder = self.source / "transformer"
+            module = load_component(folder, VideoTransformer)
+            found = wan.TransformerWeights(module.state_dict(), module.config, folder, "videoar")
+        else:
+            found = wan.read_transformer(self.source, base=self.home)
+        if self.lora is None:
+            return found
+        merged = wan.merge_lora(found.weights, read_weights(self.lora), file=self.lora)
+        return replace(found, weights=merged, format=f"{found.format} with {self.lora.name}")
 
-def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
-    """Load the codec of a checkpoint of any format, or a file of one."""
-    if (source / "codec" / CONFIG).is_file():
-        return load_component(source / "codec", CODECS, device=device).eval()
-    return wan.load_codec(source, device=device).eval()
+    def codec(self, *, device: torch.device | str = "cpu") -> Codec:
+        """Load the codec, in any format."""
+        place = self._place("codec")
+        if not (ours := place / "codec" / CONFIG).is_file():
+            return wan.read_codec(place, device=device).eval()
+        return load_component(ours.parent, TinyCodec, PatchCodec, WanCodec, device=device).eval()
 
+    def text_encoder(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> PromptEncoder:
+        """Load the text side, in any format."""
+        place = self._place("text")
+        if (place / "text" / CONFIG).is_file():
+            return TinyPromptEncoder.load(place / "text", device=device)
+        return umt5.UMT5PromptEncoder.find(place, dtype=dtype, device=device)
 
-def load_prompts(
-    source: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> PromptEncoder:
-    """Load the text side of a checkpoint of any format."""
-    if (source / "text" / CONFIG).is_file():
-        return TinyPromptEncoder.load(source / "text", device=device)
-    return umt5.UMT5PromptEncoder.find(source, dtype=dtype, device=device)
+    def parts(self) -> dict[str, Any]:
+        """Load text side and codec, if there are any.
 
+        That they are not there is no error; that they are damaged is one.
+        """
+        loaders = {"text": self.text_encoder, "codec": self.codec}
+        return {p: load() for p, load in loaders.items() if p in self.named or _holds(self.home, p)}
 
-def surroundings(home: Path) -> dict[str, Any]:
-    """Load the codec and the text side of a checkpoint, if it has them.
-
-    That they are not there is no error; that they are damaged is one.
-    """
-
-    def has(*places: str) -> bool:
-        return home.is_dir() and any(True for place in places for _ in home.glob(place))
-
-    parts: dict[str, Any] = {}
-    if has("text", *umt5.TEXTS):
-        parts["text"] = load_prompts(home)
-    if has("codec", *wan.CODECS):
-        parts["codec"] = load_codec(home)
-    return parts
+    def fingerprint(self) -> str:
+        """Return a hash of all weights and configs: a checkpoint may change under its name."""
+        below = "*/**/*" if self.meta else "**/*"
+        found = {file.relative_to(self.source): file for file in self.source.glob(below)}
+        for part in self.named:
+            folder = self._place(part)
+            part_folder = folder / part if (folder / part).is_dir() else folder
+            for file in part_folder.rglob("*"):
+                found[Path(part) / file.relative_to(part_folder)] = file
+        digest = hashlib.sha256()
+        for name, file in sorted(found.items()):
+            if file.is_file():
+                digest.update(name.as_posix().encode() + file.read_bytes())
+        return digest.hexdigest()[:16]

@@ -1,6 +1,5 @@
 """Checkpoints written in another format, with every tensor accounted for."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -10,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from videoar.checkpoints import wan
-from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint, surroundings
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, TransformerWeights, renamed
 from videoar.core.transformer import ModelConfig
 from videoar.encoders import umt5, wan_codec
-from videoar.files import replaced_folder
-from videoar.weights import CONFIG, Component, Weights, as_dtype, read_json, save_weights
+from videoar.files import replaced_folder, write_json
+from videoar.weights import CONFIG, Weights, as_dtype, read_json, save_weights
 
 
 def wan_names(weights: Weights) -> Weights:
@@ -85,20 +84,14 @@ def convert(
     found = checkpoint.transformer()
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
-    parts = {} if format == "wan" else surroundings(checkpoint.home)
+    parts = {} if format == "wan" else checkpoint.parts()
     if format == "videoar":
         checkpoint.check_preset(found, preset)
     sampling = checkpoint.sampling(preset)
     report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
     if format == "videoar":
-        transformer = Component(module=found.build(), config=found.config)
-        components: dict[str, Any] = {"transformer": transformer}
-        if "codec" in parts:
-            components["codec"] = Component(module=parts["codec"], config=parts["codec"].config)
-        if "text" in parts:
-            components["text"] = parts["text"].save
         meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
-        save_checkpoint(target, components, meta, overwrite=overwrite)
+        save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
             _write_diffusers(folder, found, parts, shift=sampling["shift"], home=checkpoint.home)
@@ -140,12 +133,10 @@ def _write_diffusers(
         index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
         stated = read_json(text.tokenizer / "tokenizer_config.json")
         index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
-    written: dict[str, dict[str, Any]] = {"model_index.json": index}
     if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
         shutil.copytree(home / "scheduler", folder / "scheduler")
         index |= {key: read_json(stated)[key] for key in ("tokenizer", "scheduler")}
     else:
         (folder / "scheduler").mkdir()
-        written["scheduler/scheduler_config.json"] = scheduler
-    for name, values in written.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)

@@ -23,11 +23,10 @@ from videoar.weights import (
     build_config,
     build_empty,
     library,
-    read_file,
     read_json,
     read_weights,
+    read_wrapped,
     split_entry,
-    unwrap,
 )
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -97,27 +96,18 @@ class TransformerWeights:
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> VideoTransformer:
         """Build the model; without `dtype` the tensors keep their bits."""
-        module, placed = build_empty(VideoTransformer, self.config), {}
+        placed = {}
         for name, tensor in self.weights.items():
             wide = dtype is not None and KEEP & set(name.split("."))
             placed[name] = tensor.to(device, torch.float32 if wide else dtype)
-        assign_weights(module, placed, file=self.file)
-        return module
+        return assign_weights(build_empty(VideoTransformer, self.config), placed, file=self.file)
 
 
-def stated_head_dim(folder: Path) -> int | None:
-    """Read the size of the heads from the config of a folder of any format."""
-    for file in (folder / "transformer" / CONFIG, folder / CONFIG):
-        if file.is_file():
-            stated = read_json(file)
-            if "dim" in stated and "num_heads" in stated:
-                return stated["dim"] // stated["num_heads"]
-            return stated.get("attention_head_dim", stated.get("head_dim"))
-    return None
+def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
+    """Read a transformer under other names: a folder or a file, whatever is wrapped around it.
 
-
-def read_foreign(source: Path, head_dim: int | None) -> TransformerWeights:
-    """Read a transformer under other names: a folder or a file, whatever is wrapped around it."""
+    Weights do not show the size of the heads: a config beside them does, or else that of `base`.
+    """
     source, entry = split_entry(source)
     if source.is_dir() and not any(source.glob("*.json")) and not any(source.glob("*.safe*")):
         raise ValueError(
@@ -131,21 +121,19 @@ def read_foreign(source: Path, head_dim: int | None) -> TransformerWeights:
         )
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    weights, wrappers = unwrap(read_file(folder), entry=entry, file=folder)
+    weights, wrappers = read_wrapped(folder, entry)
     for part, says in OTHERS.items():
         if any(part in key for key in weights):
             raise ValueError(f"{folder} {says}")
     weights, names = our_names(weights)
-    config = _config_of(weights, stated, stated_head_dim(folder) or head_dim, file=folder)
+    config = _config_of(weights, stated, base, file=folder)
     if "scale_embedding.weight" not in weights:  # ours alone; zero changes nothing
         like = next(iter(weights.values()))
         weights["scale_embedding.weight"] = like.new_zeros(config.num_levels, config.hidden_size)
-    words = f"{names} names" + "".join(f", entry {name}" for name in wrappers)
-    found = TransformerWeights(
-        weights, config, folder, f"{words}, {'folder' if folder.is_dir() else 'file'}"
-    )
-    assign_weights(build_empty(VideoTransformer, config), dict(weights), file=folder)
-    return found
+    entries = "".join(f", entry {name}" for name in wrappers)
+    words = f"{names} names{entries}, {'folder' if folder.is_dir() else 'file'}"
+    assign_weights(build_empty(VideoTransformer, config), weights, file=folder)  # none is missing
+    return TransformerWeights(weights, config, folder, words)
 
 
 def our_names(weights: Weights) -> tuple[Weights, str]:
@@ -208,7 +196,7 @@ def merge_lora(weights: Weights, lora: Weights, *, file: Path) -> Weights:
 
 
 def _config_of(
-    weights: Weights, stated: Mapping[str, Any], head_dim: int | None, *, file: Path
+    weights: Weights, stated: Mapping[str, Any], base: Path, *, file: Path
 ) -> ModelConfig:
     """Read sizes from the config if there is one, and from the shapes of the weights if not."""
     if "num_attention_heads" in stated:
@@ -226,7 +214,9 @@ def _config_of(
                 "of it, such as [1, 2, 2], can be run; use a text-to-video model of Wan 2.1"
             )
         return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / CONFIG)
-    head_dim = head_dim or 128
+    places = (base / "transformer" / CONFIG, base / CONFIG)
+    theirs = next((read_json(place) for place in places if place.is_file()), {})
+    head_dim = _head_dim(stated) or _head_dim(theirs) or 128
     if (bias := weights.get("patch_embedding.bias")) is not None and len(bias) % head_dim:
         raise ValueError(
             f"{file} has {len(bias)} channels, which are no whole number of heads of {head_dim}; "
@@ -247,6 +237,12 @@ def _config_of(
         )
     except (KeyError, ValueError):  # no transformer of Wan: the lists of names will say so
         return ModelConfig()
+
+
+def _head_dim(stated: Mapping[str, Any]) -> int | None:
+    if "dim" in stated and "num_heads" in stated:
+        return stated["dim"] // stated["num_heads"]
+    return stated.get("attention_head_dim", stated.get("head_dim"))
 
 
 # Where the codec lies: in a folder of diffusers, of the original.
@@ -289,8 +285,8 @@ def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
     return PRESETS["wan"] | {"shift": float(shift)}
 
 
-def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
-    """Load a codec: a Wan folder, or a file of the original or of TAEHV (`taew2_1`)."""
+def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
+    """Read a codec: a Wan folder, or a file of the original or of TAEHV (`taew2_1`)."""
     if source.is_dir():
         found = next((path for place in CODECS for path in sorted(source.glob(place))), None)
         if found is None:
@@ -301,18 +297,15 @@ def load_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
         source = found
     weights = {key: tensor.to(device) for key, tensor in read_weights(source).items()}
     if "decoder.22.weight" in weights:
-        codec: Codec = build_empty(TinyCodec, TinyCodecConfig())
-        assign_weights(codec, weights, file=source)
-        return codec
+        return assign_weights(build_empty(TinyCodec, TinyCodecConfig()), weights, file=source)
     config = _codec_config(source / CONFIG) if source.is_dir() else WanCodecConfig()
     if {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
         dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
         config = replace(config, base_dim=dim, z_dim=channels)
         names = library("diffusers.loaders.single_file_utils")
         weights = names.convert_wan_vae_to_diffusers(weights)
-    codec = build_empty(WanCodec, config)
-    assign_weights(codec, {f"vae.{key}": weights[key] for key in weights}, file=source)
-    return codec
+    named = {f"vae.{key}": tensor for key, tensor in weights.items()}
+    return assign_weights(build_empty(WanCodec, config), named, file=source)
 
 
 def _codec_config(file: Path) -> WanCodecConfig:

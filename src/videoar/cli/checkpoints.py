@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from videoar.checkpoints import convert as conversion
-from videoar.checkpoints.checkpoint import CODECS, Checkpoint, surroundings
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checkpoints.wan import TransformerWeights
 from videoar.cli import options
 from videoar.cli.progress import say
@@ -19,7 +19,9 @@ from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.config import GenerationConfig
-from videoar.weights import as_dtype, build_empty
+from videoar.weights import as_dtype
+
+MIB = 2**20
 
 
 def convert(args: options.Convert) -> None:
@@ -32,54 +34,31 @@ def convert(args: options.Convert) -> None:
 
 
 def info(args: options.Info) -> None:
-    """Describe a checkpoint and forecast its memory."""
-    checkpoint = Checkpoint.find(args.checkpoint, base=args.base, lora=args.lora)
-    asked = {name: getattr(args, name) for name in ("seconds", "window", "preset", "dtype")}
-    say(describe(checkpoint, **asked))
-
-
-MIB = 2**20
-
-
-def describe(
-    checkpoint: Checkpoint,
-    *,
-    seconds: float,
-    window: int | None,
-    preset: str | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> str:
     """Say what a checkpoint is, how it was made, and what memory a video in this window needs."""
-    meta, parts, memory = checkpoint.meta, surroundings(checkpoint.home), ""
-    kinds = {name: type(part).__name__ for name, part in parts.items()}
-    tensors: dict[str, list[Tensor]] = {
-        name: list(part.parameters() if isinstance(part, Codec) else part.tensors())
-        for name, part in parts.items()
-    }
-    about, stated = "format    videoar", None
+    checkpoint = Checkpoint.find(args.checkpoint, base=args.base, lora=args.lora)
+    meta, parts, about, memory = checkpoint.meta, checkpoint.parts(), "videoar", ""
+    kinds: dict[str, tuple[str, list[Tensor]]] = {}
+    for name, part in parts.items():
+        tensors = part.parameters() if isinstance(part, Codec) else part.tensors()
+        kinds[name] = type(part).__name__, list(tensors)
     if "transformer" in meta.get("components", ["transformer"]):
-        found, stated = checkpoint.transformer(), checkpoint.sampling(preset)
-        kinds["transformer"] = "VideoTransformer"
-        tensors["transformer"] = list(found.weights.values())
-        about = f"format    {found.format}"
-        how = {"window_frames": window} if window is not None else {}
-        trained, dtype = meta.get("units"), as_dtype(dtype)
-        memory = _memory(
-            found, parts.get("codec"), trained, stated | how, seconds=seconds, dtype=dtype
-        )
+        found, sampling = checkpoint.transformer(), checkpoint.sampling(args.preset)
+        kinds["transformer"] = "VideoTransformer", list(found.weights.values())
+        about, memory = found.format, _memory(args, found, parts.get("codec"), meta, sampling)
+        meta = meta | {"sampling": sampling}
     components = [
         {
             "component": name,
-            "class": kinds[name],
+            "class": kind,
             "parameters": f"{sum(tensor.numel() for tensor in part):,}",
             "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part})),
             "size": f"{sum(tensor.nbytes for tensor in part) / MIB:.2f} MiB",
         }
-        for name, part in sorted(tensors.items())
+        for name, (kind, part) in sorted(kinds.items())
     ]
-    history = _history(meta | ({} if stated is None else {"sampling": stated}))
     table = columns(cells(components))
-    return f"{checkpoint.source}\n\n{table}\n\n{about}\n{history}\n\n{memory}".rstrip()
+    about = f"{checkpoint.source}\n\n{table}\n\nformat    {about}\n{_history(meta)}"
+    say(f"{about}\n\n{memory}".rstrip())
 
 
 def _history(meta: dict[str, Any]) -> str:
@@ -106,33 +85,33 @@ def _history(meta: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _memory(
+    args: options.Info,
     found: TransformerWeights,
     codec: Codec | None,
-    trained: list[str] | None,
+    meta: dict[str, Any],
     stated: dict[str, Any],
-    *,
-    seconds: float,
-    dtype: torch.dtype | None,
 ) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
-    height, width, config = stated.pop("height"), stated.pop("width"), found.config
-    sampling = GenerationConfig(**stated)
+    size, config, dtype = ("height", "width"), found.config, as_dtype(args.dtype)
+    height, width = (stated[side] for side in size)
+    sampling = GenerationConfig(**{key: stated[key] for key in stated if key not in size})
+    if args.window is not None:
+        sampling = replace(sampling, window_frames=args.window)
     weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())
     stride, decoding = (4, 8, 8), "a decoder"
     if codec is not None:
         # On the meta device: nothing is computed, however large the frames are.
-        stride, twin = codec.stride, build_empty(CODECS[type(codec).__name__][0], codec.config)
-        decoder = twin.stream_decoder()
-        size = (height // stride[1], width // stride[2])
-        decoder(torch.zeros(1, 1, codec.latent_channels, *size, device="meta"))
+        stride, decoder = codec.stride, codec.to("meta").stream_decoder()
+        latents = (codec.latent_channels, height // stride[1], width // stride[2])
+        decoder(torch.zeros(1, 1, *latents, device="meta"))
         bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())
         own = sum(parameter.nbytes for parameter in codec.parameters())
         decoding = f"decoder {own / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
     itemsize = (dtype or found.dtype).itemsize
     token = 2 * config.num_layers * config.hidden_size * itemsize / MIB
-    frames = 1 + math.ceil((max(1, round(seconds * sampling.fps)) - 1) / stride[0])
+    frames = 1 + math.ceil((max(1, round(args.seconds * sampling.fps)) - 1) / stride[0])
     rows = []
-    for name in trained or [str(sampling.units)]:
+    for name in meta.get("units") or [str(sampling.units)]:
         lattice = (height // stride[1] // config.patch, width // stride[2] // config.patch)
         units = Units(parse(name), frames, *lattice)
         cached = cached_tokens(units, replace(sampling, units=name).visible(units))
@@ -145,7 +124,7 @@ def _memory(
             }
         )
     return (
-        f"memory for {seconds:g} s of {width}x{height}, in a window of "
+        f"memory for {args.seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
         f"weights {weights / MIB:.2f} MiB, {decoding}; keys and values, "
         f"twice as many with guidance:\n{columns(cells(rows))}"

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from videoar.checkpoints.checkpoint import load_codec
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
 from videoar.data.decode import Unusable, cut, duration, read
 from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
@@ -52,7 +52,7 @@ class Clip:
 
 def begin(config: Prepare, work: Path) -> Callable[[Source, Callable[[Any], None]], None]:
     """Load the codec, and return what makes the parts of a video."""
-    codec = load_codec(Path(config.codec), device=config.device)
+    codec = Checkpoint.find(config.codec).codec(device=config.device)
     return partial(make_parts, config=config, codec=codec, work=work)
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from videoar.checkpoints.checkpoint import load_codec, resolve, surroundings
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import import_extra
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
@@ -58,8 +58,8 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         raise ValueError(f"there is no folder {videos}: name the folder of your videos")
     if folder.resolve().is_relative_to(videos.resolve()):
         raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
-    config = replace(config, codec=str(resolve(config.codec).resolve()))
-    codec = load_codec(Path(config.codec))
+    checkpoint = Checkpoint.find(config.codec)
+    config, codec = replace(config, codec=str(checkpoint.home.resolve())), checkpoint.codec()
     _check_sizes(config, codec)
     listing = list_sources(videos, captions=config.captions)
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
@@ -77,7 +77,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     _claim(work / ABOUT, about)
     while todo := _not_made(config, listing.sources, work):
         _make_parts(config, listing.sources, todo, show)
-    encoder = surroundings(Path(config.codec)).get("text")
+    encoder = checkpoint.parts().get("text")
     if encoder is None or encoder.trainable is not None:
         encoder = None  # it is trained along
     else:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from videoar.weights import Component, load_component
+from videoar.weights import load_component, save_component
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
@@ -256,14 +256,13 @@ class TinyPromptEncoder:
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
-        classes = {"TextEncoder": (TextEncoder, TextEncoderConfig)}
-        encoder = load_component(folder, classes, device=device)
+        encoder = load_component(folder, TextEncoder, device=device)
         words = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return cls(Tokenizer.from_json(words), encoder.eval())
 
     def save(self, folder: Path) -> None:
-        texts = {"tokenizer.json": self.tokenizer.to_json()}
-        Component(module=self.encoder, config=self.encoder.config, texts=texts)(folder)
+        save_component(folder, self.encoder)
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_json(), encoding="utf-8")
 
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())

@@ -148,8 +148,7 @@ class UMT5PromptEncoder:
             model = build_empty(transformers.UMT5EncoderModel, transformers.UMT5Config(**stated))
         if self.dtype is not None:
             weights = {key: tensor.to(self.dtype) for key, tensor in weights.items()}
-        assign_weights(model, weights, file=self.encoder)
-        return model.eval()
+        return assign_weights(model, weights, file=self.encoder).eval()
 
     def too_long(self, captions: set[str]) -> str:
         return ""  # `encode` takes no longer ones

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from videoar.checkpoints.checkpoint import resolve
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.schemes import parse
 from videoar.data.captions import text_module
@@ -43,7 +42,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
         raise ValueError(
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
-    pipe = VideoPipeline.from_pretrained(resolve(config.checkpoint))
+    pipe = VideoPipeline.from_pretrained(config.checkpoint)
     shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
     check_codec(data, shards.info, pipe.codec, checkpoint=config.checkpoint)
     text = text_module(pipe.prompt_encoder, data, shards.info)

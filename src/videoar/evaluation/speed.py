@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from videoar import machine
-from videoar.checkpoints.checkpoint import resolve
 from videoar.core.attention import Spans
 from videoar.core.flow import unit_noise
 from videoar.core.sampler import Network, Sampler
@@ -88,9 +87,9 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     for name in config.units:
         parse(name)
     load(config.out, "benchmark", kind="benchmark")  # fails now if it must fail
-    folder, rows = resolve(config.checkpoint), []
+    rows = []
     for name in config.units:
-        one = replace(config, units=(name,), checkpoint=str(folder))
+        one = replace(config, units=(name,))
         row = apart(measure, one)
         if config.long_seconds:
             row = replace(row, flat=apart(measure_flat, one))

@@ -9,20 +9,18 @@ What the file of a study holds is kept and not computed again; of other settings
 """
 
 import functools
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from videoar.checkpoints.checkpoint import load_codec, resolve
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.schemes import parse
 from videoar.data import world
 from videoar.data.world import held_out_prompts
@@ -70,7 +68,7 @@ def features(frames: Clips) -> Float[np.ndarray, "b c"]:
 
     Per latent channel: its mean and deviation over all places, and its mean change in time.
     """
-    codec = load_codec(resolve("toy"))
+    codec = Checkpoint.find("toy").codec()
     stride = codec.stride[0]
     with torch.inference_mode():
         whole = 1 + (frames.shape[1] - 1) // stride * stride
@@ -230,8 +228,7 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
 
 def _load(checkpoint: str) -> tuple[VideoPipeline, str]:
     """Load a checkpoint, and take its fingerprint."""
-    folder = resolve(checkpoint)
-    return VideoPipeline.from_pretrained(folder), fingerprint(folder)
+    return VideoPipeline.from_pretrained(checkpoint), Checkpoint.find(checkpoint).fingerprint()
 
 
 def _batches(entry: Entry, config: StudyOptions) -> Iterator[list[Json]]:
@@ -248,11 +245,3 @@ def _passes(pipe: VideoPipeline) -> float:
     frames = sum(block.shape[1] for block in generation)
     twice = 2 if pipe.sampling.guidance_scale != 1 else 1
     return generation.stats.passes * twice * pipe.sampling.fps / frames
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of the weights and configs: a checkpoint may change under its name."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*")):
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]

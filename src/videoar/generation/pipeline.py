@@ -13,13 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from videoar import weights
-from videoar.checkpoints.checkpoint import (
-    Checkpoint,
-    load_codec,
-    load_prompts,
-    resolve,
-    save_checkpoint,
-)
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
@@ -35,7 +29,6 @@ from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
-from videoar.weights import Component, as_dtype
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
@@ -92,17 +85,17 @@ class VideoPipeline:
         defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
-        wanted, host = as_dtype(dtype), "cpu" if offload else device
+        wanted, host = weights.as_dtype(dtype), "cpu" if offload else device
         found = checkpoint.transformer()
         checkpoint.check_preset(found, preset)
-        prompts = load_prompts(checkpoint.home, dtype=wanted, device=host)
-        transformer = found.build(dtype=as_dtype(wanted or found.dtype), device=host)
+        prompts = checkpoint.text_encoder(dtype=wanted, device=host)
+        transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
         if offload:
             weights.offload(transformer, transformer.blocks, device)
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
-            codec=load_codec(checkpoint.home if codec is None else resolve(codec), device=device),
+            codec=(checkpoint if codec is None else Checkpoint.find(codec)).codec(device=device),
             sampling=GenerationConfig(**defaults),
             meta=checkpoint.meta,
             **size,
@@ -115,14 +108,10 @@ class VideoPipeline:
                 f"The default units are {units}, which has no name to be stored by: set "
                 "`sampling.units` to a name such as 'frame', and pass your own scheme to calls."
             )
-        components = {
-            "transformer": Component(module=self.transformer, config=self.transformer.config),
-            "text": self.prompt_encoder.save,
-            "codec": Component(module=self.codec, config=self.codec.config),
-        }
+        parts = {"transformer": self.transformer, "text": self.prompt_encoder, "codec": self.codec}
         size = {"height": self.height, "width": self.width}
         meta = {**self.meta, **size, "sampling": vars(self.sampling)}
-        return save_checkpoint(Path(folder), components, meta, overwrite=overwrite)
+        return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
 
     def __call__(
         self, prompt: str, *, num_frames: int = 61, seed: int = 0, **sampling: Any

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checkpoints.checkpoint import save_checkpoint
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.world import FIRST_HELD_OUT, scene_of
@@ -19,13 +19,6 @@ from videoar.evaluation.metrics import psnr
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import SingleModule
 from videoar.training.run_folder import Report
-from videoar.weights import Component, load_component
-
-
-def load_codec(checkpoint: Path) -> TinyCodec:
-    """Load the codec of a checkpoint."""
-    return load_component(checkpoint / "codec", {"TinyCodec": (TinyCodec, TinyCodecConfig)})
-
 
 # ---------------------------------------------------------------- the codec
 
@@ -53,9 +46,10 @@ class ReconstructionConfig:
 def load_decoder(task: ReconstructionConfig) -> TinyCodec:
     """Load the codec of `task.init`, its encoder fixed, with a decoder of the task's widths."""
     assert task.init is not None
-    codec, wanted = load_codec(task.init), task.codec
-    stated = {name: getattr(wanted, name) for name in ("latents_mean", "latents_std")}
-    if replace(codec.config, decoder_channels=wanted.decoder_channels, **stated) != wanted:
+    codec, wanted = Checkpoint.find(task.init).codec(), task.codec
+    free = ("decoder_channels", "latents_mean", "latents_std")
+    changes = {name: getattr(wanted, name) for name in free}
+    if not isinstance(codec, TinyCodec) or replace(codec.config, **changes) != wanted:
         raise ValueError(
             f"{task.init} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
             " only decoder_channels may differ; name another checkpoint, or change the shape"
@@ -160,6 +154,4 @@ class ReconstructionTask:
         if self.task.init is None:
             latents = module.encode(self.held_out(256))
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
-        save_checkpoint(
-            folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True
-        )
+        save_checkpoint(folder, {"codec": codec}, meta, overwrite=True)

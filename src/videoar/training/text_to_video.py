@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
-from videoar.checkpoints.checkpoint import load_codec, resolve
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -124,7 +124,7 @@ class TextToVideoTask:
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         if task.init is None:
             assert task.codec is not None
-            codec = load_codec(resolve(task.codec))
+            codec = Checkpoint.find(task.codec).codec()
             shards = self._open(codec, report)
             self.pipe = make_generator(task, codec, shards)
         else:

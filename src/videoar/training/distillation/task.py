@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import resolve
 from videoar.checks import check_options
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
@@ -75,7 +74,7 @@ class StudentConfig:
 def load_role(name: str, role: str) -> VideoPipeline:
     """Load who takes a role, or say which checkpoint is missing."""
     try:
-        return VideoPipeline.from_pretrained(resolve(name))
+        return VideoPipeline.from_pretrained(name)
     except ValueError as error:
         raise ValueError(f"the {role}: {error}") from error
 
