@@ -147,7 +147,9 @@ def compare(config: Compare, report: Callable[[str], None]) -> str:
 def read_line(text: str) -> tuple[str, tuple[str, ...]]:
     """Read `NAME=CHECKPOINT,CHECKPOINT`, or a checkpoint alone."""
     name, equals, paths = text.partition("=")
-    checkpoints = tuple((paths if equals else name).split(","))
+    if not equals or "?" in name:  # what follows a checkpoint's own name is no other one
+        name = paths = text
+    checkpoints = tuple(paths.split(","))
     if not name or not all(checkpoints):
         raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
     return name, checkpoints
