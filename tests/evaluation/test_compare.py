@@ -51,6 +51,7 @@ def test_features_tell_videos_apart() -> None:
 def test_entries_name_one_or_several_checkpoints() -> None:
     """Seeds of training belong together under one name."""
     assert read_line("full=a,b") == ("full", ("a", "b"))
+    assert read_line("toy?units=frame") == ("toy?units=frame", ("toy?units=frame",))
     assert read_line("runs/a/checkpoint") == ("runs/a/checkpoint", ("runs/a/checkpoint",))
     for bad in ("", "=a", "full=", "full=a,"):
         with pytest.raises(ValueError, match="names nothing"):

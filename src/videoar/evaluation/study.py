@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checks import check_same
 from videoar.core.schemes import parse
 from videoar.data import world
 from videoar.data.world import held_out_prompts
@@ -145,7 +146,9 @@ def compare(config: Compare, report: Callable[[str], None]) -> str:
 def read_line(text: str) -> tuple[str, tuple[str, ...]]:
     """Read `NAME=CHECKPOINT,CHECKPOINT`, or a checkpoint alone."""
     name, equals, paths = text.partition("=")
-    checkpoints = tuple((paths if equals else name).split(","))
+    if not equals or "?" in name:  # what follows a checkpoint's own name is no other one
+        name = paths = text
+    checkpoints = tuple(paths.split(","))
     if not name or not all(checkpoints):
         raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
     return name, checkpoints
@@ -197,15 +200,11 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
             | {"num_frames": round(entry.seconds * sampling.fps), "weights": weights}
             | {"judge": entry.judge.__name__}
         )
-        if entry.name not in found:
+        if entry.name in found:
+            held = f"{config.out} holds {entry.name}"
+            check_same(found[entry.name]["settings"], settings, held=held, other="file")
+        else:
             jobs[entry.name] = entry, sampling, settings
-            continue
-        for key, value in found[entry.name]["settings"].items():
-            if value != settings.get(key):
-                raise ValueError(
-                    f"{config.out} holds {entry.name} with {key} = {value}, but "
-                    f"{settings.get(key)} is asked for: keep the old value, or name another file."
-                )
     total = sum(s["num_prompts"] * s["seeds"] * s["num_frames"] for *_, s in jobs.values())
     done, started = 0, time.perf_counter()
     for name, (entry, sampling, settings) in jobs.items():
