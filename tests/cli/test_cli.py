@@ -318,6 +318,7 @@ BAD = [
     (("train", "toy", "--stepz", "3"), "did you mean --steps?"),
     (("train", "toy", "--optimizer.learning-rat", "3"), "--optimizer.learning-rate?"),
     (("train", "toy", "--steps", "0"), "steps is 0"),
+    (("train", "toy", "frame"), "unknown option 'frame'"),
     (("train", "toy", "--device", "abacus"), "abacus"),
     (("train", "toy", "--export", "--out", "missing"), "no checkpoint"),
     (("info", "missing"), "missing"),
@@ -672,6 +673,12 @@ def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> Non
     code, out, _ = run("bench", checkpoint, *words)
     assert code == 0
     assert "| units | frames/s |" in out
+
+
+def test_the_default_units_of_a_recipe_are_an_option() -> None:
+    """They may be a name or a scheme; a name is what can be typed."""
+    command = parse(["train", "toy", "--task.sampling.units", "frame"])
+    assert command.keywords["config"].task.sampling.units == "frame"
 
 
 def test_words_become_options() -> None:

@@ -47,9 +47,7 @@ class Bench:
             ("seconds", 0 < self.seconds < math.inf, "a positive number, such as 20"),
             ("long_seconds", long, "0, or 30 or more"),
             ("uncached_seconds", 0 <= self.uncached_seconds < math.inf, "0 or more"),
-            ("num_inference_steps", self.num_inference_steps >= 1, "1 or more"),
-            ("repeats", self.repeats >= 1, "1 or more"),
-            ("threads", self.threads is None or self.threads >= 1, "1 or more"),
+            least={"num_inference_steps": 1, "repeats": 1, "threads": 1},
         )
 
 
@@ -75,8 +73,7 @@ class StudyOptions:
             *rules,
             ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
             ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
+            least={"seed": 0, "batch_size": 1},
         )
 
 

@@ -3,7 +3,9 @@
 import math
 import numbers
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_whole
 from videoar.core.schemes import Scheme
@@ -14,7 +16,7 @@ from videoar.core.units import Units, Visible
 class GenerationConfig:
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
-    units: str | Scheme = "cube:1x2x2"
+    units: Annotated[str | Scheme, arg(constructor=str)] = "cube:1x2x2"
     """Unit scheme, or its name: see `videoar.core.schemes.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
