@@ -4,6 +4,8 @@ import difflib
 import importlib
 import math
 import numbers
+import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -78,6 +80,19 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
     return {key: item for part in parts for key, item in part.items()}
+
+
+def import_named(name: str) -> Any:
+    """Import `package.module:name`; the current folder is looked in last, whatever the entry point.
+
+    Raises:
+        ImportError, AttributeError, ValueError: it is not there, or the name is none.
+    """
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    return getattr(importlib.import_module(module), attribute)
 
 
 def import_extra(module: str, says: str) -> Any:

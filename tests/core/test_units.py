@@ -262,7 +262,7 @@ class _Broken(Scheme):
 @pytest.mark.parametrize("columns", [(0, 1), (0, 1, 2, 2), (0, 1, 2, 3)])
 def test_a_scheme_that_is_no_partition_is_caught(columns: tuple[int, ...]) -> None:
     """A mistake in a new scheme shows at once, not as noise in a corner."""
-    with pytest.raises(AssertionError, match="not a partition"):
+    with pytest.raises(ValueError, match="not a partition"):
         Units(_Broken(columns=columns), 1, 2, 3).at(0)
 
 

@@ -5,12 +5,13 @@ but this file and the recipes knows which schemes there are.
 """
 
 import itertools
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from videoar.checks import hint
+from videoar.checks import hint, import_named
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
@@ -35,6 +36,18 @@ class Scheme(ABC):
         generation; a wave lists the units that are generated side by side, most often one. Every
         cell of level 0 stands in exactly one unit.
         """
+
+    @property
+    def name(self) -> str:
+        """What `parse` makes it of again: of a class of one's own `module:Class/field=value`."""
+        kind, stated = type(self), [(field, getattr(self, field.name)) for field in fields(self)]
+        if kind.__module__ == "__main__" or "<" in kind.__qualname__:
+            raise ValueError(
+                f"{kind.__qualname__} is defined where no other program finds it: put it into a"
+                " module of its own, and import it from there."
+            )
+        changed = [f"/{f.name}={json.dumps(v)}" for f, v in stated if v != f.default]
+        return f"{kind.__module__}:{kind.__qualname__}{''.join(changed)}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,15 @@ class Blocks(Scheme):
             waves = [list(diagonal) for _, diagonal in diagonals]
         return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
 
+    @property
+    def name(self) -> str:
+        t, h, w = self.frames, self.h, self.w
+        if (h, w, self.order) == (None, None, "raster"):
+            return "full" if t is None else "frame" if t == 1 else f"chunk:{t}"
+        if None in (t, h, w):
+            return super().name
+        return f"cube:{t}x{h}x{w}" + ("" if self.order == "raster" else f"/{self.order}")
+
 
 @dataclass(frozen=True)
 class KeyDetail(Scheme):
@@ -91,6 +113,10 @@ class KeyDetail(Scheme):
         h, w = range(height), range(width)
         details = box(range(frames - 1), h, w)
         return [[box(range(frames - 1, frames), h, w)], *([[details]] if details else [])]
+
+    @property
+    def name(self) -> str:
+        return f"key-detail:{self.frames}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,11 @@ class Pyramid(Scheme):
         levels = {factor.bit_length() - 1: factor for factor in self.factors}
         grids = {n: (range(-(-height // f)), range(-(-width // f))) for n, f in levels.items()}
         return [[box(range(frames), *grid, level=n)] for n, grid in grids.items()]
+
+    @property
+    def name(self) -> str:
+        name = f"multiscale:{','.join(map(str, self.factors))}"
+        return name if self.frames == 2 else f"{name}/frames={self.frames}"
 
 
 def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
@@ -144,8 +175,11 @@ def parse(text: str) -> Scheme:
     """Read a scheme from its name, as `chunk:3`.
 
     Others are `frame`, `key-detail:4`, `multiscale:4,2,1`, `cube:1x2x2`, `full`; options follow a
-    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`. Else raises ValueError.
+    slash, as in `cube:1x2x2/wavefront` and `multiscale:2,1/frames=4`. A class of one's own is
+    `module:Class`, with its fields after slashes: `rows:Rows/frames=2`. Else raises ValueError.
     """
+    if re.fullmatch(r"[\w.]+:[A-Z]\w*(/\w+=[^/]+)*", text.strip()):
+        return _own(text.strip())
     if len(text) <= 100:
         for _, pattern, build in _KINDS:
             if match := re.fullmatch(pattern, text.strip()):
@@ -155,6 +189,33 @@ def parse(text: str) -> Scheme:
     close = f" Did you mean {names[kind]}?" if kind else ""
     known = ", ".join(names.values())
     raise ValueError(f"Unknown units {text[:100]!r}: use one of {known}.{close}")
+
+
+def _own(text: str) -> Scheme:
+    """Build a scheme of one's own."""
+    name, *options = text.split("/")
+    try:
+        kind = import_named(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Units {text!r} cannot be imported ({error}): install it, or start in its folder."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Scheme)):
+        raise ValueError(f"Units {text!r} are no scheme: derive {kind!r} from Scheme.")
+    known, values = [field.name for field in fields(kind)], {}
+    for option in options:
+        field, _, value = option.partition("=")
+        if field not in known:
+            raise ValueError(f"{name} has no field {field!r}: use one of {', '.join(known)}.")
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{field} of {name} is {value}: write JSON, such as 2.") from error
+        values[field] = tuple(found) if isinstance(found, list) else found
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"Units {text!r} cannot be built ({error}): give its fields.") from error
 
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")

@@ -176,7 +176,8 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
         for cells in blocks:
             finest = [cell[:3] for cell in cells if cell[3] == 0]
             fresh = missing.issuperset(finest) and len(set(finest)) == len(finest)
-            assert fresh, f"{scheme} is not a partition: unit {len(units)} repeats a cell"
+            if not fresh:
+                raise ValueError(f"{scheme} is not a partition: unit {len(units)} repeats a cell.")
             missing.difference_update(finest)
             units.append(
                 Unit(
@@ -188,7 +189,8 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
                     frame_start=min(cell[0] for cell in cells),
                 )
             )
-    assert not missing, f"{scheme} is not a partition: {len(missing)} cells are in no unit"
+    if missing:
+        raise ValueError(f"{scheme} is not a partition: {len(missing)} cells are in no unit.")
     return tuple(units)
 
 

@@ -103,14 +103,11 @@ class VideoPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint folder."""
-        if not isinstance(units := self.sampling.units, str):
-            raise ValueError(
-                f"The default units are {units}, which has no name to be stored by: set "
-                "`sampling.units` to a name such as 'frame', and pass your own scheme to calls."
-            )
+        units = self.sampling.units
+        sampling = vars(self.sampling) | {"units": units if isinstance(units, str) else units.name}
         parts = {"transformer": self.transformer, "text": self.prompt_encoder, "codec": self.codec}
         size = {"height": self.height, "width": self.width}
-        meta = {**self.meta, **size, "sampling": vars(self.sampling)}
+        meta = {**self.meta, **size, "sampling": sampling}
         return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
 
     def __call__(

@@ -1,0 +1,120 @@
+"""Names of schemes: every scheme is read again from its own, also one that nobody here wrote."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import SCHEMES, tiny_pipeline
+
+from videoar.cli.main import main
+from videoar.core.schemes import KINDS, Blocks, Cells, KeyDetail, Pyramid, Scheme, box, parse
+from videoar.generation.pipeline import VideoPipeline
+
+ROWS = """
+from dataclasses import dataclass
+from videoar.core.schemes import Scheme, box
+
+@dataclass(frozen=True)
+class Rows(Scheme):
+    frames: int = 1
+    step: int = 1
+
+    def segment(self, frames, height, width):
+        starts = range(0, height, self.step)
+        rows = [range(start, min(start + self.step, height)) for start in starts]
+        return [[box(range(frames), row, range(width))] for row in rows]
+"""
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of a user in the current folder, and the name of its scheme."""
+    (tmp_path / "my_rows.py").write_text(ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "my_rows", raising=False)
+    return "my_rows:Rows"
+
+
+@pytest.mark.parametrize("name", [*KINDS, *SCHEMES, "full", "cube:2x3x4"])
+def test_a_name_comes_back(name: str) -> None:
+    """What a checkpoint stores is what it was trained with."""
+    assert parse(name).name == name
+
+
+@pytest.mark.parametrize(
+    "scheme", [Blocks(2, None, 3), Blocks(None, 2, 2, "snake"), KeyDetail(5), Pyramid(3, (2, 1))]
+)
+def test_every_scheme_has_a_name(scheme: Scheme) -> None:
+    """Also those for which there is no short one."""
+    assert parse(scheme.name) == scheme
+
+
+def test_a_scheme_of_ones_own_works_by_its_name(
+    rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of the package is touched: commands, pipeline and checkpoint take `module:Class`."""
+    assert main(["units", f"{rows}/step=2", "--frames", "2"]) == 0
+    assert "my_rows:Rows/step=2" in capsys.readouterr().out
+    pipe = tiny_pipeline()
+    pipe.sampling = pipe.sampling.replaced(units=parse(f"{rows}/step=2"))
+    expected = pipe("a red ball", num_frames=5).frames
+    pipe.save_pretrained("own")
+    again = VideoPipeline.from_pretrained("own")
+    assert again.sampling.units == f"{rows}/step=2"
+    assert (again("a red ball", num_frames=5).frames == expected).all()
+    words = ["--model", "own", "--num-frames", "5", "--units", rows, "--out", "a.mkv"]
+    assert main(["generate", "a red ball", *words]) == 0
+
+
+def test_a_checkpoint_says_which_module_is_missing(rows: str, tmp_path: Path) -> None:
+    """Who gets the checkpoint alone is told what else belongs to it."""
+    pipe = tiny_pipeline()
+    pipe.sampling = pipe.sampling.replaced(units=rows)
+    pipe.save_pretrained(tmp_path / "own")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "videoar", "generate", "ball", "--model", "../own"]
+    path = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
+    done = subprocess.run(command, cwd=elsewhere, env=path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "my_rows:Rows" in done.stderr
+    assert "No module named 'my_rows'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere_at_all:Rows", "cannot be imported"),
+        ("my_rows:Columns", "cannot be imported"),
+        ("my_rows:Scheme", "cannot be built"),
+        ("pathlib:Path", "no scheme"),
+        ("my_rows:Rows/stride=2", "no field 'stride'"),
+        ("my_rows:Rows/step=two", "write JSON"),
+    ],
+)
+@pytest.mark.usefixtures("rows")
+def test_a_wrong_name_of_ones_own_is_refused_in_one_sentence(name: str, says: str) -> None:
+    """A slip in the name of a class costs one more try."""
+    with pytest.raises(ValueError, match=says) as caught:
+        parse(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheme_that_no_other_program_finds_is_not_stored(tmp_path: Path) -> None:
+    """A checkpoint that names it would load nowhere."""
+
+    @dataclass(frozen=True)
+    class Here(Scheme):
+        frames: int = 1
+
+        def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+            return [[box(range(frames), range(height), range(width))]]
+
+    pipe = tiny_pipeline()
+    pipe.sampling = pipe.sampling.replaced(units=Here())
+    with pytest.raises(ValueError, match="put it into a module"):
+        pipe.save_pretrained(tmp_path / "own")
