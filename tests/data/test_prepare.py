@@ -769,7 +769,7 @@ def test_toy_goes_on_with_own_videos_and_generates(
     assert main([*command.split()[1:], *words]) == 0
     checkpoint = "runs/finetune/checkpoint"
     assert VideoPipeline.from_pretrained(checkpoint).sampling.fps == FPS
-    assert main(["evaluate", checkpoint, "--data", "latents", "--units", "frame"]) == 0
+    assert main(["evaluate", "heldout", checkpoint, "--data", "latents", "--units", "frame"]) == 0
     words = ["--model", checkpoint, "--num-frames", "9", "--out", "a.mkv"]
     assert main(["generate", "number 3", *words]) == 0
     assert read_video("a.mkv").frames.shape == (9, 64, 64, 3)
