@@ -47,6 +47,12 @@ class LatentsInfo:
     text: str | None = None
     """Fingerprint of the encoder of the rows of text, if there are any."""
 
+    @classmethod
+    def of(cls, codec: Codec, *, fps: float, text: str | None = None) -> "LatentsInfo":
+        """Return what is known before there are clips."""
+        shape = {"channels": codec.latent_channels, "stride": codec.stride}
+        return cls(codec=codec.fingerprint(), fps=fps, text=text, **shape)
+
 
 class ShardWriter:
     """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.

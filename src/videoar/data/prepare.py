@@ -85,13 +85,8 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         encoder = None  # it is trained along
     else:
         encoder.device = config.device
-    info = LatentsInfo(
-        codec=about["codec"],
-        channels=codec.latent_channels,
-        stride=codec.stride,
-        fps=config.fps,
-        text=None if encoder is None else encoder.fingerprint(),
-    )
+    text = None if encoder is None else encoder.fingerprint()
+    info = LatentsInfo.of(codec, fps=config.fps, text=text)
     statistics = _join(folder, listing, info=info, about=about | sources, encoder=encoder)
     shutil.rmtree(work)
     return statistics
@@ -136,16 +131,14 @@ def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source
 
     Which those are is known when it is known which of all videos can be used.
     """
-    mine = sources[config.turns]
-    made = dict.fromkeys(sources, False)
-    made |= {source: (work / f"{source.key}.json").exists() for source in mine}
-    clips = {source: read_done(source, work)["clips"] if made[source] else 2 for source in made}
-    for source in held_out(clips, share=config.held_out) & set(mine):
+    made = {source: work / f"{source.key}.json" for source in sources[config.turns]}
+    clips = dict.fromkeys(sources, 2)
+    clips |= {s: read_done(s, work)["clips"] for s, path in made.items() if path.exists()}
+    for source in held_out(clips, share=config.held_out) & made.keys():
         if not (mark := work / f"{source.key}.heldout").exists():
-            (work / f"{source.key}.json").unlink(missing_ok=True)
+            made[source].unlink(missing_ok=True)
             mark.touch()
-            made[source] = False
-    return [source for source in mine if not made[source]]
+    return [source for source, path in made.items() if not path.exists()]
 
 
 def _make_parts(
@@ -214,11 +207,6 @@ def _join(
     shutil.rmtree(apart, ignore_errors=True)
     done = {source: read_done(source, work) for source in listing.sources}
     used = [source for source, record in done.items() if record["clips"]]
-    if not used:
-        rejected = _write_rejected(folder / REJECTED, listing, done)
-        raise ValueError(
-            f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
-        )
     clips = {source: record["clips"] for source, record in done.items()}
     out = held_out(clips, share=about["held_out"])
     shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
@@ -227,6 +215,10 @@ def _join(
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
+        if not used:
+            raise ValueError(
+                f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
+            )
         if encoder is not None:
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
         for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
