@@ -18,7 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.encoders.codec import Codec
+from videoar.encoders.text_encoder import PromptEncoder, StoredText, TextEncoder
 from videoar.files import write_json
+from videoar.weights import read_weights
 
 FORMAT, MAX_SHARD_BYTES, MAX_SHARD_CLIPS = 1, 256 << 20, 1024
 MAX_MEMORY_BYTES = 2 << 30  # larger folders are not read into memory, but stay mapped files
@@ -267,6 +269,23 @@ def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: s
             f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
             f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
         )
+
+
+def text_module(prompts: PromptEncoder, latents: Path) -> TextEncoder | StoredText:
+    """Return what makes rows of the captions of a folder: of token ids, or of stored rows.
+
+    Raises:
+        ValueError: a frozen encoder, and a folder without its rows.
+    """
+    if prompts.trainable is not None:
+        return prompts.trainable
+    stored, wanted = read_info(latents).text, prompts.fingerprint()
+    if stored != wanted:
+        raise ValueError(
+            f"{latents} has captions encoded by {stored or 'nothing'}, but the checkpoint's"
+            f" text encoder is {wanted}: prepare the videos again, with that checkpoint as --codec"
+        )
+    return StoredText(read_weights(latents / EMPTY_TEXT)["rows"])
 
 
 def read_held_out(

@@ -14,9 +14,8 @@ from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import text_module
 from videoar.data.clips import WorldEncoder
-from videoar.data.latents import LatentShards, check_codec, read_held_out
+from videoar.data.latents import LatentShards, check_codec, read_held_out, text_module
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import (
@@ -104,8 +103,7 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
 
 def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
     """Return what of a pipeline reads a folder of latents."""
-    text = text_module(pipe.prompt_encoder, shards.folder, shards.info)
-    return TextToVideo(pipe.transformer, text)
+    return TextToVideo(pipe.transformer, text_module(pipe.prompt_encoder, shards.folder))
 
 
 def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
