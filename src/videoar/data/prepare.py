@@ -87,7 +87,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         encoder.device = config.device
     text = None if encoder is None else encoder.fingerprint()
     info = LatentsInfo.of(codec, fps=config.fps, text=text)
-    statistics = _join(folder, listing, info=info, about=about | sources, encoder=encoder)
+    statistics = _join(folder, listing, info, about | sources, encoder)
     shutil.rmtree(work)
     return statistics
 
@@ -193,12 +193,7 @@ def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tens
 
 
 def _join(
-    folder: Path,
-    listing: Listing,
-    *,
-    info: LatentsInfo,
-    about: Json,
-    encoder: PromptEncoder | None,
+    folder: Path, listing: Listing, info: LatentsInfo, about: Json, encoder: PromptEncoder | None
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER
@@ -206,22 +201,22 @@ def _join(
         stale.unlink(missing_ok=True)
     shutil.rmtree(apart, ignore_errors=True)
     done = {source: read_done(source, work) for source in listing.sources}
-    used = [source for source, record in done.items() if record["clips"]]
-    clips = {source: record["clips"] for source, record in done.items()}
+    clips = {source: record["clips"] for source, record in done.items() if record["clips"]}
     out = held_out(clips, share=about["held_out"])
-    shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
+    shown, every = list[Frames](), -(-len(clips) // SHEET_CLIPS)
     sizes, kept_sizes, num_frames = Counter[str](), Counter[str](), 0
     with ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
-        if not used:
+        if not clips:
             raise ValueError(
                 f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
             )
         if encoder is not None:
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
-        for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
+        texts = _rows(list(clips), encoder)
+        for number, (source, rows) in enumerate(zip(clips, texts, strict=True)):
             table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}
@@ -240,7 +235,7 @@ def _join(
         reasons = Counter(re.split(r"[:(,]| after| at ", reason)[0] for reason in rejected.values())
         statistics = {
             "videos": len(done),
-            "used": len(used),
+            "used": len(clips),
             "rejected": dict(reasons.most_common()),
             "clips": sizes.total(),
             "held_out_clips": kept_sizes.total(),
