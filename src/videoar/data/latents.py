@@ -4,7 +4,7 @@ No training loop, no codec and no text encoder lives here.
 """
 
 import json
-from collections import Counter
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,8 +184,7 @@ class LatentShards:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of most clips, in latents."""
-        sizes = Counter((clip["height"], clip["width"]) for clip in self.clips)
-        return sizes.most_common(1)[0][0]
+        return statistics.mode((clip["height"], clip["width"]) for clip in self.clips)
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         """Return `latents` (float32) with `text`: the rows that are stored, else token ids.
