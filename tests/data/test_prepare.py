@@ -713,20 +713,25 @@ def test_going_on_with_other_settings_is_refused(
     assert digests(clips.parent / "whole") == uninterrupted
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_gives_the_same_bytes(
-    clips: Path, uninterrupted: dict[str, str], exact: str, tmp_path: Path
+def test_shares_of_two_machines_give_the_same_bytes(
+    clips: Path, uninterrupted: dict[str, str], exact: str, tmp_path: Path, prepare: Run
 ) -> None:
-    """On a local Ray of two processors."""
-    ray = pytest.importorskip("ray", reason="the extra `dist` is not installed")
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        words = [str(clips), str(tmp_path / "ray"), "--codec", exact, "--num-frames", "9"]
-        assert main(["prepare", *words, "--engine", "ray"]) == 0
-    finally:
-        ray.shutdown()
-    assert digests(tmp_path / "ray") == uninterrupted
+    """Made one after the other or side by side, put together at the end; K beyond N is a slip."""
+    target = tmp_path / "shared"
+    words = [str(clips), str(target), "--codec", exact, "--num-frames", "9", "--workers", "1"]
+    for share, made in (("2/2", 4), ("1/2", 8)):
+        assert main(["prepare", *words, "--share", share]) == 0
+        assert len({path.name[:24] for path in (target / ".work").glob("*.safetensors")}) == made
+        assert not (target / "latents.json").exists()
+    parts = {path: path.stat().st_mtime_ns for path in (target / ".work").glob("*.safetensors")}
+    assert main(["prepare", *words, "--share", "1/2"]) == 0
+    assert parts == {path: path.stat().st_mtime_ns for path in parts}
+    assert main(["prepare", *words]) == 0
+    assert digests(target) == uninterrupted
+    for share in ("3/2", "0/2", "a/2", "2"):
+        code, _, error = prepare(clips, target, "--share", share)
+        assert code == 2
+        assert f"share is {share}: use K/N with K up to N" in error
 
 
 # ---------------------------------------------------------------- and then

@@ -99,7 +99,7 @@ def test_losses_on_held_out_clips(root: Path, tmp_path: Path) -> None:
     wan, held = str(root / "wan"), [*QUICK[:-4], "--held-out", "0.5", *QUICK[-2:]]
     assert main(["prepare", str(root / "videos"), str(latents), "--codec", wan, *held]) == 0
     words = ["--data", str(latents), "--units", "frame", "chunk:2", "--out", str(out)]
-    assert main(["evaluate", wan, *words]) == 0
+    assert main(["evaluate", "heldout", wan, *words]) == 0
     losses = json.loads(out.read_text())["losses"]
     assert set(losses) == {"frame", "chunk:2"}
     assert all(np.isfinite(loss["mean"]) for loss in losses.values())

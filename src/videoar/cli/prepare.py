@@ -12,6 +12,9 @@ def prepare(args: options.Prepare) -> None:
     """Prepare videos."""
     with Progress(sys.stdout, every=10.0) as show:
         statistics = preparation.run(args, show)
+    if not statistics:
+        say(f"share {args.share} is made; when all are, `prepare` without --share joins them")
+        return
     say(
         "{clips} clips to train on and {held_out_clips} held out, {seconds:.0f} s, of {used} of"
         " {videos} videos".format(**statistics)

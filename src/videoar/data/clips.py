@@ -142,49 +142,41 @@ class Encoded:
     scene: world.Scene
 
 
-def encode_scenes(
-    codec: Codec, indices: Sequence[int], *, num_latents: int, seed: int, dtype: torch.dtype
-) -> Iterator[Encoded]:
-    """Render scenes from a random moment on, and encode them in batches of 16."""
-    num_frames = 1 + codec.stride[0] * (num_latents - 1)
-    for first in range(0, len(indices), 16):
-        scenes = [scene_of(index, seed=seed) for index in indices[first : first + 16]]
-        clips = [
-            world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
-            for scene, rng in scenes
-        ]
-        # Half the time in bfloat16, and what is lost is below the precision in which shards store.
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            latents = codec.encode(from_frames(np.stack(clips))).float()
-        for (scene, rng), latent in zip(scenes, latents, strict=True):
-            yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
+@dataclass(frozen=True, kw_only=True)
+class WorldEncoder:
+    """Renders scenes of the world from a random moment on, and encodes them."""
 
+    codec: Codec
+    num_latents: int
+    seed: int
+    dtype: torch.dtype
 
-def encode_world(
-    codec: Codec,
-    folder: Path,
-    *,
-    num_videos: int,
-    num_latents: int,
-    seed: int,
-    dtype: torch.dtype,
-    report: Callable[[str], None],
-) -> None:
-    """Keep the latents and captions of the world's first videos in a new folder."""
-    info = LatentsInfo(
-        codec=codec.fingerprint(), channels=codec.latent_channels, stride=codec.stride, fps=16.0
-    )
-    started = time.perf_counter()
-    with (
-        replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
-        ShardWriter(partial, info=info) as writer,
-    ):
-        how = {"num_latents": num_latents, "seed": seed, "dtype": dtype}
-        videos = encode_scenes(codec, range(num_videos), **how)
-        for done, video in enumerate(videos):
-            if done and done % 512 == 0:
-                rate = done / (time.perf_counter() - started)
-                left = timedelta(seconds=round((num_videos - done) / rate))
-                report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
-            extra = {"scene": video.scene.to_json()}
-            writer.add(video.latents, captions=video.captions, extra=extra)
+    def encode(self, indices: Sequence[int]) -> Iterator[Encoded]:
+        """Yield videos, encoded in batches of 16."""
+        num_frames = 1 + self.codec.stride[0] * (self.num_latents - 1)
+        for first in range(0, len(indices), 16):
+            scenes = [scene_of(index, seed=self.seed) for index in indices[first : first + 16]]
+            clips = [
+                world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
+                for scene, rng in scenes
+            ]
+            # Half the time in bfloat16, and what is lost is below the precision of shards.
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                latents = self.codec.encode(from_frames(np.stack(clips))).float()
+            for (scene, rng), latent in zip(scenes, latents, strict=True):
+                yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
+
+    def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
+        """Keep the latents and captions of the world's first videos in a new folder."""
+        started = time.perf_counter()
+        with (
+            replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
+            ShardWriter(partial, info=LatentsInfo.of(self.codec, fps=16.0)) as writer,
+        ):
+            for done, video in enumerate(self.encode(range(num_videos))):
+                if done and done % 512 == 0:
+                    rate = done / (time.perf_counter() - started)
+                    left = timedelta(seconds=round((num_videos - done) / rate))
+                    report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
+                extra = {"scene": video.scene.to_json()}
+                writer.add(video.latents, captions=video.captions, extra=extra)

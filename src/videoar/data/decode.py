@@ -294,9 +294,8 @@ def _animation(source: Source) -> Iterator[_Raw]:
 def _sequence(source: Source, fps: float) -> Iterator[_Raw]:
     """Yield the pictures of a folder in the order of their numbers."""
 
-    def numbers(name: str) -> list[tuple[int, int | str]]:
-        parts = re.findall(r"\d+|\D+", name)
-        return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+    def numbers(name: str) -> list[Any]:  # texts and numbers in turn, so that like meets like
+        return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)]
 
     for number, name in enumerate(sorted(source.pictures, key=numbers)):
         with readable(f"damaged at {name}"), Image.open(os.path.join(source.path, name)) as image:

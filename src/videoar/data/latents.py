@@ -4,7 +4,7 @@ No training loop, no codec and no text encoder lives here.
 """
 
 import json
-from collections import Counter
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +18,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.encoders.codec import Codec
+from videoar.encoders.text_encoder import PromptEncoder, StoredText, TextEncoder
 from videoar.files import write_json
+from videoar.weights import read_weights
 
 FORMAT, MAX_SHARD_BYTES, MAX_SHARD_CLIPS = 1, 256 << 20, 1024
 MAX_MEMORY_BYTES = 2 << 30  # larger folders are not read into memory, but stay mapped files
 EMPTY_TEXT = "empty-text.safetensors"
 """The rows of the empty prompt, if rows are stored."""
+Tokenize = Callable[[list[str]], Int[Tensor, "batch words"]]
 INFO_NAME = "latents.json"
 INDEX_NAME = "index.jsonl"
 
@@ -46,6 +49,12 @@ class LatentsInfo:
     """Of each channel over the folder; filled in by the writer."""
     text: str | None = None
     """Fingerprint of the encoder of the rows of text, if there are any."""
+
+    @classmethod
+    def of(cls, codec: Codec, *, fps: float, text: str | None = None) -> "LatentsInfo":
+        """Return what is known before there are clips."""
+        shape = {"channels": codec.latent_channels, "stride": codec.stride}
+        return cls(codec=codec.fingerprint(), fps=fps, text=text, **shape)
 
 
 class ShardWriter:
@@ -73,8 +82,16 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the folder, unless an error ends the writing."""
-        if kind is None:
-            self._close()
+        if kind is not None:
+            return
+        for shape in list(self._open):
+            self._flush(shape)
+        mean, square = self._sums[1:] / self._sums[0].clamp_min(1)
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._index)
+        (self.folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
+        write_json(self.folder / INFO_NAME, {"format": FORMAT} | info)
 
     def add(
         self,
@@ -101,14 +118,11 @@ class ShardWriter:
                 f" {latents.abs().max().item():g}: normalise the latents or store torch.bfloat16"
             )
         values = stored.double()
-        powers = (torch.ones_like(values), values, values.square())
-        self._sums += torch.stack([power.sum((0, 2, 3)) for power in powers])
+        self._sums += torch.stack([(values**power).sum((0, 2, 3)) for power in range(3)])
         frames, _, height, width = stored.shape
-        line: dict[str, Any] = {"captions": list(captions)}
-        line |= {"frames": frames, "height": height, "width": width}
+        line = {"captions": list(captions), "frames": frames, "height": height, "width": width}
+        line |= {"extra": extra} if extra else {}
         tensors = {"latents": stored}
-        if extra:
-            line["extra"] = extra
         if text is not None:
             tensors["text"] = text.to(self.dtype)
         clips = self._open.setdefault(stored.shape, [])
@@ -126,16 +140,6 @@ class ShardWriter:
         self._index += [{"shard": name, "row": row} | line for row, (_, line) in enumerate(clips)]
         self._num_shards += 1
 
-    def _close(self) -> None:
-        for shape in list(self._open):
-            self._flush(shape)
-        mean, square = self._sums[1:] / self._sums[0].clamp_min(1)
-        std = (square - mean.square()).clamp_min(0).sqrt()
-        info = asdict(self.info) | {"mean": mean.tolist(), "std": std.tolist()}
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._index)
-        (self.folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
-        write_json(self.folder / INFO_NAME, {"format": FORMAT} | info)
-
 
 class LatentShards:
     """A dataset of encoded clips, read from a folder that `ShardWriter` wrote.
@@ -145,12 +149,7 @@ class LatentShards:
         tokenize: Turns captions into token ids; without it batches hold the captions themselves.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        tokenize: Callable[[list[str]], Int[Tensor, "batch words"]] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, tokenize: Tokenize | None = None) -> None:
         self.folder, self.tokenize, self.info = folder, tokenize, read_info(folder)
         self.clips = _read_index(folder / INDEX_NAME)
         names = {clip["shard"] for clip in self.clips}
@@ -185,8 +184,7 @@ class LatentShards:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of most clips, in latents."""
-        sizes = Counter((clip["height"], clip["width"]) for clip in self.clips)
-        return sizes.most_common(1)[0][0]
+        return statistics.mode((clip["height"], clip["width"]) for clip in self.clips)
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         """Return `latents` (float32) with `text`: the rows that are stored, else token ids.
@@ -263,13 +261,28 @@ def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: s
         )
 
 
-def read_held_out(
-    latents: Path, tokenize: Callable[[list[str]], Tensor] | None, *, limit: int = 32
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the first clips that a folder holds out, in batches of one size; none if it has not."""
+def text_module(prompts: PromptEncoder, latents: Path) -> TextEncoder | StoredText:
+    """Return what makes rows of the captions of a folder: of token ids, or of stored rows.
+
+    Raises:
+        ValueError: a frozen encoder, and a folder without its rows.
+    """
+    if prompts.trainable is not None:
+        return prompts.trainable
+    stored, wanted = read_info(latents).text, prompts.fingerprint()
+    if stored != wanted:
+        raise ValueError(
+            f"{latents} has captions encoded by {stored or 'nothing'}, but the checkpoint's"
+            f" text encoder is {wanted}: prepare the videos again, with that checkpoint as --codec"
+        )
+    return StoredText(read_weights(latents / EMPTY_TEXT)["rows"])
+
+
+def read_held_out(latents: Path, tokenize: Tokenize | None) -> Iterator[dict[str, Tensor]]:
+    """Yield the first 32 clips that a folder holds out, if it does, in batches of one size."""
     if not (latents / "heldout").is_dir():
         return
     shards, rng = LatentShards(latents / "heldout", tokenize=tokenize), np.random.default_rng(0)
-    first = shards.kinds[:limit]
+    first = shards.kinds[:32]
     for kind in np.unique(first):
         yield shards.get(np.nonzero(first == kind)[0].tolist(), rng)

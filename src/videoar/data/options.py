@@ -10,6 +10,8 @@ from tyro.conf import Positional, arg
 
 from videoar.checks import check_options
 
+ALL = "1/1"  # the whole share
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
@@ -45,8 +47,9 @@ class Prepare:
     """Processes; by default one per core."""
     device: str = "cpu"
     """Where to encode."""
-    engine: Literal["local", "ray"] = "local"
-    """Processes of this machine, or Ray Data (extra `dist`) on many that share the folders."""
+    share: str = ALL
+    """K/N on the K-th of N machines that share the folders: every N-th video is made. When all are
+    done, the command without it puts the shares together."""
 
     def __post_init__(self) -> None:
         check_options(
@@ -58,6 +61,7 @@ class Prepare:
             ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
             ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
             ("max_seconds", self.max_seconds > 0, "a number above 0"),
+            ("share", self.turns != slice(0), "K/N with K up to N, such as 2/8"),
             ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
             least={"stride": 1, "workers": 1},
         )
@@ -67,3 +71,10 @@ class Prepare:
         """Return the sizes as numbers; None if one of them is none."""
         found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
         return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
+
+    @property
+    def turns(self) -> slice:
+        """Return which of all videos are made; none if the share is none."""
+        found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", self.share)
+        number, count = map(int, found.groups()) if found else (1, 0)
+        return slice(number - 1, None, count) if number <= count else slice(0)

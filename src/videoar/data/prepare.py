@@ -2,14 +2,14 @@
 
 Every video is made into *parts* by one process: files below `LATENTS/.work`, named after the video,
 complete as soon as they exist. When there are parts of all videos, they are put together in the
-order of the names. So a run may be killed at any moment, and neither that nor the number of
-processes or machines changes a byte of the result.
+order of the names; a run that makes a share of them leaves this to another. So a run may be killed
+at any moment, and neither that nor the number of processes or machines changes a byte of the
+result.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -27,13 +27,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
-from videoar.checks import import_extra
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
-from videoar.data.options import Prepare
+from videoar.data.options import ALL, Prepare
 from videoar.data.sources import Listing, Source, list_sources
 from videoar.data.video import Frames, contact_sheet
-from videoar.data.workers import Event, Pool
+from videoar.data.workers import Pool
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder
 from videoar.files import Json, write_json
@@ -43,12 +42,14 @@ ABOUT, REJECTED, STATISTICS = "prepare.json", "rejected.jsonl", "statistics.json
 SHEET = "contact-sheet.png"
 OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME, EMPTY_TEXT)
 # What may differ when a run goes on: where things are, and who does the work.
-FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "engine"}
+FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "share"}
 SHEET_CLIPS, TEXTS_AT_A_TIME = 48, 128
 
 
 def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Json:
     """Prepare a folder, or go on with it, and return its statistics; `show` hears how far it is.
+
+    Of a share there are no statistics.
 
     Raises:
         ValueError: something does not fit, or no video gives a clip.
@@ -76,20 +77,17 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
     while todo := _not_made(config, listing.sources, work):
-        _make_parts(config, listing.sources, todo, show)
+        _make_parts(config, listing.sources[config.turns], todo, show)
+    if config.share != ALL:
+        return {}
     encoder = checkpoint.parts().get("text")
     if encoder is None or encoder.trainable is not None:
         encoder = None  # it is trained along
     else:
         encoder.device = config.device
-    info = LatentsInfo(
-        codec=about["codec"],
-        channels=codec.latent_channels,
-        stride=codec.stride,
-        fps=config.fps,
-        text=None if encoder is None else encoder.fingerprint(),
-    )
-    statistics = _join(folder, listing, info=info, about=about | sources, encoder=encoder)
+    text = None if encoder is None else encoder.fingerprint()
+    info = LatentsInfo.of(codec, fps=config.fps, text=text)
+    statistics = _join(folder, listing, info, about | sources, encoder)
     shutil.rmtree(work)
     return statistics
 
@@ -124,22 +122,23 @@ def _claim(path: Path, about: Json) -> None:
                 f"{path} says that {change}: keep all as it was, or name a new folder for the"
                 " latents"
             )
-    write_json(path, about)
+    if old is about:  # of two machines that write, one would miss the hidden file
+        write_json(path, about)
 
 
 def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source]:
-    """Return the videos without parts; some are made again, with pixels, to be held out.
+    """Return the videos of the share without parts; some are made again, with pixels, to hold out.
 
-    Which those are is known when it is known which videos can be used.
+    Which those are is known when it is known which of all videos can be used.
     """
-    made = {source: (work / f"{source.key}.json").exists() for source in sources}
-    clips = {source: read_done(source, work)["clips"] if made[source] else 2 for source in made}
-    for source in held_out(clips, share=config.held_out):
+    made = {source: work / f"{source.key}.json" for source in sources[config.turns]}
+    clips = dict.fromkeys(sources, 2)
+    clips |= {s: read_done(s, work)["clips"] for s, path in made.items() if path.exists()}
+    for source in held_out(clips, share=config.held_out) & made.keys():
         if not (mark := work / f"{source.key}.heldout").exists():
-            (work / f"{source.key}.json").unlink(missing_ok=True)
+            made[source].unlink(missing_ok=True)
             mark.touch()
-            made[source] = False
-    return [source for source in sources if not made[source]]
+    return [source for source, path in made.items() if not path.exists()]
 
 
 def _make_parts(
@@ -149,25 +148,27 @@ def _make_parts(
     total = max(1, sum(source.size for source in sources))
     finished = before = total - sum(source.size for source in todo)
     clips = old = sum(read_done(source, work)["clips"] for source in set(sources) - set(todo))
-    engine = _on_ray if config.engine == "ray" else _on_this_machine
+    workers = min(config.workers or os.cpu_count() or 1, len(todo))
     within, started = dict[Source, float](), time.perf_counter()
-    # Long ones first: no process should begin the longest when the others are done.
-    for event in engine(config, sorted(todo, key=lambda s: -s.size), work):
-        source = event.job
-        if event.kind == "beat":
-            clips += 1
-            within[source] = event.value * source.size
-        else:
-            within.pop(source, None)
-            finished += source.size
-        if event.kind == "lost":
-            write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
-        done, seconds = finished + sum(within.values()), time.perf_counter() - started
-        said = f"{done / total:.0%}  {clips} clips  {(clips - old) / seconds:.1f} clips/s"
-        if done > before:  # nothing else tells
-            left = timedelta(seconds=int(seconds * (total - done) / (done - before)))
-            said += f"  {left} left"
-        show(said)
+    start = partial(begin, config, work)
+    with Pool(start, workers=workers, timeout=config.timeout, preload=__name__) as pool:
+        # Long ones first: no process should begin the longest when the others are done.
+        for event in pool.run(sorted(todo, key=lambda s: -s.size)):
+            source = event.job
+            if event.kind == "beat":
+                clips += 1
+                within[source] = event.value * source.size
+            else:
+                within.pop(source, None)
+                finished += source.size
+            if event.kind == "lost":
+                write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
+            done, seconds = finished + sum(within.values()), time.perf_counter() - started
+            said = f"{done / total:.0%}  {clips} clips  {(clips - old) / seconds:.1f} clips/s"
+            if done > before:  # nothing else tells
+                left = timedelta(seconds=int(seconds * (total - done) / (done - before)))
+                said += f"  {left} left"
+            show(said)
 
 
 def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
@@ -184,47 +185,6 @@ def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
     return set(used[: min(count, len(used) - 1)])
 
 
-def _pool(config: Prepare, work: Path, workers: int) -> Pool:
-    start = partial(begin, config, work)
-    return Pool(start, workers=workers, timeout=config.timeout, preload=__name__)
-
-
-def _on_this_machine(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
-    with _pool(config, work, min(config.workers or os.cpu_count() or 1, len(todo))) as pool:
-        yield from pool.run(todo)
-
-
-class _RayWorker:
-    """An actor with a process of its own that may be given up."""
-
-    def __init__(self, config: Prepare, work: Path) -> None:
-        self.pool = _pool(config, work, 1)
-
-    def __call__(self, batch: Json) -> Json:
-        events = [list(self.pool.run([pickle.loads(job)])) for job in batch["job"]]
-        return {"events": [pickle.dumps(each) for each in events]}
-
-
-def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
-    missing = "engine is ray, which is not installed: `pip install videoar[dist]`"
-    import_extra("ray.data", missing)
-    import ray.data
-
-    if not todo:
-        return
-    cores = int(ray.available_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count()
-    workers = min(config.workers or cores or 1, len(todo))
-    jobs = [{"job": pickle.dumps(source)} for source in todo]
-    events = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
-        _RayWorker,
-        batch_size=1,
-        concurrency=workers,
-        fn_constructor_args=(config, work.resolve()),
-    )
-    for row in events.iter_rows():
-        yield from pickle.loads(row["events"])
-
-
 def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tensor | None]:
     """Encode the first caption of every video, some at a time: each takes 4 MB and more."""
     for start in range(0, len(sources), TEXTS_AT_A_TIME):
@@ -233,12 +193,7 @@ def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tens
 
 
 def _join(
-    folder: Path,
-    listing: Listing,
-    *,
-    info: LatentsInfo,
-    about: Json,
-    encoder: PromptEncoder | None,
+    folder: Path, listing: Listing, info: LatentsInfo, about: Json, encoder: PromptEncoder | None
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER
@@ -246,23 +201,22 @@ def _join(
         stale.unlink(missing_ok=True)
     shutil.rmtree(apart, ignore_errors=True)
     done = {source: read_done(source, work) for source in listing.sources}
-    used = [source for source, record in done.items() if record["clips"]]
-    if not used:
-        rejected = _write_rejected(folder / REJECTED, listing, done)
-        raise ValueError(
-            f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
-        )
-    clips = {source: record["clips"] for source, record in done.items()}
+    clips = {source: record["clips"] for source, record in done.items() if record["clips"]}
     out = held_out(clips, share=about["held_out"])
-    shown, every = list[Frames](), -(-len(used) // SHEET_CLIPS)
+    shown, every = list[Frames](), -(-len(clips) // SHEET_CLIPS)
     sizes, kept_sizes, num_frames = Counter[str](), Counter[str](), 0
     with ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
+        if not clips:
+            raise ValueError(
+                f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
+            )
         if encoder is not None:
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
-        for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
+        texts = _rows(list(clips), encoder)
+        for number, (source, rows) in enumerate(zip(clips, texts, strict=True)):
             table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}
@@ -281,7 +235,7 @@ def _join(
         reasons = Counter(re.split(r"[:(,]| after| at ", reason)[0] for reason in rejected.values())
         statistics = {
             "videos": len(done),
-            "used": len(used),
+            "used": len(clips),
             "rejected": dict(reasons.most_common()),
             "clips": sizes.total(),
             "held_out_clips": kept_sizes.total(),

@@ -6,7 +6,6 @@ Nothing here knows what a job is.
 import math
 import multiprocessing
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -56,10 +55,8 @@ class Pool:
     ) -> None:
         self.start, self.workers, self.timeout = start, workers, timeout
         # A process forked from this one would inherit the locks of threads that it has not.
-        self._context = multiprocessing.get_context("spawn")
-        if sys.platform != "win32":
-            self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload([preload])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([preload])
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> "Pool":

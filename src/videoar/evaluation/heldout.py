@@ -12,8 +12,7 @@ from torch import nn
 
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.schemes import parse
-from videoar.data.captions import text_module
-from videoar.data.latents import LatentShards, check_codec
+from videoar.data.latents import LatentShards, check_codec, text_module
 from videoar.data.video import read_video
 from videoar.encoders.codec import to_frames
 from videoar.evaluation.metrics import Interval, Values, bootstrap_interval, psnr, ssim
@@ -45,7 +44,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
     pipe = VideoPipeline.from_pretrained(config.checkpoint)
     shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
     check_codec(data, shards.info, pipe.codec, checkpoint=config.checkpoint)
-    text = text_module(pipe.prompt_encoder, data, shards.info)
+    text = text_module(pipe.prompt_encoder, data)
     if len(shards) < 2:
         raise ValueError(
             f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"

@@ -14,9 +14,8 @@ from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
-from videoar.data.captions import text_module
-from videoar.data.clips import encode_scenes, encode_world
-from videoar.data.latents import LatentShards, check_codec, read_held_out
+from videoar.data.clips import WorldEncoder
+from videoar.data.latents import LatentShards, check_codec, read_held_out, text_module
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import (
@@ -104,8 +103,7 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
 
 def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
     """Return what of a pipeline reads a folder of latents."""
-    text = text_module(pipe.prompt_encoder, shards.folder, shards.info)
-    return TextToVideo(pipe.transformer, text)
+    return TextToVideo(pipe.transformer, text_module(pipe.prompt_encoder, shards.folder))
 
 
 def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
@@ -164,8 +162,7 @@ class TextToVideoTask:
         """Open the latents, made first if they are of the world and not there."""
         task = self.task
         if not task.latents.exists():
-            how = {"num_videos": task.num_videos, **self.encoding}
-            encode_world(codec, task.latents, report=report, **how)
+            WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
@@ -176,7 +173,7 @@ class TextToVideoTask:
         if "scene" not in shards.clips[0].get("extra", {}) or shards.tokenize is None:
             return list(read_held_out(shards.folder, shards.tokenize))
         indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
-        videos = list(encode_scenes(self.pipe.codec, indices, **self.encoding))
+        videos = list(WorldEncoder(codec=self.pipe.codec, **self.encoding).encode(indices))
         text = shards.tokenize([video.captions[0] for video in videos])
         return [{"latents": torch.stack([video.latents for video in videos]), "text": text}]
 
