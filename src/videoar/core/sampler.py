@@ -18,13 +18,12 @@ from functools import cached_property
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from videoar.core.attention import Mask, attention_mask, rope_table
 from videoar.core.cache import KVCache
 from videoar.core.flow import add_noise, euler_step, step_of, unit_noise
-from videoar.core.tokens import Known
+from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 
@@ -70,8 +69,8 @@ class Finished:
     """A unit that reached sigma 0."""
 
     unit: Unit
-    tokens: Float[Tensor, "batch tokens features"]
-    before: Float[Tensor, "batch tokens features"] | None
+    tokens: Tokens
+    before: Tokens | None
     """They before the last step, at the last sigma above 0; None if that was not here."""
 
 
@@ -101,7 +100,7 @@ class Sampler:
         *,
         seeds: Sequence[int],
         known: Mapping[int, Known] = MappingProxyType({}),
-        noise: Float[Tensor, "batch tokens features"] | None = None,
+        noise: Tokens | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
