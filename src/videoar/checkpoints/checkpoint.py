@@ -18,14 +18,13 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from videoar import __version__
+from videoar import __version__, weights
 from videoar.checkpoints import wan
 from videoar.checks import hint
 from videoar.core.transformer import VideoTransformer
@@ -35,16 +34,7 @@ from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
 from videoar.encoders.tiny_codec import TinyCodec
 from videoar.encoders.wan_codec import WanCodec
 from videoar.files import replaced_folder, write_json
-from videoar.weights import (
-    AGAIN,
-    CONFIG,
-    META,
-    load_component,
-    read_json,
-    read_weights,
-    save_component,
-    split_entry,
-)
+from videoar.weights import AGAIN, CONFIG, META
 
 FORMAT = 1
 # Where these parts lie: in a folder of ours, of diffusers, of the original.
@@ -73,7 +63,7 @@ def save_checkpoint(
     with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
         for name, part in parts.items():
             if isinstance(part, nn.Module):
-                save_component(partial / name, part)
+                weights.save_component(partial / name, part)
             else:
                 part.save(partial / name)
         write_json(partial / META, about)
@@ -85,7 +75,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     file = folder / META
     if not file.is_file():
         return {}
-    meta = read_json(file)
+    meta = weights.read_json(file)
     version, parts = meta.get("format"), meta.get("parts", {})
     if type(version) is not int or version < 1:
         raise ValueError(
@@ -113,7 +103,7 @@ def bundled() -> list[str]:
 def resolve(name_or_path: str | Path) -> Path:
     """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository."""
     path = Path(name_or_path).expanduser()
-    found = path.exists() or split_entry(path)[0].is_file()
+    found = path.exists() or weights.split_entry(path)[0].is_file()
     return path if found else _published(str(name_or_path))
 
 
@@ -122,8 +112,8 @@ def _published(name: str) -> Path:
     names = bundled()
     if name in names:
         return _assets() / name
-    weights = Path(name).suffix.startswith((".pt", ".safe"))
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not weights:
+    file = Path(name).suffix.startswith((".pt", ".safe"))
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not file:
         return _from_hub(name)
     known = f"bundled: {', '.join(names)}" if names else "none is bundled"
     remedy = hint(name, names, "did you mean {!r}") or f"pass a folder that holds {META}, or a file"
@@ -149,7 +139,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _assets() -> Path:
-    return Path(str(files("videoar").joinpath("assets")))
+    return Path(__file__).parents[1] / "assets"
 
 
 def _holds(folder: Path, part: str) -> bool:
@@ -241,13 +231,13 @@ class Checkpoint:
         """
         if self.meta:
             folder = self.source / "transformer"
-            module = load_component(folder, VideoTransformer)
+            module = weights.load_component(folder, VideoTransformer)
             found = wan.TransformerWeights(module.state_dict(), module.config, folder, "videoar")
         else:
             found = wan.read_transformer(self.source, base=self.home)
         if self.lora is None:
             return found
-        merged = wan.merge_lora(found.weights, read_weights(self.lora), file=self.lora)
+        merged = wan.merge_lora(found.weights, weights.read_weights(self.lora), file=self.lora)
         return replace(found, weights=merged, format=f"{found.format} with {self.lora.name}")
 
     def codec(self, *, device: torch.device | str = "cpu") -> Codec:
@@ -255,7 +245,8 @@ class Checkpoint:
         place = self._place("codec")
         if not (ours := place / "codec" / CONFIG).is_file():
             return wan.read_codec(place, device=device).eval()
-        return load_component(ours.parent, TinyCodec, PatchCodec, WanCodec, device=device).eval()
+        kinds = (TinyCodec, PatchCodec, WanCodec)
+        return weights.load_component(ours.parent, *kinds, device=device).eval()
 
     def text_encoder(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

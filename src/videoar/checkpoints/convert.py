@@ -85,11 +85,10 @@ def convert(
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
     parts = {} if format == "wan" else checkpoint.parts()
+    sampling = checkpoint.sampling(preset)
+    report = f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"
     if format == "videoar":
         checkpoint.check_preset(found, preset)
-    sampling = checkpoint.sampling(preset)
-    report = [f"{found.file}: {found.format}, {len(found.weights)} tensors, {found.dtype}"]
-    if format == "videoar":
         meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
         save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
@@ -99,7 +98,7 @@ def convert(
         with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
             save_wan(folder, found)
     names = ", ".join(["transformer", *parts])
-    return [*report, f"{target}: {format}, {names}; every tensor was matched"]
+    return [report, f"{target}: {format}, {names}; every tensor was matched"]
 
 
 def _write_diffusers(

@@ -139,9 +139,8 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
 def our_names(weights: Weights) -> tuple[Weights, str]:
     """Rename the tensors of any family; say which names they had."""
     bare = {INFIXES.sub("", key): tensor for key, tensor in weights.items()}
-    if averaged := {key: value for key, value in bare.items() if key.startswith("net_ema.")}:
-        bare = averaged
-    bare = {PREFIXES.sub("", key): tensor for key, tensor in bare.items()}
+    averaged = {key: tensor for key, tensor in bare.items() if key.startswith("net_ema.")}
+    bare = {PREFIXES.sub("", key): tensor for key, tensor in (averaged or bare).items()}
     patch = bare.get("patch_embedding.weight")
     if patch is not None and patch.ndim == 2:  # rCM; Wan's patches have 1 x 2 x 2 latent pixels
         bare["patch_embedding.weight"] = patch.unflatten(1, (-1, 1, 2, 2))

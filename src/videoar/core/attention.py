@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from videoar.core.units import token_mask
+from videoar.core.units import Keys, Queries, UnitMask, token_mask
 
 
 @cache
@@ -57,7 +57,7 @@ class Spans:
     keys: tuple[tuple[slice, ...], ...]
 
     @classmethod
-    def of(cls, visible: Bool[Tensor, "readers reads"], reader: Tensor, read: Tensor) -> "Spans":
+    def of(cls, visible: UnitMask, reader: Tensor, read: Tensor) -> "Spans":
         """Cut `token_mask(visible, reader, read)` into runs."""
         readers, queries = _runs(reader)
         reads, keys = _runs(read)
@@ -76,11 +76,7 @@ LARGEST_DENSE = 2**24  # entries; a clip of Wan and its clean copies have 4 * 10
 
 
 def attention_mask(
-    visible: Bool[Tensor, "readers reads"],
-    reader: Int[Tensor, " queries"],
-    read: Int[Tensor, " keys"],
-    *,
-    device: torch.device | str,
+    visible: UnitMask, reader: Queries, read: Keys, *, device: torch.device | str
 ) -> Mask | None:
     """Return `token_mask(visible, reader, read)` in the form that is fast; None if all is read.
 
@@ -106,11 +102,7 @@ def _runs(unit: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], list[slic
 
 
 def block_mask(
-    visible: Bool[Tensor, "readers reads"],
-    reader: Int[Tensor, " queries"],
-    read: Int[Tensor, " keys"],
-    *,
-    device: torch.device | str,
+    visible: UnitMask, reader: Queries, read: Keys, *, device: torch.device | str
 ) -> BlockMask:
     """The block-sparse form of `token_mask(visible, reader, read)` for FlexAttention."""
     visible, reader, read = (part.to(device) for part in (visible, reader, read))

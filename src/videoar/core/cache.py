@@ -126,7 +126,7 @@ class KVCache:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.unit = state["unit"].clone()
+        self.unit = state["unit"].cpu().clone()
         self._kv = state["kv"].clone() if state["kv"].numel() else None
         self._sink = state["sink"].clone() if state["sink"].numel() else None
 

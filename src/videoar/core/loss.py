@@ -12,7 +12,7 @@ from torch import Tensor
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.flow import add_noise, random_sigmas, velocity_of
 from videoar.core.schemes import Scheme
-from videoar.core.tokens import to_tokens
+from videoar.core.tokens import Latents, Tokens, to_tokens
 from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Units, Visible, clean_copies
 
@@ -84,14 +84,14 @@ def layout(units: Units, visible: Visible, *, copies: bool, reads: Reads = "past
 
 def velocities(
     model: Callable[..., Any],
-    tokens: Float[Tensor, "batch tokens features"],
+    tokens: Tokens,
     sigma: Float[Tensor, "batch units"],
     plan: Layout,
     text: TextContext,
     *,
     copies: tuple[Tensor, Tensor] | None = None,
     offset: Tensor | None = None,
-) -> Float[Tensor, "batch tokens features"]:
+) -> Tokens:
     """Predict the velocities of a clip in one pass, beside its clean copies and their sigmas."""
     device, both = tokens.device, tokens
     if copies is not None:
@@ -109,10 +109,7 @@ def velocities(
 
 
 def draw_clip(
-    latents: Float[Tensor, "batch frames channels height width"],
-    scheme: Scheme,
-    config: FlowMatchingConfig,
-    rng: torch.Generator,
+    latents: Latents, scheme: Scheme, config: FlowMatchingConfig, rng: torch.Generator
 ) -> Float[Tensor, "batch clip channels height width"]:
     """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
     batch, frames = latents.shape[:2]
@@ -129,7 +126,7 @@ def draw_clip(
 
 def flow_matching_loss(
     model: Network,
-    latents: Float[Tensor, "batch frames channels height width"],
+    latents: Latents,
     text: TextContext,
     *,
     scheme: Scheme,

@@ -18,13 +18,12 @@ from functools import cached_property
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from videoar.core.attention import Mask, attention_mask, rope_table
 from videoar.core.cache import KVCache
 from videoar.core.flow import add_noise, euler_step, step_of, unit_noise
-from videoar.core.tokens import Known
+from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 
@@ -70,8 +69,8 @@ class Finished:
     """A unit that reached sigma 0."""
 
     unit: Unit
-    tokens: Float[Tensor, "batch tokens features"]
-    before: Float[Tensor, "batch tokens features"] | None
+    tokens: Tokens
+    before: Tokens | None
     """They before the last step, at the last sigma above 0; None if that was not here."""
 
 
@@ -101,7 +100,7 @@ class Sampler:
         *,
         seeds: Sequence[int],
         known: Mapping[int, Known] = MappingProxyType({}),
-        noise: Float[Tensor, "batch tokens features"] | None = None,
+        noise: Tokens | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
@@ -151,43 +150,36 @@ class Sampler:
             self.delivered += 1
             yield Finished(self.units.at(index), self.active[index], self._before.get(index))
 
-    def _steps_done(self, index: int, row: int) -> int:
+    def _steps_done(self, index: int) -> int:
         wave = self.units.wave_of(index)
-        return step_of(row, wave, steps=self.config.num_steps, lag=self.lag)
+        return step_of(self.row, wave, steps=self.config.num_steps, lag=self.lag)
 
     def _shown(self, index: int) -> int:
         """The steps of a unit before this row; a known one does not wait for its turn."""
-        return (
-            self.config.num_steps
-            if index in self.known_units
-            else self._steps_done(index, self.row)
-        )
+        known = index in self.known_units
+        return self.config.num_steps if known else self._steps_done(index)
 
     def _moving(self) -> bool:
-        steps = self.config.num_steps
-        return any(self._steps_done(index, self.row) < steps for index in self.active)
+        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
 
     def _enter(self) -> bool:
         """Start the units whose first step is due in this row; say whether there were any."""
         before = self.entered
         while self.units.count is None or self.entered < self.units.count:
-            unit = self.units.at(self.entered)
+            index = self.entered
+            unit = self.units.at(index)
             if unit.wave * self.lag > self.row:
                 break
             shape = (len(unit.cells), self.network.config.token_dim)
-            if self._noise is None:
-                noise = unit_noise(self.seeds, unit.index, shape)
-            else:
-                noise = self._noise[unit.index]
-            noise = noise.to(self.device, self.dtype)
-            self.active[unit.index] = self._hold(unit.index, noise)
+            noise = self._noise[index] if self._noise else unit_noise(self.seeds, index, shape)
+            self.active[index] = self._hold(index, noise.to(self.device, self.dtype))
             self.entered += 1
         return self.entered > before
 
     def _advance(self) -> None:
         """Run one row, unless all in flight are known and none is due for the cache."""
         group = [self.units.at(index) for index in sorted(self.active)]
-        steps_done = [self._steps_done(unit.index, self.row) for unit in group]
+        steps_done = [self._steps_done(unit.index) for unit in group]
         steps = self.config.num_steps
         if steps in steps_done or not self.known_units.issuperset(self.active):
             output = self._forward(group, [self._shown(unit.index) for unit in group])
@@ -209,8 +201,7 @@ class Sampler:
         sigma, after = config.sigmas[done], config.sigmas[done + 1]
         fresh = x
         if 0 < after and config.step is not euler_step:
-            noise = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=done + 1)
-            fresh = noise.to(x)
+            fresh = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=done + 1).to(x)
         return self._hold(index, config.step(x, velocity, sigma, after, fresh))
 
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
@@ -309,16 +300,17 @@ class Sampler:
         """Go on where the sampler that gave `state` stood, on whatever device that was."""
         self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
         self._mask_of = None
+        self.cache.load_state_dict(part_of(state, "cache", device=self.device))
+        active = part_of(state, "active", device=self.device)
+        self.active = {int(index): x.to(self.dtype) for index, x in active.items()}
 
-        def part(prefix: str) -> Iterator[tuple[str, Tensor]]:
-            """Yield what is kept under a prefix; floats on the device, but in their own dtype."""
-            for name, value in state.items():
-                if name.startswith(prefix):
-                    place = self.device if value.is_floating_point() else "cpu"
-                    yield name.removeprefix(prefix), value.to(place)
 
-        self.cache.load_state_dict(dict(part("cache.")))
-        self.active = {int(index): x.to(self.dtype) for index, x in part("active.")}
+def part_of(
+    state: Mapping[str, Tensor], name: str, *, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Return what a state keeps under `name.`, on a device and in its own dtype."""
+    kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}
 
 
 class Guided:

@@ -11,16 +11,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from videoar.core.schemes import box
 from videoar.core.units import Unit, Units
 
+Latents = Float[Tensor, "batch frames channels height width"]
+Tokens = Float[Tensor, "batch tokens features"]
+"""In unit order; the features of a token are ordered (channel, row, column)."""
 
-def to_tokens(
-    latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
-) -> Float[Tensor, "batch tokens features"]:
+
+def to_tokens(latents: Latents, units: Units, *, patch: int = 2) -> Tokens:
     """Patchify latents and store the tokens in unit order.
-
-    The features of a token are ordered (channel, row, column).
 
     Raises:
         ValueError: the latents do not cover the lattice of `units`.
@@ -32,41 +31,27 @@ def to_tokens(
     return _gather(latents, [cell for unit in units.clip for cell in unit.cells], patch)
 
 
-def _gather(
-    latents: Float[Tensor, "batch frames channels height width"],
-    cells: Sequence[tuple[int, ...]],
-    patch: int,
-) -> Float[Tensor, "batch tokens features"]:
+def _gather(latents: Latents, cells: Sequence[tuple[int, ...]], patch: int) -> Tokens:
     levels = sorted({cell[3] for cell in cells})
     grids, starts, start = [], {}, 0
     for level in levels:
-        grid = _patchify(_pooled(latents, 2**level, patch), patch)
+        pooled = _pooled(latents, 2**level, patch)
+        grid = rearrange(pooled, "b t c (h p) (w q) -> b t h w (c p q)", p=patch, q=patch)
         starts[level], start = (start, *grid.shape[2:4]), start + math.prod(grid.shape[1:4])
         grids.append(rearrange(grid, "b t h w c -> b (t h w) c"))
     index = [starts[n][0] + (t * starts[n][1] + h) * starts[n][2] + w for t, h, w, n in cells]
     return torch.cat(grids, dim=1)[:, torch.tensor(index, device=latents.device)]
 
 
-def to_latents(
-    tokens: Float[Tensor, "batch tokens features"], units: Units, *, patch: int = 2
-) -> Float[Tensor, "batch frames channels height width"]:
+def to_latents(tokens: Tokens, units: Units, *, patch: int = 2) -> Latents:
     """Inverse of `to_tokens`: read the latents from the tokens of the finest level."""
-    cells = [cell for unit in units.clip for cell in unit.cells]
-    where = {cell[:3]: position for position, cell in enumerate(cells) if cell[3] == 0}
-    lattice = box(range(units.frames or 0), range(units.height), range(units.width))
-    index = torch.tensor([where[cell[:3]] for cell in lattice], device=tokens.device)
-    grid = rearrange(tokens[:, index], "b (t h w) c -> b t h w c", h=units.height, w=units.width)
-    return rearrange(grid, "b t h w (c p q) -> b t c (h p) (w q)", p=patch, q=patch)
-
-
-def _patchify(
-    latents: Float[Tensor, "batch frames channels height width"], patch: int
-) -> Float[Tensor, "batch frames rows columns features"]:
-    return rearrange(latents, "b t c (h p) (w q) -> b t h w (c p q)", p=patch, q=patch)
+    assembler = Assembler(units, patch=patch)
+    parts = map(assembler.add, units.clip, tokens.split(list(units.sizes), dim=1))
+    return torch.cat([frames for frames in parts if frames is not None], dim=1)
 
 
 def _pooled(
-    latents: Float[Tensor, "batch frames channels height width"], factor: int, patch: int
+    latents: Latents, factor: int, patch: int
 ) -> Float[Tensor, "batch frames channels rows columns"]:
     if factor == 1:
         return latents
@@ -83,17 +68,14 @@ class Known:
 
     mask: Bool[Tensor, " tokens"]
     """Which tokens: coarse ones too, where all they cover is known."""
-    tokens: Float[Tensor, "batch tokens features"]
+    tokens: Tokens
     """Their values; 0 elsewhere."""
 
 
-def known_tokens(
-    latents: Float[Tensor, "batch frames channels height width"], units: Units, *, patch: int = 2
-) -> dict[int, Known]:
+def known_tokens(latents: Latents, units: Units, *, patch: int = 2) -> dict[int, Known]:
     """Find the units that first latent frames of a clip or stream reach into."""
     frames, known = latents.shape[1], {}
-    count = units.units_of(frames) if units.count is None else units.count
-    for unit in map(units.at, range(min(count, units.units_of(frames)))):
+    for unit in itertools.islice(units, units.units_of(frames)):
         # Levels pool height and width alone, so a token is known if its frame is.
         mask = torch.tensor([cell[0] < frames for cell in unit.cells], device=latents.device)
         if mask.any():
@@ -114,9 +96,7 @@ class Assembler:
         self.units, self.patch, self.done = units, patch, 0
         self._open: dict[int, Tensor] = {}
 
-    def add(
-        self, unit: Unit, tokens: Float[Tensor, "batch tokens features"]
-    ) -> Float[Tensor, "batch frames channels height width"] | None:
+    def add(self, unit: Unit, tokens: Tokens) -> Latents | None:
         """Store a unit; return the newly complete latent frames, None if there are none."""
         finest = [i for i, cell in enumerate(unit.cells) if cell[3] == 0]
         for t, group in itertools.groupby(finest, key=lambda i: unit.cells[i][0]):

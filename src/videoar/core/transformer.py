@@ -122,7 +122,7 @@ class VideoTransformer(nn.Module):
     def encode_text(self, embeddings: Float[Tensor, "batch words channels"]) -> TextContext:
         """Project text embeddings to the keys and values that every pass of a generation reuses."""
         hidden = self.condition_embedder.text_embedder(embeddings)
-        return [block.text(hidden) for block in self.blocks]
+        return [block.attn2.key_value(hidden) for block in self.blocks]
 
     def forward(
         self,
@@ -172,10 +172,6 @@ class VideoTransformer(nn.Module):
             per_token = sigma[:, unit, None]
             out = (tokens - out) / per_token.clamp(min=config.min_sigma)
         return Output(out, key_values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.proj_out.weight.dtype
 
     @property
     def num_parameters(self) -> int:
@@ -241,9 +237,6 @@ class TwoLayers(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32, whatever goes in."""
 
-    def __init__(self, size: int, eps: float, *, elementwise_affine: bool):
-        super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
-
     def forward(self, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
@@ -288,11 +281,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, size: int, ffn_dim: int):
         super().__init__()
-        layers = Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size)
-        self.net = nn.ModuleList(layers)
+        self.net = nn.Sequential(Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        return self.net(x)
 
 
 class Projection(nn.Module):
@@ -323,10 +315,6 @@ class Block(nn.Module):
         self.ffn = FeedForward(size, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, size))
         nn.init.normal_(self.scale_shift_table, std=size**-0.5)
-
-    def text(self, hidden: Float[Tensor, "batch words channels"]) -> KeyValue:
-        """Return the keys and values of the text."""
-        return self.attn2.key_value(hidden)
 
     def forward(
         self,

@@ -250,10 +250,13 @@ def clean_copies(visible: Bool[Tensor, "units units"]) -> Bool[Tensor, "doubled 
     return torch.cat([top, torch.cat([visible & ~own, own], dim=1)])
 
 
-def token_mask(
-    visible: Bool[Tensor, "readers reads"],
-    reader: Int[Tensor, " queries"],
-    read: Int[Tensor, " keys"],
-) -> Bool[Tensor, "queries keys"]:
+UnitMask = Bool[Tensor, "readers reads"]
+Queries = Int[Tensor, " queries"]
+"""For every query, the row of its unit in a `UnitMask`."""
+Keys = Int[Tensor, " keys"]
+"""For every key, the column of its unit."""
+
+
+def token_mask(visible: UnitMask, reader: Queries, read: Keys) -> Bool[Tensor, "queries keys"]:
     """Expand a unit matrix to tokens: `visible[reader[q], read[k]]`."""
     return visible[reader[:, None], read[None, :]]

@@ -34,10 +34,9 @@ class Codec(nn.Module, ABC):
     `stride` counts the pixels per latent in time, height and width; `config` is a dataclass.
     """
 
-    config: Any
-
-    def __init__(self, *, stride: tuple[int, int, int], latent_channels: int) -> None:
+    def __init__(self, config: Any, *, stride: tuple[int, int, int], latent_channels: int) -> None:
         super().__init__()
+        self.config = config
         self.stride = stride
         self.latent_channels = latent_channels
 
@@ -48,6 +47,14 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         """Turn latent frames into a group of `stride[0]` pixel frames each."""
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the deviation of each channel of the latents inside the network."""
+        # No buffers: keys of the state dict are given by the public weights, and others would be
+        # lost when a module is built on the meta device.
+        mean = like.new_tensor(self.config.latents_mean or (0.0,) * self.latent_channels)
+        std = like.new_tensor(self.config.latents_std or (1.0,) * self.latent_channels)
+        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def pad(self, video: Video) -> Padded:
         """Repeat the first picture of a clip until its group is full."""
@@ -180,8 +187,7 @@ class PatchCodec(Codec):
 
     def __init__(self, config: PatchCodecConfig) -> None:
         channels = config.image_channels * math.prod(config.stride)
-        super().__init__(stride=config.stride, latent_channels=channels)
-        self.config = config
+        super().__init__(config, stride=config.stride, latent_channels=channels)
         self._sides = dict(zip("tyx", config.stride, strict=True))
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:

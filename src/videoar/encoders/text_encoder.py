@@ -64,10 +64,6 @@ class Tokenizer:
         """Return the text of a `tokenizer.json`."""
         return self._backend.to_str(pretty=True)
 
-    def fingerprint(self) -> str:
-        """Name what the ids mean."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
-
     @property
     def vocab_size(self) -> int:
         """Number of ids, padding included."""
@@ -226,7 +222,8 @@ class TinyPromptEncoder:
 
     def fingerprint(self) -> str:
         limit = self.encoder.config.max_tokens
-        return f"{limit} tokens of the vocabulary {self.tokenizer.fingerprint()}"
+        words = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()[:12]
+        return f"{limit} tokens of the vocabulary {words}"
 
     def tokenize(self, captions: list[str]) -> Int[Tensor, "batch words"]:
         """Return token ids; the end of a caption beyond the encoder's limit is left out."""

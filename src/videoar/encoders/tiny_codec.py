@@ -228,8 +228,7 @@ class TinyCodec(Codec):
 
     def __init__(self, config: TinyCodecConfig) -> None:
         side, latents = 8 * config.patch_size, config.latent_channels
-        super().__init__(stride=(4, side, side), latent_channels=latents)
-        self.config = config
+        super().__init__(config, stride=(4, side, side), latent_channels=latents)
         pixels, blocks = config.image_channels * config.patch_size**2, config.num_blocks
         self.encoder = build_encoder((pixels, *config.encoder_channels, latents), num_blocks=blocks)
         self.decoder = build_decoder((latents, *config.decoder_channels, pixels), num_blocks=blocks)
@@ -251,7 +250,7 @@ class TinyCodec(Codec):
         if self.config.pixel_range == "unit":
             frames = frames * 0.5 + 0.5
         x, kept = run(self.encoder, F.pixel_unshuffle(frames, self.config.patch_size), memory)
-        mean, std = self._statistics(x)
+        mean, std = self.statistics(x)
         return (x - mean) / std, kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
@@ -259,7 +258,7 @@ class TinyCodec(Codec):
         return video.clamp(-1, 1), kept
 
     def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        mean, std = self._statistics(latents)
+        mean, std = self.statistics(latents)
         x, kept = run(self.decoder, latents * std + mean, memory)
         video = F.pixel_shuffle(x, self.config.patch_size)
         return video * 2 - 1 if self.config.pixel_range == "unit" else video, kept
@@ -280,7 +279,7 @@ class TinyCodec(Codec):
 
     def with_statistics(self, mean: PerChannel, std: PerChannel) -> "TinyCodec":
         """Return a copy that normalises latents; the statistics are of what is encoded now."""
-        old_mean, old_std = (values.flatten() for values in self._statistics(mean))
+        old_mean, old_std = (values.flatten() for values in self.statistics(mean))
         new_mean, new_std = (old_mean + old_std * mean).tolist(), (old_std * std).tolist()
         copy = deepcopy(self)
         copy.config = replace(self.config, latents_mean=tuple(new_mean), latents_std=tuple(new_std))
@@ -291,11 +290,3 @@ class TinyCodec(Codec):
         copy = TinyCodec(replace(self.config, decoder_channels=channels))
         copy.encoder.load_state_dict(self.encoder.state_dict())
         return copy
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # No buffers: keys of the state dict are given by the public weights, and others would be
-        # lost when a module is built on the meta device.
-        channels = self.config.latent_channels
-        mean = like.new_tensor(self.config.latents_mean or (0.0,) * channels)
-        std = like.new_tensor(self.config.latents_std or (1.0,) * channels)
-        return mean.view(-1, 1, 1), std.view(-1, 1, 1)

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -48,8 +47,7 @@ class WanCodec(Codec):
     """
 
     def __init__(self, config: WanCodecConfig) -> None:
-        super().__init__(stride=config.stride, latent_channels=config.z_dim)
-        self.config = config
+        super().__init__(config, stride=config.stride, latent_channels=config.z_dim)
         stated = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
         self.vae = library("diffusers").AutoencoderKLWan(**stated)
 
@@ -58,12 +56,13 @@ class WanCodec(Codec):
         x, kept = self._run("encoder", rearrange(frames, "b t c h w -> b c t h w"), memory)
         # The mode of the posterior: its mean, which comes before its log variance.
         latents = self.vae.quant_conv(x).chunk(2, dim=1)[0].float()
-        mean, std = self._statistics(x.device)
+        mean, std = self.statistics(latents)
         return (rearrange(latents, "b c t h w -> b t c h w") - mean) / std, kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        mean, std = self._statistics(latents.device)
-        x = rearrange(latents.float() * std + mean, "b t c h w -> b c t h w")
+        latents = latents.float()
+        mean, std = self.statistics(latents)
+        x = rearrange(latents * std + mean, "b t c h w -> b c t h w")
         x, kept = self._run("decoder", x, memory, first_chunk=memory is None)
         video = rearrange(x.float().clamp(-1, 1), "b c t h w -> b t c h w")
         return video.expand(-1, self.stride[0], -1, -1, -1) if memory is None else video, kept
@@ -80,8 +79,3 @@ class WanCodec(Codec):
         x = getattr(self.vae, part)(x, feat_cache=past, feat_idx=[0], **options)
         kept = {type(None): x.new_empty(0), str: x.new_empty(1, 0)}
         return x, tuple(kept.get(type(t), t) for t in past)
-
-    def _statistics(self, device: torch.device) -> Tensor:
-        config = self.config
-        values = torch.tensor([config.latents_mean, config.latents_std], device=device)
-        return values.view(2, 1, 1, -1, 1, 1)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from videoar.core.sampler import Sampler
+from videoar.core.sampler import Sampler, part_of
 from videoar.core.tokens import Assembler
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
@@ -100,10 +100,8 @@ class Generation:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where a generation with the same arguments stood, on whatever device that was."""
-        device = self.sampler.device
         for name, part in self._parts.items():
-            own = {key: state[key].to(device) for key in state if key.startswith(f"{name}.")}
-            part.load_state_dict({key.removeprefix(f"{name}."): own[key] for key in own})
+            part.load_state_dict(part_of(state, name, device=self.sampler.device))
         self.stats = replace(self.stats, frames=int(state["frames"]))
 
 
