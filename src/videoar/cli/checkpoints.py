@@ -16,7 +16,7 @@ from videoar.core.cache import cached_tokens
 from videoar.core.schemes import parse
 from videoar.core.units import Units, Visible
 from videoar.encoders.codec import Codec
-from videoar.evaluation.tables import cells, columns
+from videoar.evaluation.tables import columns
 from videoar.files import check_folder
 from videoar.generation.config import GenerationConfig
 from videoar.weights import as_dtype
@@ -44,20 +44,14 @@ def info(args: options.Info) -> None:
     if "transformer" in meta.get("components", ["transformer"]):
         found, sampling = checkpoint.transformer(), checkpoint.sampling(args.preset)
         kinds["transformer"] = "VideoTransformer", list(found.weights.values())
-        about, memory = found.format, _memory(args, found, parts.get("codec"), meta, sampling)
         meta = meta | {"sampling": sampling}
-    components = [
-        {
-            "component": name,
-            "class": kind,
-            "parameters": f"{sum(tensor.numel() for tensor in part):,}",
-            "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part})),
-            "size": f"{sum(tensor.nbytes for tensor in part) / MIB:.2f} MiB",
-        }
-        for name, (kind, part) in sorted(kinds.items())
-    ]
-    table = columns(cells(components))
-    about = f"{checkpoint.source}\n\n{table}\n\nformat    {about}\n{_history(meta)}"
+        about, memory = found.format, _memory(args, found, parts.get("codec"), meta)
+    rows = [["component", "class", "parameters", "dtype", "size"]]
+    for name, (kind, part) in sorted(kinds.items()):
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part})
+        rows.append([name, kind, f"{sum(tensor.numel() for tensor in part):,}", ", ".join(dtypes)])
+        rows[-1] += [f"{sum(tensor.nbytes for tensor in part) / MIB:.2f} MiB"]
+    about = f"{checkpoint.source}\n\n{columns(rows)}\n\nformat    {about}\n{_history(meta)}"
     say(f"{about}\n\n{memory}".rstrip())
 
 
@@ -85,16 +79,12 @@ def _history(meta: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _memory(
-    args: options.Info,
-    found: TransformerWeights,
-    codec: Codec | None,
-    meta: dict[str, Any],
-    stated: dict[str, Any],
+    args: options.Info, found: TransformerWeights, codec: Codec | None, meta: dict[str, Any]
 ) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
-    size, config, dtype = ("height", "width"), found.config, as_dtype(args.dtype)
-    height, width = (stated[side] for side in size)
-    sampling = GenerationConfig(**{key: stated[key] for key in stated if key not in size})
+    config, dtype, stated = found.config, as_dtype(args.dtype), dict(meta["sampling"])
+    height, width = stated.pop("height"), stated.pop("width")
+    sampling = GenerationConfig(**stated)
     if args.window is not None:
         sampling = replace(sampling, window_frames=args.window)
     weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())
@@ -110,22 +100,17 @@ def _memory(
     itemsize = (dtype or found.dtype).itemsize
     token = 2 * config.num_layers * config.hidden_size * itemsize / MIB
     frames = 1 + math.ceil((max(1, round(args.seconds * sampling.fps)) - 1) / stride[0])
-    rows = []
+    rows = [["units", "per latent frame", "in the window", "without a window"]]
     for name in meta.get("units") or [str(sampling.units)]:
         lattice = (height // stride[1] // config.patch, width // stride[2] // config.patch)
         units = Units(parse(name), frames, *lattice)
         cached = cached_tokens(units, replace(sampling, units=name).visible(units))
-        rows.append(
-            {
-                "units": name,
-                "per latent frame": f"{sum(units.sizes) * token / frames:.3f} MiB",
-                "in the window": f"{cached * token:.2f} MiB, {cached} tokens",
-                "without a window": f"{cached_tokens(units, Visible()) * token:.2f} MiB",
-            }
-        )
+        rows.append([name, f"{sum(units.sizes) * token / frames:.3f} MiB"])
+        rows[-1] += [f"{cached * token:.2f} MiB, {cached} tokens"]
+        rows[-1] += [f"{cached_tokens(units, Visible()) * token:.2f} MiB"]
     return (
         f"memory for {args.seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
         f"weights {weights / MIB:.2f} MiB, {decoding}; keys and values, "
-        f"twice as many with guidance:\n{columns(cells(rows))}"
+        f"twice as many with guidance:\n{columns(rows)}"
     )

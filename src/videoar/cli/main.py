@@ -119,14 +119,8 @@ def command_of(name: str) -> Callable[..., int | None]:
         from videoar.cli.units import draw_units as command
     elif name == "prepare":
         from videoar.cli.prepare import prepare as command
-    elif name == "bench":
-        from videoar.cli.evaluate import bench as command
-    elif name == "evaluate":
-        from videoar.cli.evaluate import evaluate as command
-    elif name == "evaluate heldout":
-        from videoar.cli.evaluate import evaluate_heldout as command
-    elif name == "compare":
-        from videoar.cli.evaluate import compare as command
-    else:
+    elif name == "demo":
         from videoar.cli.demo import demo as command
+    else:
+        from videoar.cli.evaluate import measure as command
     return command

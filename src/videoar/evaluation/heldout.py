@@ -4,6 +4,7 @@ Every kind of unit sees the same clips and seeds, so kinds are compared in pairs
 resemble each other: intervals draw whole videos.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from videoar.core.schemes import parse
 from videoar.data.latents import LatentShards, check_codec, text_module
 from videoar.data.video import read_video
 from videoar.encoders.codec import to_frames
-from videoar.evaluation.metrics import Interval, Values, bootstrap_interval, psnr, ssim
+from videoar.evaluation.metrics import bootstrap_interval, psnr, ssim
 from videoar.evaluation.options import HeldOut
 from videoar.evaluation.tables import markdown
 from videoar.files import Json, save
@@ -59,9 +60,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
         report("all held-out clips are of one video: intervals say nothing of other videos")
         files = [str(number) for number in range(len(clips))]
 
-    def interval(values: Values) -> Interval:
-        return bootstrap_interval(values, clusters=files)
-
+    interval = functools.partial(bootstrap_interval, clusters=files)
     quality, similarity = (interval([clip[key] for clip in clips]) for key in ("psnr", "ssim"))
     losses = {name: np.array([clip["losses"][name] for clip in clips]) for name in config.units}
     first = config.units[0]

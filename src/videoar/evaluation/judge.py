@@ -1,5 +1,6 @@
 """The judge of the procedural world: what a video shows, and whether its prompt says so."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -243,12 +244,6 @@ def judge_ends(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> lis
 
 def windows(blocks: Iterator[Clips], *, size: int) -> Iterator[Clips]:
     """Cut a stream of frames anew, into windows of `size` frames and a rest."""
-    held: list[Clips] = []
-    for block in blocks:
-        held.append(block)
-        while sum(part.shape[1] for part in held) >= size:
-            joined = np.concatenate(held, axis=1)
-            yield joined[:, :size]
-            held = [joined[:, size:]]
-    if any(part.shape[1] for part in held):
-        yield np.concatenate(held, axis=1)
+    frames = (frame for block in blocks for frame in block.swapaxes(0, 1))
+    while window := list(itertools.islice(frames, size)):
+        yield np.stack(window, axis=1)

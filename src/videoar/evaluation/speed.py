@@ -37,7 +37,6 @@ from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import Generation, write
 from videoar.generation.timing import Timing
-from videoar.machine import peak_bytes
 
 MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
 INCLUDED = (
@@ -112,14 +111,14 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
 
 def tables(config: Bench, rows: Sequence[Row]) -> str:
     """Return the tables, and what their figures include."""
-    text = [INCLUDED.format(**vars(config), hardware=rows[0].hardware)]
-    text += [markdown(cells([speed_cells(row) for row in rows]))]
-    if flat := [flat_cells(row.name, row.flat) for row in rows if row.flat]:
-        text += [f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:"]
-        text += [markdown(cells(flat))]
-    if uncached := [uncached_cells(row.name, row.uncached) for row in rows if row.uncached]:
-        text += ["The network alone, with a cache and without; both read the whole prefix:"]
-        text += [markdown(cells(uncached))]
+    flat = [flat_cells(row.name, row.flat) for row in rows if row.flat]
+    uncached = [uncached_cells(row.name, row.uncached) for row in rows if row.uncached]
+    titled = {
+        INCLUDED.format(**vars(config), hardware=rows[0].hardware): list(map(speed_cells, rows)),
+        f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:": flat,
+        "The network alone, with a cache and without; both read the whole prefix:": uncached,
+    }
+    text = [f"{title}\n\n{markdown(cells(found))}" for title, found in titled.items() if found]
     return "\n\n".join(text) + "\n"
 
 
@@ -208,7 +207,7 @@ def measure_flat(config: Bench) -> Json:
     pipe, clock = load_pipeline(config), []
 
     def tick(frames: int, seconds: float) -> None:
-        clock.append((frames, seconds, peak_bytes()))
+        clock.append((frames, seconds, machine.peak_bytes()))
 
     generate(pipe, config, seconds=config.long_seconds, show=tick)
     frames, times, peaks = zip(*clock, strict=True)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,22 +49,18 @@ class Generation:
         return 0 if self.conditioning is None else self.conditioning.shape[1]
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
-        sampler, before = self.sampler, time.perf_counter()
+        sampler, stats, before = self.sampler, self.stats, time.perf_counter()
         steps = iter(sampler)
         while True:
             with torch.inference_mode():
                 finished = next(steps, None)
             computed = time.perf_counter()
-            self.stats = replace(
-                self.stats,
-                passes=sampler.passes,
-                units=self.stats.units + (finished is not None),
-                cache_tokens=max(self.stats.cache_tokens, sampler.cache.tokens),
-                cache_bytes=sampler.cache.num_bytes,
-                model_seconds=self.stats.model_seconds + computed - before,
-            )
+            stats.passes, stats.cache_bytes = sampler.passes, sampler.cache.num_bytes
+            stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
+            stats.model_seconds += computed - before
             if finished is None:
                 return
+            stats.units += 1
             with torch.inference_mode():
                 latents = self._assembler.add(finished.unit, finished.tokens)
                 if latents is not None and not latents.isfinite().all():
@@ -74,9 +69,8 @@ class Generation:
                         " damaged, or the dtype is too narrow; try float32, or another copy"
                     )
                 frames = None if latents is None else to_frames(self._decoder(latents))
-            before, shown = time.perf_counter(), self.stats.frames
-            spent = self.stats.decode_seconds + before - computed
-            self.stats = replace(self.stats, decode_seconds=spent)
+            before, shown = time.perf_counter(), stats.frames
+            stats.decode_seconds += before - computed
             if frames is None:
                 continue
             if self.num_frames is not None:
@@ -84,10 +78,10 @@ class Generation:
             if self.conditioning is not None:
                 kept = self.conditioning[:, shown : shown + frames.shape[1]]
                 frames[:, : kept.shape[1]] = kept
-            if not self.stats.first_frame_seconds:
-                waited, age = before - self.started, process_seconds()
-                self.stats = replace(self.stats, first_frame_seconds=waited, start_seconds=age)
-            self.stats = replace(self.stats, frames=shown + frames.shape[1])
+            if not stats.first_frame_seconds:
+                stats.first_frame_seconds = before - self.started
+                stats.start_seconds = process_seconds()
+            stats.frames += frames.shape[1]
             yield frames
             before = time.perf_counter()
 
@@ -102,7 +96,7 @@ class Generation:
         """Go on where a generation with the same arguments stood, on whatever device that was."""
         for name, part in self._parts.items():
             part.load_state_dict(part_of(state, name, device=self.sampler.device))
-        self.stats = replace(self.stats, frames=int(state["frames"]))
+        self.stats.frames = int(state["frames"])
 
 
 def write(
@@ -116,25 +110,21 @@ def write(
 
     After every write `show` gets the frames, and the seconds since the work began.
     """
-    interrupted, write_seconds, closing = False, 0.0, None
+    stats = generation.stats
     try:
         with writer:
             for batch in generation:
                 before = time.perf_counter()
                 writer.write(batch[0])
                 after = time.perf_counter()
-                write_seconds += after - before
-                show(generation.stats.frames, after - generation.started)
-            closing = time.perf_counter()
+                stats.write_seconds += after - before
+                show(stats.frames, after - generation.started)
+            before = time.perf_counter()
+        stats.write_seconds += time.perf_counter() - before
     except KeyboardInterrupt:
-        interrupted = True
-    ended = time.perf_counter()
-    return replace(
-        generation.stats,
-        frames=writer.num_frames,  # fewer than were generated, if it was stopped in a write
-        video_seconds=writer.num_frames / fps,
-        seconds=ended - generation.started,
-        write_seconds=write_seconds + (ended - closing if closing else 0.0),
-        peak_bytes=peak_bytes(),
-        interrupted=interrupted,
-    )
+        stats.interrupted = True
+    stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
+    stats.video_seconds = writer.num_frames / fps
+    stats.seconds = time.perf_counter() - generation.started
+    stats.peak_bytes = peak_bytes()
+    return stats
