@@ -1,7 +1,7 @@
 """Objectives: which module is trained, and by which loss. No loop, no files."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -14,61 +14,41 @@ from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What a training loop needs to know: the module it updates, and the loss of a batch."""
+class Objective:
+    """What a training loop needs to know: the module it updates, and the loss of a batch.
 
-    @property
-    def module(self) -> nn.Module:
-        """What the optimizers update."""
-        ...
+    As it stands here everything moves in every step.
+    """
+
+    module: Any
+    """What the optimizers update."""
+    frozen: tuple[Any, ...] = ()
+    """Networks that are asked and not trained."""
 
     @property
     def result(self) -> nn.Module:
         """The part of it that is wanted in the end: its weights are averaged and exported."""
-        ...
-
-    @property
-    def frozen(self) -> tuple[nn.Module, ...]:
-        """Networks that are asked and not trained."""
-        ...
+        return self.module
 
     def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
         """Return the optimizers of children of the module, or of "" for all of it.
 
         `config` is that of the run.
         """
-        ...
+        return {"": config}
 
     def group_of(self, step: int) -> str:
         """Return whose optimizer moves in a step."""
-        ...
+        return ""
 
     def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
         """Return scalar tensors; `loss` is minimised, the others are logged.
 
         The number and the shapes of passes depend on `step` alone: ranks keep in step.
         """
-        ...
-
-
-class SingleModule:
-    """An objective that moves everything in every step."""
-
-    module: Any
-    frozen: tuple[Any, ...] = ()
-
-    @property
-    def result(self) -> nn.Module:
-        return self.module
-
-    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
-        return {"": config}
-
-    def group_of(self, step: int) -> str:
-        return ""
+        raise NotImplementedError
 
 
 class TextToVideo(nn.Module):
@@ -88,7 +68,7 @@ class TextToVideo(nn.Module):
         return torch.where(dropped, self.text.empty, words)
 
 
-class FlowMatching(SingleModule):
+class FlowMatching(Objective):
     """Train one transformer, and its text encoder, on several schemes in turn.
 
     Args:

@@ -47,7 +47,7 @@ from videoar.training.distillation.scores import (
     matching_loss,
     score,
 )
-from videoar.training.objectives import SingleModule, TextToVideo
+from videoar.training.objectives import Objective, TextToVideo
 from videoar.training.optimizer import OptimizerConfig
 
 
@@ -159,7 +159,7 @@ class Clip:
         return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
 
 
-class TeacherObjective:
+class TeacherObjective(Objective):
     """What all stages share: a teacher, and what it says."""
 
     def __init__(
@@ -172,7 +172,7 @@ class TeacherObjective:
         seed: int = 0,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.frozen: tuple[Any, ...] = (self.teacher,)
+        self.frozen = (self.teacher,)
         self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
         self.reads: Reads = "all" if context == "full" else "past"
 
@@ -204,7 +204,7 @@ class TeacherObjective:
         return partial(scorer, reads=self.reads)
 
 
-class Initialisation(TeacherObjective, SingleModule):
+class Initialisation(TeacherObjective):
     """Teach a causal student to jump along the path of a teacher.
 
     The teacher may read everything or be causal itself. Then it reads clean copies of the data, and
