@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from videoar.checks import MUST_BE, check_options
 from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
-from videoar.training.objectives import Objective
+from videoar.training.objectives import Objective, seeded
 from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
 from videoar.training.run_folder import LogLine, Report
 
@@ -125,11 +124,11 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     return run.export()
 
 
-def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
+def export(config: TrainConfig) -> Path:
     """Export the newest checkpoint of a run that is not finished, and return the folder."""
     if not run_folder.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
-    return _Run(config, report).export()
+    return _Run(config, lambda line: None).export()
 
 
 @contextlib.contextmanager
@@ -199,8 +198,7 @@ class _Run:
         for network in (self.module, self.ema, *objective.frozen):
             split(network, self.ranks, self.device)
             network.to(self.device)
-        averages = dict(self.ema.named_parameters())
-        self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
+        self.averages = dict(zip(self.result.parameters(), self.ema.parameters(), strict=True))
         self.groups = {
             name: ParameterGroup(optimizer, self._parameters_of(name), config.precision)
             for name, optimizer in objective.optimizers(config.optimizer).items()
@@ -269,13 +267,9 @@ class _Run:
     def _backward(self, micro: int) -> dict[str, float]:
         config, device = self.config, self.device
         number = self.step * config.accumulate + micro
-        batch = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in self.task.batches.batch(number).items()
-        }
-        # A generator of its own per batch: nothing random has to be kept to go on exactly.
-        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0])
-        rng = torch.Generator(device).manual_seed(seed >> 1)
+        batch = self.task.batches.batch(number)
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        rng = seeded(config.seed, number, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             terms = self.task.objective.loss(batch, rng, step=self.step)
         # The mean over ranks is FSDP's.

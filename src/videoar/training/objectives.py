@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -100,6 +101,12 @@ class FlowMatching(Objective):
             self.module.transformer, clip, text, scheme=scheme, config=self.config, rng=rng
         )
         return {"loss": loss}
+
+
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return random numbers that depend on these alone: none have to be kept to go on exactly."""
+    words = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) >> 1)
 
 
 def own_weights(module: nn.Module) -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ from videoar.training.distillation.scores import (
     matching_loss,
     score,
 )
-from videoar.training.objectives import Objective, TextToVideo
+from videoar.training.objectives import Objective, TextToVideo, seeded
 from videoar.training.optimizer import OptimizerConfig
 
 
@@ -176,11 +175,6 @@ class TeacherObjective(Objective):
         self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
         self.reads: Reads = "all" if context == "full" else "past"
 
-    def drawn(self, step: int) -> torch.Generator:
-        """Random numbers that all batches of a step share, on every rank."""
-        words = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0]) >> 1)
-
     def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
         """Cut a batch by a scheme that is drawn for the whole step."""
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), generator=drawn))]
@@ -223,7 +217,7 @@ class Initialisation(TeacherObjective):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        clip = self.clip(batch, self.drawn(step))
+        clip = self.clip(batch, seeded(self.seed, step))
         if self.config.stage == "trajectories":
             return self._trajectory_loss(clip, rng)
         return self._consistency_loss(clip, rng)
@@ -316,7 +310,7 @@ class DistributionMatching(TeacherObjective):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        drawn = self.drawn(step)
+        drawn = seeded(self.seed, step)  # shared by all batches of a step, on every rank
         clip = self.clip(batch, drawn)
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
         sigmas = (*self.config.sigmas[: last + 1], 0.0)
