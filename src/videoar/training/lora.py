@@ -24,5 +24,4 @@ def merge_low_rank(model: nn.Module) -> None:
     for name, module in layers:
         if hasattr(module, "get_base_layer"):
             module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
