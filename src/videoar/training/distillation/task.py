@@ -20,12 +20,7 @@ from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation.scores import PASSES, Context
-from videoar.training.distillation.stages import (
-    DistillationConfig,
-    DistributionMatching,
-    Initialisation,
-)
+from videoar.training.distillation import scores, stages
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.lora import add_low_rank, merge_low_rank
@@ -50,7 +45,7 @@ class StudentConfig:
     """Unit schemes of the student, drawn from at every step."""
     teacher_mask: Literal["full", "same"] = "full"
     """What the teacher reads: everything, or what the student reads."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    distillation: stages.DistillationConfig = field(default_factory=stages.DistillationConfig)
     """The objective."""
     lora_rank: int | None = None
     """Train low-rank updates of this rank, merged at the end; None: all weights."""
@@ -79,7 +74,7 @@ def load_role(name: str, role: str) -> VideoPipeline:
         raise ValueError(f"the {role}: {error}") from error
 
 
-def context_of(pipe: VideoPipeline) -> Context:
+def context_of(pipe: VideoPipeline) -> scores.Context:
     """Return what a checkpoint was trained to read, as it says itself."""
     task = pipe.meta.get("config", {}).get("task", {})
     trained = pipe.meta.get("units") or task.get("units") or [pipe.sampling.units]
@@ -90,7 +85,7 @@ def context_of(pipe: VideoPipeline) -> Context:
 
 def check_roles(
     task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
-) -> Context:
+) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
     causal = f"reads the past alone (context {context})"
@@ -169,7 +164,7 @@ class StudentTask:
             "seed": config.seed,
         }
         trained = [self._trainable(pipe) for pipe in others.values()]
-        kind = DistributionMatching if "critic" in others else Initialisation
+        kind = stages.DistributionMatching if "critic" in others else stages.Initialisation
         self.objective = kind(*trained, **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
         self.batches = Batches(self.shards, **batches)
@@ -250,7 +245,7 @@ class StudentTask:
         if config.stage == "consistency":
             return asked + 8.0 * one
         rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
-        passes = len(PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
+        passes = len(scores.PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
         learned = 3 * passes * config.critic_draws
         share = 1 / (config.critic_steps + 1)
         return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
@@ -277,8 +272,7 @@ class StudentTask:
             values[f"contrast/{name}"] = float(pixels.std())
             found = judge_whole(iter([blocks]), prompts, fps=fps) if self.of_the_world else []
             for key in ("color", "shape", "motion") if found else ():
-                scores = [video["scores"][key] for video in found]
-                values[f"{key}/{name}"] = float(np.mean(scores))
+                values[f"{key}/{name}"] = float(np.mean([seen["scores"][key] for seen in found]))
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
