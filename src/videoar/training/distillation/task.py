@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checks import check_options
+from videoar.checks import check_options, import_extra
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -23,10 +23,11 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation import scores, stages
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
-from videoar.training.lora import add_low_rank, merge_low_rank
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
 from videoar.training.text_to_video import networks_of, with_networks
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,23 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
+def add_low_rank(model: VideoTransformer, rank: int) -> None:
+    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
+    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+    peft = import_extra("peft", missing)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+    peft.inject_adapter_in_model(config, model)
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Put low-rank updates into the weights beside which they were trained."""
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in layers:
+        if hasattr(module, "get_base_layer"):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
 class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
@@ -229,8 +247,8 @@ class StudentTask:
         module = networks_of(pipe, self.shards).requires_grad_(True)
         own_weights(module)
         module.text.requires_grad_(self.task.lora_rank is None)
-        if self.task.lora_rank is not None:
-            add_low_rank(pipe.transformer, self.task.lora_rank)
+        if (rank := self.task.lora_rank) is not None:
+            add_low_rank(pipe.transformer, rank)
         if self.task.recompute:
             recompute_activations(pipe.transformer)
         return module
