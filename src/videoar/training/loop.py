@@ -4,7 +4,6 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -106,6 +105,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     Raises:
         FloatingPointError: A loss or gradient is not finite; the step was not taken.
         KeyboardInterrupt: Ctrl-C, after the step was finished and saved.
+        ConnectionError: Another process of the run is gone.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -119,8 +119,18 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     if run.step:
         run.report(f"going on from step {run.step} of {config.out}")
     if run.step < config.steps:
-        with _others_named(run):
+        try:
             _loop(run)
+        except RuntimeError as error:
+            lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+            if run.ranks.count == 1 or not lost:
+                raise
+            kept = [folder.name for folder in run_folder.checkpoints(config.out)][-1:]
+            raise ConnectionError(
+                f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step"
+                f" {run.step}, and stops: the same command goes on from"
+                f" {kept[0] if kept else 'the start'}"
+            ) from error
     return run.export()
 
 
@@ -129,22 +139,6 @@ def export(config: TrainConfig) -> Path:
     if not run_folder.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
     return _Run(config, lambda line: None).export()
-
-
-@contextlib.contextmanager
-def _others_named(run: "_Run") -> Iterator[None]:
-    """Say what it means when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if run.ranks.count == 1 or not lost:
-            raise
-        kept = [folder.name for folder in run_folder.checkpoints(run.config.out)][-1:]
-        raise ConnectionError(
-            f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step {run.step},"
-            f" and stops: the same command goes on from {kept[0] if kept else 'the start'}"
-        ) from error
 
 
 def _loop(run: "_Run") -> None:
@@ -199,10 +193,11 @@ class _Run:
             split(network, self.ranks, self.device)
             network.to(self.device)
         self.averages = dict(zip(self.result.parameters(), self.ema.parameters(), strict=True))
-        self.groups = {
-            name: ParameterGroup(optimizer, self._parameters_of(name), config.precision)
-            for name, optimizer in objective.optimizers(config.optimizer).items()
-        }
+        self.groups: dict[str, ParameterGroup] = {}
+        for name, optimizer in objective.optimizers(config.optimizer).items():
+            named = self.module.get_submodule(name).named_parameters(prefix=name)
+            trained = {n: p for n, p in named if p.requires_grad}
+            self.groups[name] = ParameterGroup(optimizer, trained, config.precision)
         self.step = 0
         self.window: list[LogLine] = []
         """What steps computed and took since the last line of the log; part of a checkpoint."""
@@ -228,10 +223,6 @@ class _Run:
                 f"Muon moves whole matrices, which {count} processes split among them: set"
                 " --optimizer.muon-learning-rate None"
             )
-
-    def _parameters_of(self, group: str) -> dict[str, nn.Parameter]:
-        prefix, named = f"{group}." if group else "", self.module.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and n.startswith(prefix)}
 
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""
