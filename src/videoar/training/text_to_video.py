@@ -124,8 +124,7 @@ class TextToVideoTask:
         transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
         fps, (height, width) = round(shards.info.fps), shards.size
         self.pipe.sampling = task.sampling or replace(self.pipe.sampling, fps=fps)
-        _, *strides = self.pipe.codec.stride
-        self.pipe.height, self.pipe.width = height * strides[0], width * strides[1]
+        self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
         module = networks_of(self.pipe, shards)
         own_weights(module)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
