@@ -34,7 +34,7 @@ from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import SingleModule
+from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig
 from videoar.training.recipes import RECIPES
 from videoar.training.run_folder import Report
@@ -440,7 +440,7 @@ class LineTask:
         return Line(self, config)
 
 
-class Line(SingleModule):
+class Line(Objective):
     """The task, the objective and the data of a line."""
 
     tokens_per_batch, flops_per_batch = 1, 1.0

@@ -24,7 +24,7 @@ import videoar
 from videoar.data.batches import Batches
 from videoar.machine import git_commit
 from videoar.training.loop import TrainConfig, export, train
-from videoar.training.objectives import SingleModule
+from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig, ema_decay_at, learning_rate
 from videoar.training.run_folder import checkpoints, claim, read_log
 
@@ -46,7 +46,7 @@ class _Points:
         return {name: value[indices] for name, value in kept.items()}
 
 
-class _Regression(SingleModule):
+class _Regression(Objective):
     """Least squares with noisy inputs; a marked sample makes the loss or its gradient NaN."""
 
     def __init__(self, module, task):

@@ -17,7 +17,7 @@ from videoar.encoders.codec import from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import psnr
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import SingleModule
+from videoar.training.objectives import Objective
 from videoar.training.run_folder import Report
 
 # ---------------------------------------------------------------- the codec
@@ -60,7 +60,7 @@ def load_decoder(task: ReconstructionConfig) -> TinyCodec:
     return codec
 
 
-class Reconstruction(SingleModule):
+class Reconstruction(Objective):
     """Train a codec to give back its input.
 
     The latents are slightly noisy on the way, so that the decoder forgives what a generator gets

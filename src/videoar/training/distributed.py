@@ -19,10 +19,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -116,22 +112,21 @@ def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
         folder.mkdir()
         save_file(dense, folder / "whole.safetensors")
     else:
-        dcp.save(dense, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dense, storage_writer=writer)
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of what a folder holds."""
-    found: dict[str, Any] = (
-        HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    )
-    return {name: tuple(about.size) for name, about in found.items()}
+    found: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+    return {name: tuple(about.size) for name, about in found.state_dict_metadata.items()}
 
 
 def load(folder: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Read tensors into `targets`, whatever the number of ranks that wrote them."""
     with warnings.catch_warnings():  # torch says that one process is one process
         warnings.simplefilter("ignore", UserWarning)
-        reader = HuggingFaceStorageReader(str(folder))
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(dict(targets), storage_reader=reader, no_dist=ranks.count == 1)
 
 

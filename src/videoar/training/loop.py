@@ -4,12 +4,10 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from videoar.checks import MUST_BE, check_options
 from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
-from videoar.training.objectives import Objective
+from videoar.training.objectives import Objective, seeded
 from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
 from videoar.training.run_folder import LogLine, Report
 
@@ -107,6 +105,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     Raises:
         FloatingPointError: A loss or gradient is not finite; the step was not taken.
         KeyboardInterrupt: Ctrl-C, after the step was finished and saved.
+        ConnectionError: Another process of the run is gone.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -120,32 +119,26 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     if run.step:
         run.report(f"going on from step {run.step} of {config.out}")
     if run.step < config.steps:
-        with _others_named(run):
+        try:
             _loop(run)
+        except RuntimeError as error:
+            lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+            if run.ranks.count == 1 or not lost:
+                raise
+            kept = [folder.name for folder in run_folder.checkpoints(config.out)][-1:]
+            raise ConnectionError(
+                f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step"
+                f" {run.step}, and stops: the same command goes on from"
+                f" {kept[0] if kept else 'the start'}"
+            ) from error
     return run.export()
 
 
-def export(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
+def export(config: TrainConfig) -> Path:
     """Export the newest checkpoint of a run that is not finished, and return the folder."""
     if not run_folder.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
-    return _Run(config, report).export()
-
-
-@contextlib.contextmanager
-def _others_named(run: "_Run") -> Iterator[None]:
-    """Say what it means when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if run.ranks.count == 1 or not lost:
-            raise
-        kept = [folder.name for folder in run_folder.checkpoints(run.config.out)][-1:]
-        raise ConnectionError(
-            f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step {run.step},"
-            f" and stops: the same command goes on from {kept[0] if kept else 'the start'}"
-        ) from error
+    return _Run(config, lambda line: None).export()
 
 
 def _loop(run: "_Run") -> None:
@@ -199,12 +192,12 @@ class _Run:
         for network in (self.module, self.ema, *objective.frozen):
             split(network, self.ranks, self.device)
             network.to(self.device)
-        averages = dict(self.ema.named_parameters())
-        self.averages = {p: averages[name] for name, p in self.result.named_parameters()}
-        self.groups = {
-            name: ParameterGroup(optimizer, self._parameters_of(name), config.precision)
-            for name, optimizer in objective.optimizers(config.optimizer).items()
-        }
+        self.averages = dict(zip(self.result.parameters(), self.ema.parameters(), strict=True))
+        self.groups: dict[str, ParameterGroup] = {}
+        for name, optimizer in objective.optimizers(config.optimizer).items():
+            named = self.module.get_submodule(name).named_parameters(prefix=name)
+            trained = {n: p for n, p in named if p.requires_grad}
+            self.groups[name] = ParameterGroup(optimizer, trained, config.precision)
         self.step = 0
         self.window: list[LogLine] = []
         """What steps computed and took since the last line of the log; part of a checkpoint."""
@@ -230,10 +223,6 @@ class _Run:
                 f"Muon moves whole matrices, which {count} processes split among them: set"
                 " --optimizer.muon-learning-rate None"
             )
-
-    def _parameters_of(self, group: str) -> dict[str, nn.Parameter]:
-        prefix, named = f"{group}." if group else "", self.module.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and n.startswith(prefix)}
 
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""
@@ -269,13 +258,9 @@ class _Run:
     def _backward(self, micro: int) -> dict[str, float]:
         config, device = self.config, self.device
         number = self.step * config.accumulate + micro
-        batch = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in self.task.batches.batch(number).items()
-        }
-        # A generator of its own per batch: nothing random has to be kept to go on exactly.
-        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0])
-        rng = torch.Generator(device).manual_seed(seed >> 1)
+        batch = self.task.batches.batch(number)
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        rng = seeded(config.seed, number, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             terms = self.task.objective.loss(batch, rng, step=self.step)
         # The mean over ranks is FSDP's.

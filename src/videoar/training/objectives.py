@@ -1,8 +1,9 @@
 """Objectives: which module is trained, and by which loss. No loop, no files."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -14,61 +15,41 @@ from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What a training loop needs to know: the module it updates, and the loss of a batch."""
+class Objective:
+    """What a training loop needs to know: the module it updates, and the loss of a batch.
 
-    @property
-    def module(self) -> nn.Module:
-        """What the optimizers update."""
-        ...
+    As it stands here everything moves in every step.
+    """
+
+    module: Any
+    """What the optimizers update."""
+    frozen: tuple[Any, ...] = ()
+    """Networks that are asked and not trained."""
 
     @property
     def result(self) -> nn.Module:
         """The part of it that is wanted in the end: its weights are averaged and exported."""
-        ...
-
-    @property
-    def frozen(self) -> tuple[nn.Module, ...]:
-        """Networks that are asked and not trained."""
-        ...
+        return self.module
 
     def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
         """Return the optimizers of children of the module, or of "" for all of it.
 
         `config` is that of the run.
         """
-        ...
+        return {"": config}
 
     def group_of(self, step: int) -> str:
         """Return whose optimizer moves in a step."""
-        ...
+        return ""
 
     def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int
+        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
         """Return scalar tensors; `loss` is minimised, the others are logged.
 
         The number and the shapes of passes depend on `step` alone: ranks keep in step.
         """
-        ...
-
-
-class SingleModule:
-    """An objective that moves everything in every step."""
-
-    module: Any
-    frozen: tuple[Any, ...] = ()
-
-    @property
-    def result(self) -> nn.Module:
-        return self.module
-
-    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
-        return {"": config}
-
-    def group_of(self, step: int) -> str:
-        return ""
+        raise NotImplementedError
 
 
 class TextToVideo(nn.Module):
@@ -88,7 +69,7 @@ class TextToVideo(nn.Module):
         return torch.where(dropped, self.text.empty, words)
 
 
-class FlowMatching(SingleModule):
+class FlowMatching(Objective):
     """Train one transformer, and its text encoder, on several schemes in turn.
 
     Args:
@@ -120,6 +101,12 @@ class FlowMatching(SingleModule):
             self.module.transformer, clip, text, scheme=scheme, config=self.config, rng=rng
         )
         return {"loss": loss}
+
+
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return random numbers that depend on these alone: none have to be kept to go on exactly."""
+    words = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) >> 1)
 
 
 def own_weights(module: nn.Module) -> None:

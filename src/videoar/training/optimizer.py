@@ -1,7 +1,6 @@
 """Muon beside AdamW, and their schedule: what turns gradients into steps."""
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from videoar.checks import MUST_BE, check_options
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Parameters with one of these in their name stay with AdamW: what comes first and last.
 MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
+# Decay of its momentum.
+MOMENTUM = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,26 @@ class ParameterGroup:
         self.config, self.parameters = config, dict(parameters)
         self.steps = 0
         """How often they moved."""
-        self.optimizers = _optimizers(config, self.parameters, precision=precision)
+        muon, decay = config.muon_learning_rate, config.weight_decay
+        vectors, outer, hidden = [], [], []
+        for name, parameter in parameters.items():
+            if parameter.ndim < 2:
+                vectors.append(parameter)
+            elif muon is None or any(part in name for part in MUON_EXCLUDES):
+                outer.append(parameter)
+            else:
+                hidden.append(parameter)
+        split = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(split, lr=config.learning_rate, betas=config.betas, fused=True)
+        # What the first step would make, so that all checkpoints have the same tensors. They take
+        # the memory layout of their parameter: fused AdamW walks both alike.
+        for p in (*outer, *vectors):
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if muon is not None and hidden:
+            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+            self.optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -94,41 +114,12 @@ class ParameterGroup:
         """Take a step of AdamW's learning rate `rate`; Muon's is scaled alike."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate / self.config.learning_rate
+                group["lr"] = optimizer.defaults["lr"] * rate / self.config.learning_rate
             optimizer.step()
 
 
-def _optimizers(
-    options: OptimizerConfig, named: dict[str, nn.Parameter], *, precision: str
-) -> list[torch.optim.Optimizer]:
-    muon = options.muon_learning_rate
-    vectors, outer, hidden = [], [], []
-    for name, parameter in named.items():
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        elif muon is None or any(part in name for part in MUON_EXCLUDES):
-            outer.append(parameter)
-        else:
-            hidden.append(parameter)
-    decay = options.weight_decay
-    groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
-    # What the first step would make, so that all checkpoints have the same tensors. They take the
-    # memory layout of their parameter: fused AdamW walks both alike.
-    for p in (*outer, *vectors):
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if muon is not None and hidden:
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz.
+    """Nesterov's momentum, orthogonalised by Newton-Schulz.
 
     Jordan et al. 2024, kellerjordan.github.io/posts/muon. PyTorch's own Muon takes matrices only;
     here a convolution is the matrix of its filters.
@@ -136,24 +127,21 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: weights of two and more axes.
         lr: size of a step, relative to a matrix with singular values 1.
-        momentum: decay of the momentum (Nesterov).
         weight_decay: decoupled decay.
         dtype: type of the Newton-Schulz products; bfloat16 where the machine is fast at it.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         *,
         lr: float,
-        momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(parameters, defaults)
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
-        for parameter in itertools.chain(*(group["params"] for group in self.param_groups)):
+        for parameter in parameters:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
@@ -164,8 +152,8 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 momentum = self.state[parameter]["momentum"]
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+                direction = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
                 # Wide and tall matrices get steps of the same size per output.
                 scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
                 update = orthogonalise(direction.to(self.dtype)).to(parameter.dtype)

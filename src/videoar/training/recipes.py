@@ -30,16 +30,44 @@ TOY_UNITS = (
     "cube:1x2x2",
     "cube:2x2x2",
 )
-TOY_CODEC = Path("runs/codec-toy-decoder/checkpoint")
-TOY_MODEL = ModelConfig(
-    num_layers=6,
-    num_heads=4,
-    head_dim=32,
-    ffn_dim=512,
-    text_dim=128,
-    freq_dim=64,
-    rope_theta=100.0,
-    prediction="clean",
+SAMPLING = GenerationConfig(guidance_scale=3.0)
+TOY_TASK = TextToVideoConfig(
+    codec=Path("runs/codec-toy-decoder/checkpoint"),
+    latents=Path("runs/world-64"),
+    num_videos=10_000,
+    num_latents=12,
+    units=TOY_UNITS,
+    model=ModelConfig(
+        num_layers=6,
+        num_heads=4,
+        head_dim=32,
+        ffn_dim=512,
+        text_dim=128,
+        freq_dim=64,
+        rope_theta=100.0,
+        prediction="clean",
+    ),
+    text=TextEncoderConfig(),
+    flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
+    sampling=SAMPLING,
+    init=Path("runs/toy-short/checkpoint"),
+)
+SHORT_TASK = replace(
+    TOY_TASK, latents=Path("runs/world-64-short"), num_videos=20_000, num_latents=4, init=None
+)
+TOY_STUDENT = StudentConfig(
+    teacher="toy-base",
+    teacher_mask="same",
+    student="toy-base",
+    latents=TOY_TASK.latents,
+    units=TOY_UNITS,
+    distillation=DistillationConfig(
+        critic="causal",
+        critic_steps=2,
+        critic_draws=1,
+        critic_learning_rate=3e-4,
+        critic_warmup=40,
+    ),
 )
 
 
@@ -74,7 +102,7 @@ def codec_toy_decoder() -> TrainConfig:
 
 
 def _toy(
-    name: str, task: TextToVideoConfig, *, steps: int, batch_size: int, decay_fraction: float
+    name: str, task: TextToVideoConfig, *, steps: int, batch_size: int, decay_fraction: float = 0.0
 ) -> TrainConfig:
     """Train the generator of the embedded checkpoints a stage further."""
     return TrainConfig(
@@ -99,20 +127,13 @@ def toy_images() -> TrainConfig:
 
     What a thing looks like is learned 20 times as fast from pictures as from clips.
     """
-    task = TextToVideoConfig(
-        codec=TOY_CODEC,
-        latents=Path("runs/world-64-short"),
-        num_videos=20_000,
-        num_latents=4,
+    task = replace(
+        SHORT_TASK,
         units=("frame",),
-        model=TOY_MODEL,
-        text=TextEncoderConfig(),
         flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
-        sampling=GenerationConfig(
-            units="frame", guidance_scale=3.0, window_frames=1, sink_frames=0
-        ),
+        sampling=replace(SAMPLING, units="frame", window_frames=1, sink_frames=0),
     )
-    return _toy("toy-images", task, steps=2500, batch_size=256, decay_fraction=0.0)
+    return _toy("toy-images", task, steps=2500, batch_size=256)
 
 
 def toy_pairs() -> TrainConfig:
@@ -120,55 +141,30 @@ def toy_pairs() -> TrainConfig:
 
     In longer clips the context shows it, and what the words for it mean is not learned.
     """
-    task = TextToVideoConfig(
-        codec=TOY_CODEC,
-        latents=Path("runs/world-64-short"),
-        num_videos=20_000,
-        num_latents=4,
+    task = replace(
+        SHORT_TASK,
         units=("frame",),
-        model=TOY_MODEL,
-        text=TextEncoderConfig(),
         flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
-        sampling=GenerationConfig(
-            units="frame", guidance_scale=3.0, window_frames=2, sink_frames=2
-        ),
+        sampling=replace(SAMPLING, units="frame", window_frames=2),
         init=Path("runs/toy-images/checkpoint"),
     )
-    return _toy("toy-pairs", task, steps=1000, batch_size=128, decay_fraction=0.0)
+    return _toy("toy-pairs", task, steps=1000, batch_size=128)
 
 
 def toy_short() -> TrainConfig:
     """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
-    task = TextToVideoConfig(
-        codec=TOY_CODEC,
-        latents=Path("runs/world-64-short"),
-        num_videos=20_000,
-        num_latents=4,
-        units=TOY_UNITS,
-        model=TOY_MODEL,
-        text=TextEncoderConfig(),
+    task = replace(
+        SHORT_TASK,
         flow=FlowMatchingConfig(clip_frames=4),
-        sampling=GenerationConfig(guidance_scale=3.0, window_frames=4),
+        sampling=replace(SAMPLING, window_frames=4),
         init=Path("runs/toy-pairs/checkpoint"),
     )
-    return _toy("toy-short", task, steps=900, batch_size=64, decay_fraction=0.0)
+    return _toy("toy-short", task, steps=900, batch_size=64)
 
 
 def toy() -> TrainConfig:
     """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
-    task = TextToVideoConfig(
-        codec=TOY_CODEC,
-        latents=Path("runs/world-64"),
-        num_videos=10_000,
-        num_latents=12,
-        units=TOY_UNITS,
-        model=TOY_MODEL,
-        text=TextEncoderConfig(),
-        flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
-        sampling=GenerationConfig(guidance_scale=3.0),
-        init=Path("runs/toy-short/checkpoint"),
-    )
-    return _toy("toy", task, steps=1500, batch_size=32, decay_fraction=0.4)
+    return _toy("toy", TOY_TASK, steps=1500, batch_size=32, decay_fraction=0.4)
 
 
 def toy_teacher() -> TrainConfig:
@@ -176,54 +172,18 @@ def toy_teacher() -> TrainConfig:
 
     It learns the lattice of multiscale units, too, so that it can teach them.
     """
-    task = TextToVideoConfig(
+    task = replace(
+        TOY_TASK,
         codec=Path("toy-base"),
-        latents=Path("runs/world-64"),
-        num_videos=10_000,
-        num_latents=12,
         units=("full", "full", "full", "multiscale:4,2,1"),
-        model=TOY_MODEL,
-        text=TextEncoderConfig(),
         flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
-        sampling=GenerationConfig(
-            units="full", guidance_scale=3.0, num_inference_steps=24, sink_frames=0
-        ),
+        sampling=replace(SAMPLING, units="full", num_inference_steps=24, sink_frames=0),
         init=Path("toy-base"),
     )
     return _toy("toy-teacher", task, steps=2400, batch_size=64, decay_fraction=0.4)
 
 
-def toy_start() -> TrainConfig:
-    """The first stage of distillation: `videoar distill toy-start`.
-
-    The teacher is causal as the student is: with one that reads everything motions were lost
-    (`docs/log.md`).
-    """
-    return TrainConfig(
-        name="toy-start",
-        out=Path("runs/toy-start"),
-        task=StudentConfig(
-            teacher="toy-base",
-            teacher_mask="same",
-            student="toy-base",
-            latents=Path("runs/world-64"),
-            units=TOY_UNITS,
-            distillation=DistillationConfig(stage="consistency"),
-        ),
-        steps=240,
-        batch_size=32,
-        optimizer=OptimizerConfig(
-            learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20, decay_fraction=0.5
-        ),
-        ema_decay=0.98,
-        precision="bfloat16",
-        log_every=20,
-        save_every=100,
-        sample_every=80,
-    )
-
-
-def _toy_matching(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
+def _toy_distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     """Match distributions; half-way and at the end the student is judged."""
     return TrainConfig(
         name=name,
@@ -240,41 +200,40 @@ def _toy_matching(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     )
 
 
+def toy_start() -> TrainConfig:
+    """The first stage of distillation: `videoar distill toy-start`.
+
+    The teacher is causal as the student is: with one that reads everything motions were lost
+    (`docs/log.md`).
+    """
+    task = replace(TOY_STUDENT, distillation=DistillationConfig(stage="consistency"))
+    return replace(
+        _toy_distillation("toy-start", task, steps=240),
+        batch_size=32,
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20, decay_fraction=0.5
+        ),
+        ema_decay=0.98,
+        sample_every=80,
+    )
+
+
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
-    task = StudentConfig(
-        teacher="toy-base",
-        teacher_mask="same",
-        student="runs/toy-start/checkpoint",
-        latents=Path("runs/world-64"),
-        units=TOY_UNITS,
-        distillation=DistillationConfig(
-            critic="causal",
-            critic_steps=2,
-            critic_draws=1,
-            critic_learning_rate=3e-4,
-            critic_warmup=40,
-        ),
-    )
-    return _toy_matching("toy-same", task, steps=400)
+    task = replace(TOY_STUDENT, student="runs/toy-start/checkpoint")
+    return _toy_distillation("toy-same", task, steps=400)
 
 
 def toy_dmd() -> TrainConfig:
     """Symmetric DMD: `videoar distill toy-dmd`, after `toy-same` and `toy-teacher`."""
-    task = StudentConfig(
+    task = replace(
+        TOY_STUDENT,
         teacher="runs/toy-teacher/checkpoint",
+        teacher_mask="full",
         student="runs/toy-same/checkpoint",
-        latents=Path("runs/world-64"),
-        units=TOY_UNITS,
-        distillation=DistillationConfig(
-            critic="symmetric",
-            critic_steps=2,
-            critic_draws=1,
-            critic_learning_rate=3e-4,
-            critic_warmup=40,
-        ),
+        distillation=replace(TOY_STUDENT.distillation, critic="symmetric"),
     )
-    return _toy_matching("toy-dmd", task, steps=320)
+    return _toy_distillation("toy-dmd", task, steps=320)
 
 
 def wan_dmd() -> TrainConfig:

@@ -76,8 +76,6 @@ def write_checkpoint(
     Every entry of `tensors` becomes a folder; `state` is everything that is not a tensor.
     """
     target = out / "checkpoints" / f"step-{state['step']}"
-    if target.exists():
-        return
     partial = target.with_name(f".{target.name}.partial")
     ranks.wait()
     if ranks.first:

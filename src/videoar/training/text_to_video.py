@@ -17,13 +17,8 @@ from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
 from videoar.data.latents import LatentShards, check_codec, read_held_out, text_module
 from videoar.data.world import FIRST_HELD_OUT
+from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
-from videoar.encoders.text_encoder import (
-    TextEncoder,
-    TextEncoderConfig,
-    TinyPromptEncoder,
-    Tokenizer,
-)
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.loop import TrainConfig
@@ -46,7 +41,7 @@ class TextToVideoConfig:
     """Unit schemes, drawn from at every step."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
-    text: AvoidSubcommands[TextEncoderConfig | None] = None
+    text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
     """Size of the text encoder."""
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
@@ -96,8 +91,8 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     assert task.model is not None
     assert task.text is not None
-    tokenizer = Tokenizer.train(shards.captions, vocab_size=task.text.vocab_size)
-    prompts = TinyPromptEncoder(tokenizer, TextEncoder(task.text))
+    tokenizer = text_encoder.Tokenizer.train(shards.captions, vocab_size=task.text.vocab_size)
+    prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
     return VideoPipeline(VideoTransformer(task.model), prompts, codec)
 
 
@@ -120,19 +115,14 @@ class TextToVideoTask:
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
-        if task.init is None:
-            assert task.codec is not None
-            codec = Checkpoint.find(task.codec).codec()
-            shards = self._open(codec, report)
-            self.pipe = make_generator(task, codec, shards)
-        else:
-            self.pipe = load_generator(task)
-            shards = self._open(self.pipe.codec, report)
+        loaded = None if task.init is None else load_generator(task)
+        codec = loaded.codec if loaded else Checkpoint.find(str(task.codec)).codec()
+        shards = self._open(codec, report)
+        self.pipe = loaded or make_generator(task, codec, shards)
         transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
         fps, (height, width) = round(shards.info.fps), shards.size
         self.pipe.sampling = task.sampling or replace(self.pipe.sampling, fps=fps)
-        _, *strides = self.pipe.codec.stride
-        self.pipe.height, self.pipe.width = height * strides[0], width * strides[1]
+        self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
         module = networks_of(self.pipe, shards)
         own_weights(module)
         if task.compile:  # of the averaged copy, made later, nothing is compiled

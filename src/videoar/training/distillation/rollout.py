@@ -9,7 +9,7 @@ from torch import Tensor
 from videoar.core.attention import attention_mask
 from videoar.core.cache import KVCache
 from videoar.core.flow import clean_of, renoise_step
-from videoar.core.loss import layout
+from videoar.core.loss import layout, on
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
@@ -38,7 +38,7 @@ def rollout(
 ) -> Rollout:
     """Make clips with the sampler, one per prompt, at the falling `sigmas` down to 0."""
     device, batch = text[0][0].device, len(text[0][0])
-    seeds = torch.randint(2**62, (batch,), generator=rng, device=rng.device).tolist()
+    seeds = torch.randint(2**62, (batch,), **on(rng)).tolist()
     config = SamplerConfig(sigmas=sigmas, step=renoise_step)
     sampler = Sampler(student, units, text, config, seeds=seeds, device=device)
     finished = list(sampler)

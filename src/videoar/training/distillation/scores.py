@@ -88,15 +88,6 @@ def critic_loss(
     return (passes.mean(0) - velocity).square().mean() + separate_weight * separate
 
 
-def unit_mean(
-    values: Float[Tensor, FIELDS], unit: Int[Tensor, " tokens"]
-) -> Float[Tensor, "batch units"]:
-    """Average over the tokens of every unit."""
-    count = torch.bincount(unit)
-    zeros = values.new_zeros(len(values), len(count))
-    return zeros.index_add(1, unit, values.mean(2)) / count
-
-
 def matching_loss(
     clean: Float[Tensor, FIELDS],
     fake: Float[Tensor, FIELDS],
@@ -131,4 +122,7 @@ def identity_loss(clean: Tensor, fake: Tensor, real: Tensor, unit: Tensor) -> Fl
 
 
 def _distance(clean: Tensor, real: Tensor, unit: Tensor) -> Tensor:
-    return unit_mean((clean - real).detach().abs(), unit).clamp(min=1e-6)[:, unit, None]
+    """Return the mean distance of each unit from the teacher's estimate, for each of its tokens."""
+    distance, count = (clean - real).detach().abs().mean(2), torch.bincount(unit)
+    total = distance.new_zeros(len(clean), len(count)).index_add(1, unit, distance)
+    return (total / count).clamp(min=1e-6)[:, unit, None]

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,23 +30,13 @@ from tyro.conf import arg
 
 from videoar.checks import check_options
 from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
-from videoar.core.loss import Reads
+from videoar.core.loss import on
 from videoar.core.schemes import Scheme
 from videoar.core.tokens import to_tokens
 from videoar.core.units import Units
+from videoar.training.distillation import scores
 from videoar.training.distillation.rollout import Rollout, last_step, rollout
-from videoar.training.distillation.scores import (
-    FIELDS,
-    PASSES,
-    Context,
-    Critics,
-    Scorer,
-    critic_loss,
-    identity_loss,
-    matching_loss,
-    score,
-)
-from videoar.training.objectives import SingleModule, TextToVideo
+from videoar.training.objectives import Objective, TextToVideo, seeded
 from videoar.training.optimizer import OptimizerConfig
 
 
@@ -67,7 +56,7 @@ class DistillationConfig:
     """Guidance of the teacher; the student needs none."""
     path_steps: int = 24
     """Steps of the teacher's path in the first stage, a multiple of the student's."""
-    critic: Critics = "symmetric"
+    critic: scores.Critics = "symmetric"
     """What the critic reads, and how it is trained."""
     separate_weight: float = 0.0
     """Weight of the loss of each pass of a symmetric critic alone, beside that of their mean."""
@@ -144,7 +133,7 @@ class Clip:
     """What a step works on."""
 
     units: Units
-    tokens: Float[Tensor, FIELDS]
+    tokens: Float[Tensor, scores.FIELDS]
     words: Tensor
     unit: Int[Tensor, " tokens"]
     """On the device of the tokens."""
@@ -159,27 +148,21 @@ class Clip:
         return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
 
 
-class TeacherObjective:
+class TeacherObjective(Objective):
     """What all stages share: a teacher, and what it says."""
 
     def __init__(
         self,
         *,
         teacher: TextToVideo,
-        context: Context,
+        context: scores.Context,
         schemes: tuple[Scheme, ...],
         config: DistillationConfig,
         seed: int = 0,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.frozen: tuple[Any, ...] = (self.teacher,)
+        self.frozen = (self.teacher,)
         self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
-        self.reads: Reads = "all" if context == "full" else "past"
-
-    def drawn(self, step: int) -> torch.Generator:
-        """Random numbers that all batches of a step share, on every rank."""
-        words = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0]) >> 1)
 
     def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
         """Cut a batch by a scheme that is drawn for the whole step."""
@@ -200,11 +183,11 @@ class TeacherObjective:
         with torch.no_grad():
             text = self.teacher.context(words)
         copies = self.copies(clean, clip) if self.context == "clean" else None
-        scorer = Scorer(self.teacher.transformer, text, clip.units, scale, copies)
-        return partial(scorer, reads=self.reads)
+        scorer = scores.Scorer(self.teacher.transformer, text, clip.units, scale, copies)
+        return partial(scorer, reads="all" if self.context == "full" else "past")
 
 
-class Initialisation(TeacherObjective, SingleModule):
+class Initialisation(TeacherObjective):
     """Teach a causal student to jump along the path of a teacher.
 
     The teacher may read everything or be causal itself. Then it reads clean copies of the data, and
@@ -223,7 +206,7 @@ class Initialisation(TeacherObjective, SingleModule):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        clip = self.clip(batch, self.drawn(step))
+        clip = self.clip(batch, seeded(self.seed, step))
         if self.config.stage == "trajectories":
             return self._trajectory_loss(clip, rng)
         return self._consistency_loss(clip, rng)
@@ -232,14 +215,14 @@ class Initialisation(TeacherObjective, SingleModule):
         """Return what the student takes noisy tokens for, reading clean copies of `context`."""
         text = self.student.context(clip.words)
         copies = self.copies(context, clip)
-        scorer = Scorer(self.student.transformer, text, clip.units, copies=copies)
+        scorer = scores.Scorer(self.student.transformer, text, clip.units, copies=copies)
         return clean_of(x, scorer(x, sigma, "past").float(), sigma[:, clip.unit, None])
 
     def _trajectory_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
         config, batch, count = self.config, len(clip.tokens), len(clip.units.sizes)
         path = sigma_steps(config.path_steps, shift=config.shift)
         every = config.path_steps // config.num_inference_steps
-        x = torch.randn(clip.tokens.shape, generator=rng, device=rng.device).to(clip.tokens)
+        x = torch.randn(clip.tokens.shape, **on(rng)).to(clip.tokens)
         teach, kept = self.teach(clip, clip.tokens), []
         with torch.no_grad():
             for number, (sigma, after) in enumerate(itertools.pairwise(path)):
@@ -247,8 +230,7 @@ class Initialisation(TeacherObjective, SingleModule):
                     kept.append(x)
                 velocity = teach(x, x.new_full((batch, count), sigma)).float()
                 x = euler_step(x, velocity, sigma, after, x)
-        index = torch.randint(len(kept), (batch, count), generator=rng, device=rng.device)
-        index = index.to(x.device)
+        index = torch.randint(len(kept), (batch, count), **on(rng)).to(x.device)
         sigma = torch.tensor(config.sigmas[:-1], device=x.device)[index]
         place = index[:, clip.unit, None].expand_as(x)[None]
         noisy = torch.stack(kept).gather(0, place)[0]
@@ -258,13 +240,11 @@ class Initialisation(TeacherObjective, SingleModule):
 
     def _consistency_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
         config, (batch, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
-        path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift))
+        path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift), device=rng.device)
         drawn = 1 if self.context == "full" else count
-        draw = {"generator": rng, "device": rng.device}
-        index = torch.randint(config.path_steps, (batch, drawn), **draw).cpu()
-        index = index.expand(batch, count)
+        index = torch.randint(config.path_steps, (batch, drawn), **on(rng)).expand(batch, count)
         sigma, after = (path[index + k].to(clip.tokens) for k in (0, 1))
-        noise = torch.randn(clip.tokens.shape, **draw).to(clip.tokens)
+        noise = torch.randn(clip.tokens.shape, **on(rng)).to(clip.tokens)
         x = add_noise(clip.tokens, noise, sigma[:, clip.unit, None])
         with torch.no_grad():
             velocity = self.teach(clip, clip.tokens)(x, sigma).float()
@@ -316,7 +296,7 @@ class DistributionMatching(TeacherObjective):
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        drawn = self.drawn(step)
+        drawn = seeded(self.seed, step)  # shared by all batches of a step, on every rank
         clip = self.clip(batch, drawn)
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))
         sigmas = (*self.config.sigmas[: last + 1], 0.0)
@@ -339,19 +319,18 @@ class DistributionMatching(TeacherObjective):
         config, count = self.config, len(clip.units.sizes)
         sigma = random_sigmas((len(clean), 1), rng, shift=config.score_shift)
         sigma = sigma.clamp(config.min_sigma, config.max_sigma).to(clean).expand(-1, count)
-        noise = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
+        noise = torch.randn(clean.shape, **on(rng)).to(clean)
         return add_noise(clean, noise, sigma[:, clip.unit, None]), sigma, noise
 
-    def follow(self, clip: Clip, clean: Tensor) -> Scorer:
+    def follow(self, clip: Clip, clean: Tensor) -> scores.Scorer:
         """Return the critic's predictions."""
         critic = self.module.critic
         text = critic.model.context(clip.words)
         copies = self.copies(clean, clip) if self.context == "clean" else None
         both = torch.arange(2, device=clean.device)
-        direction = critic.direction(both) if len(PASSES[self.config.critic]) > 1 else None
-        return Scorer(
-            critic.model.transformer, text, clip.units, copies=copies, direction=direction
-        )
+        direction = critic.direction(both) if len(scores.PASSES[self.config.critic]) > 1 else None
+        network = critic.model.transformer
+        return scores.Scorer(network, text, clip.units, copies=copies, direction=direction)
 
     def learn(self, clip: Clip, clean: Tensor, rng: torch.Generator) -> Tensor:
         """Return the critic's loss on videos of the student."""
@@ -361,7 +340,7 @@ class DistributionMatching(TeacherObjective):
         follow = self.follow(clip, clean)
         text = [(key.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for key, v in follow.text]
         how = {"critic": config.critic, "separate_weight": config.separate_weight}
-        return critic_loss(replace(follow, text=text), x, noise - clean, sigma, **how)
+        return scores.critic_loss(replace(follow, text=text), x, noise - clean, sigma, **how)
 
     def _student_loss(
         self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator, drawn: torch.Generator
@@ -376,9 +355,10 @@ class DistributionMatching(TeacherObjective):
         per_token = sigma[:, clip.unit, None]
         with torch.set_grad_enabled(through):
             follow, teach = self.follow(clip, clean), self.teach(clip, clean)
-            fake = clean_of(x, score(follow, x, sigma, critic=config.critic).float(), per_token)
+            fake = clean_of(x, scores.score(follow, x, sigma, critic=config.critic), per_token)
             real = clean_of(x, teach(x, sigma).float(), per_token)
-        loss = (identity_loss if through else matching_loss)(clean, fake, real, clip.unit)
-        loss = loss / chosen[clip.units.unit].float().mean()  # the mean over what can move
+        loss = scores.identity_loss if through else scores.matching_loss
+        # The mean over what can move.
+        loss = loss(clean, fake, real, clip.unit) / chosen[clip.units.unit].float().mean()
         difference = (fake - real).detach().square().mean()
         return {"loss": loss, "student_loss": loss, "critic_minus_teacher": difference}

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checks import check_options
+from videoar.checks import check_options, import_extra
 from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -20,18 +20,14 @@ from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation.scores import PASSES, Context
-from videoar.training.distillation.stages import (
-    DistillationConfig,
-    DistributionMatching,
-    Initialisation,
-)
+from videoar.training.distillation import scores, stages
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
-from videoar.training.lora import add_low_rank, merge_low_rank
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
 from videoar.training.text_to_video import networks_of, with_networks
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +46,7 @@ class StudentConfig:
     """Unit schemes of the student, drawn from at every step."""
     teacher_mask: Literal["full", "same"] = "full"
     """What the teacher reads: everything, or what the student reads."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    distillation: stages.DistillationConfig = field(default_factory=stages.DistillationConfig)
     """The objective."""
     lora_rank: int | None = None
     """Train low-rank updates of this rank, merged at the end; None: all weights."""
@@ -79,7 +75,7 @@ def load_role(name: str, role: str) -> VideoPipeline:
         raise ValueError(f"the {role}: {error}") from error
 
 
-def context_of(pipe: VideoPipeline) -> Context:
+def context_of(pipe: VideoPipeline) -> scores.Context:
     """Return what a checkpoint was trained to read, as it says itself."""
     task = pipe.meta.get("config", {}).get("task", {})
     trained = pipe.meta.get("units") or task.get("units") or [pipe.sampling.units]
@@ -90,7 +86,7 @@ def context_of(pipe: VideoPipeline) -> Context:
 
 def check_roles(
     task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
-) -> Context:
+) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
     causal = f"reads the past alone (context {context})"
@@ -145,6 +141,23 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
+def add_low_rank(model: VideoTransformer, rank: int) -> None:
+    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
+    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+    peft = import_extra("peft", missing)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+    peft.inject_adapter_in_model(config, model)
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Put low-rank updates into the weights beside which they were trained."""
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in layers:
+        if hasattr(module, "get_base_layer"):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
 class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
@@ -169,7 +182,7 @@ class StudentTask:
             "seed": config.seed,
         }
         trained = [self._trainable(pipe) for pipe in others.values()]
-        kind = DistributionMatching if "critic" in others else Initialisation
+        kind = stages.DistributionMatching if "critic" in others else stages.Initialisation
         self.objective = kind(*trained, **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
         self.batches = Batches(self.shards, **batches)
@@ -234,8 +247,8 @@ class StudentTask:
         module = networks_of(pipe, self.shards).requires_grad_(True)
         own_weights(module)
         module.text.requires_grad_(self.task.lora_rank is None)
-        if self.task.lora_rank is not None:
-            add_low_rank(pipe.transformer, self.task.lora_rank)
+        if (rank := self.task.lora_rank) is not None:
+            add_low_rank(pipe.transformer, rank)
         if self.task.recompute:
             recompute_activations(pipe.transformer)
         return module
@@ -250,7 +263,7 @@ class StudentTask:
         if config.stage == "consistency":
             return asked + 8.0 * one
         rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
-        passes = len(PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
+        passes = len(scores.PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
         learned = 3 * passes * config.critic_draws
         share = 1 / (config.critic_steps + 1)
         return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
@@ -277,8 +290,7 @@ class StudentTask:
             values[f"contrast/{name}"] = float(pixels.std())
             found = judge_whole(iter([blocks]), prompts, fps=fps) if self.of_the_world else []
             for key in ("color", "shape", "motion") if found else ():
-                scores = [video["scores"][key] for video in found]
-                values[f"{key}/{name}"] = float(np.mean(scores))
+                values[f"{key}/{name}"] = float(np.mean([seen["scores"][key] for seen in found]))
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
