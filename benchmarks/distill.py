@@ -23,9 +23,9 @@ from videoar.evaluation.options import Checkpoint
 from videoar.evaluation.speed import without_cache
 from videoar.evaluation.tables import markdown
 from videoar.generation.pipeline import VideoPipeline
+from videoar.training.distillation.objectives import Clip, DistillationConfig, DistributionMatching
 from videoar.training.distillation.rollout import last_step
 from videoar.training.distillation.scores import Critics
-from videoar.training.distillation.stages import Clip, DistillationConfig, DistributionMatching
 from videoar.training.objectives import TextToVideo
 from videoar.training.optimizer import OptimizerConfig, ParameterGroup
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoar.core.flow import sigma_matrix, sigma_steps, unit_noise
+from videoar.core.flow import sigma_matrix, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
+from videoar.core.noise import unit_noise
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Cells, Scheme, box
 from videoar.core.tokens import to_latents, to_tokens

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_pipeline
 
 from videoar.data.latents import LatentsInfo, ShardWriter
-from videoar.training.distillation.stages import DistillationConfig
+from videoar.training.distillation.objectives import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.optimizer import OptimizerConfig
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     root, out, steps, victim = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 
     if victim and os.environ["RANK"] == victim[0]:
-        from videoar.training.distillation.stages import DistributionMatching
+        from videoar.training.distillation.objectives import DistributionMatching
 
         loss = DistributionMatching.loss
 

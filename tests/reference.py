@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from videoar.core.flow import unit_noise
+from videoar.core.noise import unit_noise
 from videoar.core.transformer import ModelConfig, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
 from videoar.core.cache import KVCache
-from videoar.core.flow import unit_noise
+from videoar.core.noise import unit_noise
 from videoar.data.video import read_video
 from videoar.generation.pipeline import VideoPipeline
 

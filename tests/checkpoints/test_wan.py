@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file, save
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli import main
-from videoar.core.flow import unit_noise
+from videoar.core.noise import unit_noise
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_latents, to_tokens
 from videoar.core.units import Units

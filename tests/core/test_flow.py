@@ -15,9 +15,9 @@ from videoar.core.flow import (
     sigma_matrix,
     sigma_steps,
     step_of,
-    unit_noise,
     velocity_of,
 )
+from videoar.core.noise import unit_noise
 
 
 def _clean_and_noise() -> tuple[torch.Tensor, torch.Tensor]:

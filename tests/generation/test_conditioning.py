@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_pipeline, tiny_transformer
 
-from videoar.core.flow import euler_step, renoise_step, sigma_steps, unit_noise
+from videoar.core.flow import euler_step, renoise_step, sigma_steps
+from videoar.core.noise import unit_noise
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.tokens import Known, known_tokens, to_latents, to_tokens

@@ -26,6 +26,7 @@ from torch import nn
 
 from videoar import __version__, weights
 from videoar.checkpoints import wan
+from videoar.checkpoints.lora import merge_lora
 from videoar.checks import hint
 from videoar.core.transformer import VideoTransformer
 from videoar.encoders import umt5
@@ -237,7 +238,7 @@ class Checkpoint:
             found = wan.read_transformer(self.source, base=self.home)
         if self.lora is None:
             return found
-        merged = wan.merge_lora(found.weights, weights.read_weights(self.lora), file=self.lora)
+        merged = merge_lora(found.weights, weights.read_weights(self.lora), file=self.lora)
         return replace(found, weights=merged, format=f"{found.format} with {self.lora.name}")
 
     def codec(self, *, device: torch.device | str = "cpu") -> Codec:

@@ -1,4 +1,4 @@
-"""The options of every command, and how they are read. No torch: help must be instant."""
+"""Options of commands; those of preparation and measurements lie in their rooms. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path

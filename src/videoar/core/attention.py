@@ -1,4 +1,4 @@
-"""Rotary positions over coordinates, and `attend`: the one seam for attention kernels."""
+"""The mask in the form a kernel wants, rotary positions, and `attend`: the one seam for kernels."""
 
 import itertools
 from dataclasses import dataclass

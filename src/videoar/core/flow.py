@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
-
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """Move sigmas towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
@@ -89,35 +87,6 @@ def renoise_step(
 def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: float) -> Tensor:
     """Draw training sigmas, uniform before the shift."""
     return shifted(torch.rand(shape, generator=generator, device=generator.device), shift)
-
-
-def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
-    """The random numbers of one unit: a function of (seed, unit, draw) alone.
-
-    So a stream equals the offline run bit for bit, and can go on from a file.
-
-    Args:
-        seed: the user's seed.
-        unit: index of the unit in its stream.
-        draw: 0 for the starting noise, r for the fresh noise of step r.
-    """
-    state = 0
-    # splitmix64 (Steele et al. 2014): seeds that are close give unrelated streams.
-    for value in (seed, unit, draw):
-        state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state)
-
-
-def unit_noise(
-    seeds: tuple[int, ...], unit: int, shape: tuple[int, ...], *, draw: int = 0
-) -> Float[Tensor, "batch tokens features"]:
-    """Standard normal noise of one unit for a batch of seeds; the same bits on every device."""
-    return torch.stack(
-        [torch.randn(shape, generator=unit_generator(seed, unit, draw)) for seed in seeds]
-    )
 
 
 STEPS = {"euler": euler_step, "renoise": renoise_step}

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from videoar.core.attention import Mask, attention_mask, rope_table
 from videoar.core.cache import KVCache
-from videoar.core.flow import add_noise, euler_step, step_of, unit_noise
+from videoar.core.flow import add_noise, euler_step, step_of
+from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible

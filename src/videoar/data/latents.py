@@ -1,4 +1,4 @@
-"""Datasets and batches: which samples come at which step, and latents kept in files.
+"""Folders of latents: shards of clips with their captions, written and read.
 
 No training loop, no codec and no text encoder lives here.
 """

@@ -1,4 +1,4 @@
-"""The procedural world: endless moving shapes, their captions, and a judge that reads them back.
+"""The procedural world: endless moving shapes and their captions; `evaluation/judge.py` reads them.
 
 Frame k of a scene is a closed form of k, so a clip may start anywhere in an endless video. Lengths
 are units of 1/64 frame, y points down, and opposite edges are glued: the world is a torus.

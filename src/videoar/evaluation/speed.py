@@ -25,7 +25,7 @@ from torch import Tensor
 
 from videoar import machine
 from videoar.core.attention import Spans
-from videoar.core.flow import unit_noise
+from videoar.core.noise import unit_noise
 from videoar.core.sampler import Network, Sampler
 from videoar.core.schemes import parse
 from videoar.core.transformer import Output, VideoTransformer

@@ -15,7 +15,7 @@ from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.training.codec import ReconstructionConfig
-from videoar.training.distillation.stages import DistillationConfig
+from videoar.training.distillation.objectives import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig

@@ -24,14 +24,14 @@ from videoar.core.tokens import to_tokens
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation.rollout import Rollout, last_step, rollout
-from videoar.training.distillation.scores import Scorer, critic_loss, matching_loss, score
-from videoar.training.distillation.stages import (
+from videoar.training.distillation.objectives import (
     Clip,
     DistillationConfig,
     DistributionMatching,
     Initialisation,
 )
+from videoar.training.distillation.rollout import Rollout, last_step, rollout
+from videoar.training.distillation.scores import Scorer, critic_loss, matching_loss, score
 from videoar.training.loop import TrainConfig, train
 from videoar.training.objectives import TextToVideo
 from videoar.training.recipes import find

@@ -20,7 +20,7 @@ from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation import scores, stages
+from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import TextToVideo, own_weights
@@ -46,7 +46,9 @@ class StudentConfig:
     """Unit schemes of the student, drawn from at every step."""
     teacher_mask: Literal["full", "same"] = "full"
     """What the teacher reads: everything, or what the student reads."""
-    distillation: stages.DistillationConfig = field(default_factory=stages.DistillationConfig)
+    distillation: objectives.DistillationConfig = field(
+        default_factory=objectives.DistillationConfig
+    )
     """The objective."""
     lora_rank: int | None = None
     """Train low-rank updates of this rank, merged at the end; None: all weights."""
@@ -182,7 +184,7 @@ class StudentTask:
             "seed": config.seed,
         }
         trained = [self._trainable(pipe) for pipe in others.values()]
-        kind = stages.DistributionMatching if "critic" in others else stages.Initialisation
+        kind = objectives.DistributionMatching if "critic" in others else objectives.Initialisation
         self.objective = kind(*trained, **taught)
         batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
         self.batches = Batches(self.shards, **batches)
