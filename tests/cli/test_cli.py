@@ -52,7 +52,7 @@ FROZEN = {
     "info": "base lora preset dtype checkpoint seconds window",
     "units": "schemes frames height width window sink steps out force",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
-    "held_out max_seconds timeout workers device engine",
+    "held_out max_seconds timeout workers device share",
     "bench": "checkpoint units prompt seconds long_seconds uncached_seconds num_inference_steps "
     "repeats threads out",
     "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "

@@ -122,7 +122,7 @@ class VideoTransformer(nn.Module):
     def encode_text(self, embeddings: Float[Tensor, "batch words channels"]) -> TextContext:
         """Project text embeddings to the keys and values that every pass of a generation reuses."""
         hidden = self.condition_embedder.text_embedder(embeddings)
-        return [block.attn2.key_value(hidden) for block in self.blocks]
+        return [block.text(hidden) for block in self.blocks]
 
     def forward(
         self,
@@ -315,6 +315,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(size, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, size))
         nn.init.normal_(self.scale_shift_table, std=size**-0.5)
+
+    def text(self, hidden: Float[Tensor, "batch words channels"]) -> KeyValue:
+        """Return the keys and values of the text: FSDP gathers weights for methods."""
+        return self.attn2.key_value(hidden)
 
     def forward(
         self,
