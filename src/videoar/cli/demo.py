@@ -50,8 +50,7 @@ def demo(args: options.Demo) -> None:
 def _generate(args: options.Generate) -> Timing:
     """Generate a video in a process that Ctrl-C does not end before the file is whole."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    timing, _ = make(args)
-    return timing
+    return make(args)[0]
 
 
 def _row(args: options.Generate) -> dict[str, str]:

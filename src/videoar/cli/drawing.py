@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from videoar.core.units import Units, Visible, token_mask
 
 Colors = Float[np.ndarray, "count 3"]
+Tokens = Int[np.ndarray, " tokens"]
 Grid = Int[np.ndarray, "rows columns"]  # the number of the token in every cell; -1: none
 
 PAPER, EMPTY, GREY, INK = (252, 252, 250), (233, 234, 231), (120, 123, 128), (32, 34, 40)
@@ -88,12 +89,7 @@ def order(units: Units, *, title: str) -> Image.Image:
 
 
 def _picture(
-    grid: Grid,
-    unit: Int[np.ndarray, " tokens"],
-    shades: Colors,
-    *,
-    cell: int,
-    framed: Sequence[int] = (),
+    grid: Grid, unit: Tokens, shades: Colors, *, cell: int, framed: Sequence[int] = ()
 ) -> Image.Image:
     """Draw cells: wide gaps between units, framed or not, and hair lines between their tokens."""
     gap = max(1, cell // 12)

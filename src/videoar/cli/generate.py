@@ -67,12 +67,11 @@ def make(args: options.Generate) -> tuple[Timing, str]:
         say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
     writer = open_output(target, num_frames=num_frames, fps=fps)
     with Progress(sys.stderr, every=5.0) as show:
-        timing = stream.write(
-            generation,
-            writer,
-            fps=fps,
-            show=lambda frames, seconds: show(how_far(frames, seconds, total=num_frames, fps=fps)),
-        )
+
+        def tell(frames: int, seconds: float) -> None:
+            show(how_far(frames, seconds, total=num_frames, fps=fps))
+
+        timing = stream.write(generation, writer, fps=fps, show=tell)
     return timing, given.get("units", pipe.sampling.units)
 
 
