@@ -3,12 +3,8 @@
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import UInt8
 
 from videoar.cli import options
 from videoar.cli.generate import make
@@ -36,14 +32,9 @@ def demo(args: options.Demo) -> None:
         for kind in KINDS:
             rows.append(_row(replace(clip, units=kind)))
             videos.append(read_video(clip.out))
-            rows[-1]["seen"] = seen([videos[-1].frames], fps=videos[-1].fps)
     out.mkdir(exist_ok=True)
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
     rows.append(_row(replace(one, seconds=args.seconds, units=KINDS[-1], out=minute)))
-    size = len(videos[0].frames)
-    clips = judge.windows((frame[None, None] for frame in decode_frames(minute)), size=size)
-    long_enough = (clip[0] for clip in clips if clip.shape[1] > size // 2)
-    rows[-1]["seen"] = seen(long_enough, fps=videos[0].fps)
     say(f"\n{columns(cells(rows))}\n\n{minute} and {out / 'units.webp'} are ready")
 
 
@@ -71,14 +62,16 @@ def _row(args: options.Generate) -> dict[str, str]:
         "peak memory": f"{timing.peak_bytes / 2**20:.0f} MiB",
     }
     say("  ".join(f"{name} {value}" for name, value in row.items()))
-    return row
+    return row | {"seen": seen(args.out, fps=round(timing.frames / timing.video_seconds))}
 
 
-def seen(clips: Iterable[UInt8[np.ndarray, "frames height width 3"]], *, fps: float) -> str:
-    """Say what the judge of the procedural world sees in clips, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for clip in clips:
-        reading = judge.read(clip, fps=round(fps))
+def seen(file: Path, *, fps: int) -> str:
+    """Say what the judge of the procedural world sees in a video, the most frequent first."""
+    size, counts = round(WINDOW_SECONDS * fps), Counter[str]()
+    for clip in judge.windows((frame[None, None] for frame in decode_frames(file)), size=size):
+        if clip.shape[1] <= size // 2:
+            break
+        reading = judge.read(clip[0], fps=fps)
         things = [
             f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
             for thing in reading.things
