@@ -1,24 +1,33 @@
-"""Training a codec: reconstruction of clips of the procedural world."""
+"""Training a codec: reconstruction of clips of the procedural world, or of own videos."""
 
+import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
+from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import save_checkpoint
+from videoar.checkpoints.checkpoint import resolve, save_checkpoint
+from videoar.checks import check_options
 from videoar.data import world
 from videoar.data.batches import Batches
+from videoar.data.footage import Footage, keep_footage
+from videoar.data.options import Prepare
+from videoar.data.prepare import Progress, check_folders, check_sizes
+from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.evaluation.metrics import psnr
+from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import SingleModule
-from videoar.training.run_folder import Report
+from videoar.training.objectives import SingleModule, own_weights
+from videoar.training.run_folder import FOOTAGE, Report
 from videoar.weights import Component, load_component
 
 
@@ -28,6 +37,9 @@ def load_codec(checkpoint: Path) -> TinyCodec:
 
 
 # ---------------------------------------------------------------- the codec
+
+Pair = tuple[Frames, Frames]
+"""A clip and what a codec gives back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +59,98 @@ class ReconstructionConfig:
     """Noise on the latents before decoding."""
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
-        return ReconstructionTask(self, config)
+        codec = TinyCodec(self.codec)
+        if self.init is not None:
+            codec = load_init(self.init, self.codec)
+            codec.encoder.requires_grad_(False)
+        clips = WorldClips(self, seed=config.seed)
+        return ReconstructionTask(codec, clips, config, latent_noise=self.latent_noise)
 
 
-def load_decoder(task: ReconstructionConfig) -> TinyCodec:
-    """Load the codec of `task.init`, its encoder fixed, with a decoder of the task's widths."""
-    assert task.init is not None
-    codec, wanted = load_codec(task.init), task.codec
+@dataclass(frozen=True, kw_only=True)
+class FootageConfig:
+    """Train a codec on a folder of videos, which are decoded once."""
+
+    videos: Annotated[Path, arg(aliases=["--data.path"])]
+    """Folder of videos, as `videoar prepare` reads it; captions are not needed."""
+    codec: TinyCodecConfig
+    """Shape of the codec."""
+    init: str | None = None
+    """Checkpoint whose codec is trained on, encoder and decoder: a bundled name or a folder."""
+    size: Annotated[str, arg(aliases=["--size"])] = "96x96"
+    """Width and height of clips, to which videos are scaled and cropped."""
+    fps: float = 16.0
+    """Frames per second of the clips."""
+    num_frames: int = 17
+    """Pixel frames per clip, 1 + 4k."""
+    held_out: float = 0.05
+    """Share of the videos that are kept out of training: those that `prepare` keeps out."""
+    max_gigabytes: float = 4.0
+    """Limit of the pixels that are kept in the folder of the run; of longer videos a part is."""
+    num_validation: int = 32
+    """Held-out clips to measure."""
+    latent_noise: float = 0.1
+    """Noise on the latents before decoding."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("size", self.size.count("x") == 1, "one width and height, such as 96x96"),
+            ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
+            ("max_gigabytes", 0 < self.max_gigabytes < math.inf, "a number above 0"),
+            ("num_validation", self.num_validation >= 1, "1 or more"),
+        )
+
+    def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
+        codec = TinyCodec(self.codec)
+        if self.init is not None:
+            codec = load_init(resolve(self.init), self.codec)
+        how = Prepare(
+            videos=self.videos,
+            latents=config.out / FOOTAGE,
+            captions="none",
+            fps=self.fps,
+            num_frames=(self.num_frames,),
+            sizes=(self.size,),
+            held_out=self.held_out,
+            workers=config.num_threads,
+        )
+        check_folders(how)
+        check_sizes(how, codec)
+        said = time.monotonic()
+
+        def show(progress: Progress) -> None:
+            nonlocal said
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                report(f"decoding videos: {progress}")
+
+        clips = keep_footage(how, max_gigabytes=self.max_gigabytes, show=show)
+        report(
+            f"{len(clips)} clips to train on and {len(clips.apart)} held out are in {how.latents}"
+            f" ({(len(clips) + len(clips.apart)) * math.prod(clips.shape) / 1e9:.1f} GB)"
+        )
+        return ReconstructionTask(
+            codec,
+            clips,
+            config,
+            latent_noise=self.latent_noise,
+            num_validation=self.num_validation,
+        )
+
+
+def load_init(folder: Path, wanted: TinyCodecConfig) -> TinyCodec:
+    """Load the codec of a checkpoint; other widths of the decoder mean a new decoder."""
+    codec = load_codec(folder)
     stated = {name: getattr(wanted, name) for name in ("latents_mean", "latents_std")}
     if replace(codec.config, decoder_channels=wanted.decoder_channels, **stated) != wanted:
         raise ValueError(
-            f"{task.init} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
+            f"{folder} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
             " only decoder_channels may differ; name another checkpoint, or change the shape"
         )
     if codec.config.decoder_channels != wanted.decoder_channels:
         codec = codec.with_decoder(wanted.decoder_channels)
-    codec.encoder.requires_grad_(False)
-    return codec
+    return own_weights(codec)
 
 
 class Reconstruction(SingleModule):
@@ -92,6 +179,7 @@ class WorldClips:
 
     def __init__(self, task: ReconstructionConfig, *, seed: int):
         self.task, self.seed = task, seed
+        self.shape = (task.num_frames, int(world.EXTENT), int(world.EXTENT), 3)
 
     def __len__(self) -> int:
         return self.task.num_clips
@@ -104,21 +192,35 @@ class WorldClips:
             clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
+    def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
+        indices = list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count))
+        return self.get(indices, np.random.default_rng(0))["video"]
+
+    some = held_out  # all are as good
+
 
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
-    def __init__(self, task: ReconstructionConfig, config: TrainConfig):
-        self.task = task
-        codec = TinyCodec(task.codec) if task.init is None else load_decoder(task)
-        self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
-        self.clips = WorldClips(task, seed=config.seed)
-        self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
-        latent_frames = 1 + (task.num_frames - 1) // 4
-        self.tokens_per_batch = config.batch_size * latent_frames * 64
-        self.flops_per_batch = 3 * config.batch_size * latent_frames * self._flops_per_latent()
+    def __init__(
+        self,
+        codec: TinyCodec,
+        clips: WorldClips | Footage,
+        config: TrainConfig,
+        *,
+        latent_noise: float,
+        num_validation: int = 32,
+    ):
+        self.objective = Reconstruction(codec, latent_noise=latent_noise)
+        self.clips, self.out, self.num_validation = clips, config.out, num_validation
+        self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
+        num_frames, *size = clips.shape[:3]
+        latent_frames = 1 + (num_frames - 1) // codec.stride[0]
+        batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
+        self.tokens_per_batch = batch * places
+        self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
 
-    def _flops_per_latent(self) -> float:
+    def _flops_per_latent(self, height: int, width: int) -> float:
         """Count the multiply-adds of one latent frame, there and back, by shape."""
         total = 0.0
 
@@ -133,32 +235,45 @@ class ReconstructionTask:
             if isinstance(layer, nn.Conv2d)
         ]
         with torch.no_grad():
-            codec.reconstruct(torch.zeros(1, 5, 3, 64, 64))
+            codec.reconstruct(torch.zeros(1, 5, 3, height, width))
         for hook in hooks:
             hook.remove()
         return total / 2
 
-    def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
-        return self.clips.get(
-            list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count)), np.random.default_rng(0)
-        )["video"]
-
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+        """Measure held-out clips, and keep a picture of some beside what became of them."""
         assert isinstance(module, TinyCodec)
-        video = self.held_out(32)
-        decoded, latents = module.reconstruct(video)
-        return {
-            "psnr": float(psnr(to_frames(decoded.flatten(0, 1)), to_frames(video.flatten(0, 1)))),
-            "latent_std": float(latents.std()),
+        device, pairs, latents = next(module.parameters()).device, list[Pair](), list[Tensor]()
+        for video in self.clips.held_out(self.num_validation).split(4):
+            decoded, latent = module.reconstruct(video.to(device))
+            pairs += zip(to_frames(video), to_frames(decoded), strict=True)
+            latents.append(latent)
+        middle = len(pairs[0][0]) // 2
+        sheet = contact_sheet(np.stack([clip[middle] for pair in pairs[:32] for clip in pair]))
+        (self.out / "samples").mkdir(exist_ok=True)
+        Image.fromarray(sheet).save(self.out / "samples" / f"step-{step}.png")
+        where = [np.concatenate([find(clip) for clip, _ in pairs]) for find in (edges, moving)]
+        perceived = [xpsnr(*pair) for pair in pairs]
+        original, decoded = (np.concatenate(clips) for clips in zip(*pairs, strict=True))
+        values = {
+            "psnr": psnr(original, decoded),
+            "psnr_edges": psnr(original, decoded, where=where[0]),
+            "psnr_moving": psnr(original, decoded, where=where[1]),
+            "ssim": ssim(original, decoded),
+            "latent_std": float(torch.cat(latents).std()),
         }
+        known = [value for value in perceived if value is not None]
+        return values | ({"xpsnr": float(np.mean(known))} if known else {})
 
     @torch.no_grad()
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TinyCodec)
-        codec = module
-        if self.task.init is None:
-            latents = module.encode(self.held_out(256))
+        codec, trained = module, self.objective.module.encoder
+        if any(parameter.requires_grad for parameter in trained.parameters()):
+            device = next(module.parameters()).device
+            parts = [module.encode(video.to(device)) for video in self.clips.some(256).split(16)]
+            latents = torch.cat(parts)
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
         save_checkpoint(
             folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True

@@ -14,7 +14,7 @@ from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
-from videoar.training.codec import ReconstructionConfig
+from videoar.training.codec import FootageConfig, ReconstructionConfig
 from videoar.training.distillation.stages import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
@@ -59,6 +59,26 @@ def codec_toy_decoder() -> TrainConfig:
         out=Path("runs/codec-toy-decoder"),
         task=ReconstructionConfig(codec=wider, init=first.out / "checkpoint"),
         steps=3000,
+    )
+
+
+def codec() -> TrainConfig:
+    """A codec of your own videos: `videoar train codec --data.path VIDEOS`."""
+    return TrainConfig(
+        name="codec",
+        out=Path("runs/codec"),
+        task=FootageConfig(
+            videos=Path("videos"),
+            codec=replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16)),
+        ),
+        steps=5000,
+        batch_size=4,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, decay_fraction=0.25),
+        ema_decay=0.995,
+        precision="bfloat16",
+        log_every=20,
+        save_every=100,
+        sample_every=100,
     )
 
 
@@ -334,6 +354,7 @@ def finetune() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "codec-toy": codec_toy,
     "codec-toy-decoder": codec_toy_decoder,
+    "codec": codec,
     "toy-images": toy_images,
     "toy-pairs": toy_pairs,
     "toy-short": toy_short,

@@ -7,6 +7,8 @@ out/log.jsonl            one line per logged step
 out/tensorboard/         the same, if TensorBoard is installed
 out/checkpoints/step-N/  everything needed to go on from step N, exactly
 out/checkpoint/          what the task exports at the end
+out/footage/             pixels of own videos, if the task is trained on them
+out/samples/             pictures of validations
 
 A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
 """
@@ -44,6 +46,7 @@ LogLine = dict[str, int | float]
 # decay at the end of the schedule moves with `steps`.
 FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
 LOSS_CURVE_POINTS = 100
+FOOTAGE = "footage"
 
 
 def claim(out: Path, config: Json) -> None:
@@ -63,7 +66,11 @@ def claim(out: Path, config: Json) -> None:
                     " old value, or name another folder"
                 )
     elif out.exists() and (
-        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.partial"}
+        not out.is_dir()
+        or {p.name for p in out.iterdir()}
+        - {"run.json", ".run.partial"}
+        # Footage may have been read before it failed, which takes long.
+        - ({FOOTAGE} if owner.is_file() else set())
     ):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
