@@ -66,7 +66,16 @@ def make_parts(
     """
     stem, length, count, note = str(work / source.key), duration(source), 0, ""
     held_out = os.path.exists(f"{stem}.heldout")
-    clips = read_clips(source, config)
+    frames = read(
+        source,
+        fps=config.fps,
+        sizes=config.pixels or (),
+        scene_cut=config.scene_cut,
+        max_seconds=config.max_seconds,
+        picture_fps=config.picture_fps,
+    )
+    stride = config.stride or max(config.num_frames)
+    clips = cut(frames, lengths=config.num_frames, stride=stride)
     with ThreadPoolExecutor(max_workers=1) as ahead:
         waiting = ahead.submit(next, clips, None)
         try:
@@ -86,21 +95,10 @@ def make_parts(
                 beat(min(1.0, start / length) if length else 0.0)
         except Unusable as reason:
             note = str(reason)
-    write_done(source, work, clips=count, note=note, config=config)
-
-
-def read_clips(source: Source, config: Prepare) -> Iterator[tuple[float, Frames]]:
-    """Yield start and frames of the clips of a video, as `cut` does."""
-    frames = read(
-        source,
-        fps=config.fps,
-        sizes=config.pixels or (),
-        scene_cut=config.scene_cut,
-        max_seconds=config.max_seconds,
-        picture_fps=config.picture_fps,
-    )
-    stride = config.stride or max(config.num_frames)
-    return cut(frames, lengths=config.num_frames, stride=stride)
+    if not count and not note:
+        shortest = f"{min(config.num_frames)} frames at {config.fps:g} per second"
+        note = f"shorter than a clip: no scene has {shortest}"
+    write_json(Path(f"{stem}.json"), {"clips": count, "note": note})
 
 
 @torch.no_grad()
@@ -119,14 +117,6 @@ def _triple(pixels: Frames) -> UInt8[np.ndarray, "3 side side 3"]:
     chosen = pixels[[0, len(pixels) // 2, -1]]
     side = (SHEET_SIDE, SHEET_SIDE)
     return np.stack([np.asarray(ImageOps.pad(Image.fromarray(x), side)) for x in chosen])
-
-
-def write_done(source: Source, work: Path, *, clips: int, note: str, config: Prepare) -> None:
-    """Write that all parts of a video are made."""
-    if not clips and not note:
-        shortest = f"{min(config.num_frames)} frames at {config.fps:g} per second"
-        note = f"shorter than a clip: no scene has {shortest}"
-    write_json(work / f"{source.key}.json", {"clips": clips, "note": note})
 
 
 def read_done(source: Source, work: Path) -> dict[str, Any]:

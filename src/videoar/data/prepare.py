@@ -33,7 +33,7 @@ from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo,
 from videoar.data.options import Prepare
 from videoar.data.sources import Listing, Source, list_sources
 from videoar.data.video import Frames, contact_sheet
-from videoar.data.workers import Event, Pool, Work
+from videoar.data.workers import Event, Pool
 from videoar.encoders.codec import Codec
 from videoar.encoders.umt5 import UMT5PromptEncoder
 from videoar.files import Json, write_json
@@ -71,12 +71,15 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     Raises:
         ValueError: something does not fit, or no video gives a clip.
     """
-    folder = config.latents
-    check_folders(config)
+    folder, videos = config.latents, config.videos
+    if not videos.is_dir():
+        raise ValueError(f"there is no folder {videos}: name the folder of your videos")
+    if folder.resolve().is_relative_to(videos.resolve()):
+        raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
     config = replace(config, codec=str(resolve(config.codec).resolve()))
     codec = load_codec(Path(config.codec))
-    check_sizes(config, codec)
-    listing = list_sources(config.videos, captions=config.captions)
+    _check_sizes(config, codec)
+    listing = list_sources(videos, captions=config.captions)
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
     digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
@@ -90,9 +93,8 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
         raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
-    start = partial(begin, config, work.resolve())
     while todo := _not_made(config, listing.sources, work):
-        make_all(config, listing.sources, todo, start, show)
+        _make_parts(config, listing.sources, todo, show)
     encoder = surroundings(Path(config.codec)).get("text")
     if isinstance(encoder, UMT5PromptEncoder):
         encoder.device = config.device
@@ -110,17 +112,7 @@ def run(config: Prepare, show: Callable[[Progress], None] = lambda progress: Non
     return statistics
 
 
-def check_folders(config: Prepare) -> None:
-    """Raise unless there are videos, and what is made of them is kept apart."""
-    folder, videos = config.latents, config.videos
-    if not videos.is_dir():
-        raise ValueError(f"there is no folder {videos}: name the folder of your videos")
-    if folder.resolve().is_relative_to(videos.resolve()):
-        raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
-
-
-def check_sizes(config: Prepare, codec: Codec) -> None:
-    """Raise unless clips are whole latent frames, and these whole patches."""
+def _check_sizes(config: Prepare, codec: Codec) -> None:
     time_stride, *sides = codec.stride
     for length in config.num_frames:
         if (length - 1) % time_stride:
@@ -168,14 +160,9 @@ def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source
     return [source for source in sources if not made[source]]
 
 
-def make_all(
-    config: Prepare,
-    sources: list[Source],
-    todo: list[Source],
-    start: Callable[[], Work],
-    show: Callable[[Progress], None],
+def _make_parts(
+    config: Prepare, sources: list[Source], todo: list[Source], show: Callable[[Progress], None]
 ) -> None:
-    """Have processes make parts of videos, each a `KEY.json` at last; `start` is as in `Pool`."""
     work = config.latents / WORK
     total = max(1, sum(source.size for source in sources))
     finished = before = total - sum(source.size for source in todo)
@@ -183,7 +170,7 @@ def make_all(
     engine = _on_ray if config.engine == "ray" else _on_this_machine
     within, started = dict[Source, float](), time.perf_counter()
     # Long ones first: no process should begin the longest when the others are done.
-    for event in engine(config, sorted(todo, key=lambda s: -s.size), start):
+    for event in engine(config, sorted(todo, key=lambda s: -s.size), work):
         source = event.job
         if event.kind == "beat":
             clips += 1
@@ -212,29 +199,28 @@ def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
     return set(used[: min(count, len(used) - 1)])
 
 
-def _pool(config: Prepare, start: Callable[[], Work], workers: int) -> Pool:
+def _pool(config: Prepare, work: Path, workers: int) -> Pool:
+    start = partial(begin, config, work)
     return Pool(start, workers=workers, timeout=config.timeout, preload=__name__)
 
 
-def _on_this_machine(
-    config: Prepare, todo: list[Source], start: Callable[[], Work]
-) -> Iterator[Event]:
-    with _pool(config, start, min(config.workers or os.cpu_count() or 1, len(todo))) as pool:
+def _on_this_machine(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
+    with _pool(config, work, min(config.workers or os.cpu_count() or 1, len(todo))) as pool:
         yield from pool.run(todo)
 
 
 class _RayWorker:
     """An actor with a process of its own that may be given up."""
 
-    def __init__(self, config: Prepare, start: Callable[[], Work]) -> None:
-        self.pool = _pool(config, start, 1)
+    def __init__(self, config: Prepare, work: Path) -> None:
+        self.pool = _pool(config, work, 1)
 
     def __call__(self, batch: Json) -> Json:
         events = [list(self.pool.run([pickle.loads(job)])) for job in batch["job"]]
         return {"events": [pickle.dumps(each) for each in events]}
 
 
-def _on_ray(config: Prepare, todo: list[Source], start: Callable[[], Work]) -> Iterator[Event]:
+def _on_ray(config: Prepare, todo: list[Source], work: Path) -> Iterator[Event]:
     try:
         import ray.data
     except ImportError as error:
@@ -249,7 +235,7 @@ def _on_ray(config: Prepare, todo: list[Source], start: Callable[[], Work]) -> I
         _RayWorker,
         batch_size=1,
         concurrency=workers,
-        fn_constructor_args=(config, start),
+        fn_constructor_args=(config, work.resolve()),
     )
     for row in events.iter_rows():
         yield from pickle.loads(row["events"])
@@ -278,7 +264,7 @@ def _join(
     done = {source: read_done(source, work) for source in listing.sources}
     used = [source for source, record in done.items() if record["clips"]]
     if not used:
-        rejected = write_rejected(folder / REJECTED, listing, done)
+        rejected = _write_rejected(folder / REJECTED, listing, done)
         raise ValueError(
             f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
         )
@@ -289,7 +275,7 @@ def _join(
     with ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(folder, info=info))
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
-        rejected = write_rejected(folder / REJECTED, listing, done)
+        rejected = _write_rejected(folder / REJECTED, listing, done)
         if encoder is not None:
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
         for number, (source, rows) in enumerate(zip(used, _rows(used, encoder), strict=True)):
@@ -323,7 +309,7 @@ def _join(
     return statistics
 
 
-def write_rejected(path: Path, listing: Listing, done: dict[Source, Json]) -> dict[str, str]:
+def _write_rejected(path: Path, listing: Listing, done: dict[Source, Json]) -> dict[str, str]:
     """Write a line for all that is not used, and for what is used in part; return the reasons."""
     lines = {name: {"file": name, "reason": why} for name, why in listing.rejected.items()}
     for source, record in done.items():

@@ -6,7 +6,6 @@ What compares two generators gives an interval.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from statistics import NormalDist
 
 import av
@@ -72,18 +71,20 @@ def _most(values: Float[np.ndarray, "frames height width"]) -> Places:
 
 
 def xpsnr(reference: Frames, other: Frames) -> float | None:
-    """Return FFmpeg's XPSNR of the luma in decibels; None if FFmpeg lacks it.
+    """Return FFmpeg's XPSNR of the luma in decibels; None if FFmpeg lacks it or the size is small.
 
     Helmrich et al. 2020: errors count less where a picture is busy or moves, as the eye sees them.
     """
-    if "xpsnr" not in av.filter.filters_available:
+    height, width = reference.shape[1:3]
+    # Below that its blocks have no pixels, and FFmpeg ends the process with a division by zero.
+    if "xpsnr" not in av.filter.filters_available or height * width < 2025:
         return None
-    graph, (height, width) = av.filter.Graph(), reference.shape[1:3]
-    how = {"width": width, "height": height, "format": "yuv420p", "time_base": Fraction(1, 16)}
-    sources, judge = [graph.add_buffer(**how) for _ in range(2)], graph.add("xpsnr")
+    graph = av.filter.Graph()
+    about = f"video_size={width}x{height}:pix_fmt=yuv420p:time_base=1/16"
+    sources = [graph.add("buffer", about) for _ in range(2)]
+    judge, sink = graph.add("xpsnr"), graph.add("buffersink")
     for place, source in enumerate(sources):
         source.link_to(judge, 0, place)
-    sink = graph.add("buffersink")
     judge.link_to(sink)
     graph.configure()
     errors = []

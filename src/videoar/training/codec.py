@@ -1,6 +1,7 @@
 """Training a codec: reconstruction of clips of the procedural world, or of own videos."""
 
 import math
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,26 +9,27 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import resolve, save_checkpoint
+from videoar.checkpoints.checkpoint import load_meta, resolve, save_checkpoint
 from videoar.checks import check_options
 from videoar.data import world
 from videoar.data.batches import Batches
-from videoar.data.footage import Footage, keep_footage
+from videoar.data.decode import duration
+from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
-from videoar.data.prepare import Progress, check_folders, check_sizes
+from videoar.data.prepare import HELD_OUT_FOLDER, Progress, run
+from videoar.data.sources import list_sources
 from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
-from videoar.encoders.codec import from_frames, to_frames
+from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import SingleModule, own_weights
-from videoar.training.run_folder import FOOTAGE, Report
+from videoar.training.run_folder import FOOTAGE, Report, checkpoints
 from videoar.weights import Component, load_component
 
 
@@ -59,10 +61,8 @@ class ReconstructionConfig:
     """Noise on the latents before decoding."""
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
-        codec = TinyCodec(self.codec)
-        if self.init is not None:
-            codec = load_init(self.init, self.codec)
-            codec.encoder.requires_grad_(False)
+        codec = begun(self.init, self.codec)
+        codec.encoder.requires_grad_(self.init is None)
         clips = WorldClips(self, seed=config.seed)
         return ReconstructionTask(codec, clips, config, latent_noise=self.latent_noise)
 
@@ -85,29 +85,37 @@ class FootageConfig:
     """Pixel frames per clip, 1 + 4k."""
     held_out: float = 0.05
     """Share of the videos that are kept out of training: those that `prepare` keeps out."""
-    max_gigabytes: float = 4.0
-    """Limit of the pixels that are kept in the folder of the run; of longer videos a part is."""
-    num_validation: int = 32
-    """Held-out clips to measure."""
+    max_gigabytes: float = 8.0
+    """About what decoded clips may take in the folder of the run; of more video, less of each is
+    kept. While videos are read it is twice that."""
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
 
     def __post_init__(self) -> None:
         check_options(
             self,
-            ("size", self.size.count("x") == 1, "one width and height, such as 96x96"),
             ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
             ("max_gigabytes", 0 < self.max_gigabytes < math.inf, "a number above 0"),
-            ("num_validation", self.num_validation >= 1, "1 or more"),
         )
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
-        codec = TinyCodec(self.codec)
-        if self.init is not None:
-            codec = load_init(resolve(self.init), self.codec)
-        how = Prepare(
+        codec = begun(resolve(self.init) if self.init else None, self.codec)
+        lossless, clips = PatchCodec(PatchCodecConfig(stride=codec.stride)), config.out / FOOTAGE
+        if not checkpoints(config.out):  # later, what is there is trained on, whatever comes
+            self._prepare(clips, lossless, config, report)
+        footage = Footage(clips, lossless)
+        report(f"{len(footage)} clips to train on, {len(footage.apart)} held out, are in {clips}")
+        return ReconstructionTask(codec, footage, config, latent_noise=self.latent_noise)
+
+    def _prepare(
+        self, folder: Path, codec: PatchCodec, config: TrainConfig, report: Report
+    ) -> None:
+        """Decode the videos as `videoar prepare` does, with a codec that loses nothing."""
+        where = folder.with_suffix(".codec")
+        prepare = Prepare(
             videos=self.videos,
-            latents=config.out / FOOTAGE,
+            latents=folder,
+            codec=str(where),
             captions="none",
             fps=self.fps,
             num_frames=(self.num_frames,),
@@ -115,9 +123,16 @@ class FootageConfig:
             held_out=self.held_out,
             workers=config.num_threads,
         )
-        check_folders(how)
-        check_sizes(how, codec)
-        said = time.monotonic()
+        sources = list_sources(self.videos, captions="none").sources
+        frames = sum(max(self.fps * duration(s), len(s.pictures)) for s in sources)
+        numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)
+        room = int(self.max_gigabytes * 1e9 / (2 * numbers * self.num_frames)) - len(sources)
+        if room < 1:
+            raise ValueError(
+                f"max_gigabytes is {self.max_gigabytes:g}, which is less than a clip of each of"
+                f" {len(sources)} videos takes: raise it, or lower num_frames or the size"
+            )
+        stride, said = max(self.num_frames, math.ceil(frames / room)), time.monotonic()
 
         def show(progress: Progress) -> None:
             nonlocal said
@@ -125,22 +140,24 @@ class FootageConfig:
                 said = time.monotonic()
                 report(f"decoding videos: {progress}")
 
-        clips = keep_footage(how, max_gigabytes=self.max_gigabytes, show=show)
-        report(
-            f"{len(clips)} clips to train on and {len(clips.apart)} held out are in {how.latents}"
-            f" ({(len(clips) + len(clips.apart)) * math.prod(clips.shape) / 1e9:.1f} GB)"
-        )
-        return ReconstructionTask(
-            codec,
-            clips,
-            config,
-            latent_noise=self.latent_noise,
-            num_validation=self.num_validation,
-        )
+        asked = [self.size, self.num_frames, self.fps, self.held_out, stride]
+        asked += [source.key for source in sources]
+        if where.exists() and load_meta(where)["footage"] != asked:
+            shutil.rmtree(folder, ignore_errors=True)
+        part = Component(module=codec, config=codec.config)
+        save_checkpoint(where, {"codec": part}, {"footage": asked}, overwrite=True)
+        found = run(replace(prepare, stride=stride), show)
+        if not found["held_out_clips"]:
+            raise ValueError(
+                f"{self.videos} has {found['used']} video with a clip of {self.num_frames} frames,"
+                " but one is trained on and another held out: add videos, or lower num_frames"
+            )
 
 
-def load_init(folder: Path, wanted: TinyCodecConfig) -> TinyCodec:
-    """Load the codec of a checkpoint; other widths of the decoder mean a new decoder."""
+def begun(folder: Path | None, wanted: TinyCodecConfig) -> TinyCodec:
+    """Return a new codec, or that of a checkpoint, with a new decoder if its widths are others."""
+    if folder is None:
+        return TinyCodec(wanted)
     codec = load_codec(folder)
     stated = {name: getattr(wanted, name) for name in ("latents_mean", "latents_std")}
     if replace(codec.config, decoder_channels=wanted.decoder_channels, **stated) != wanted:
@@ -150,7 +167,8 @@ def load_init(folder: Path, wanted: TinyCodecConfig) -> TinyCodec:
         )
     if codec.config.decoder_channels != wanted.decoder_channels:
         codec = codec.with_decoder(wanted.decoder_channels)
-    return own_weights(codec)
+    own_weights(codec)
+    return codec
 
 
 class Reconstruction(SingleModule):
@@ -179,7 +197,7 @@ class WorldClips:
 
     def __init__(self, task: ReconstructionConfig, *, seed: int):
         self.task, self.seed = task, seed
-        self.shape = (task.num_frames, int(world.EXTENT), int(world.EXTENT), 3)
+        self.shape = (task.num_frames, 3, 64, 64)
 
     def __len__(self) -> int:
         return self.task.num_clips
@@ -192,11 +210,39 @@ class WorldClips:
             clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
-    def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
+    def held_out(self, count: int) -> Video:
         indices = list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count))
         return self.get(indices, np.random.default_rng(0))["video"]
 
     some = held_out  # all are as good
+
+
+class Footage:
+    """Clips of own videos, decoded before."""
+
+    def __init__(self, folder: Path, lossless: PatchCodec) -> None:
+        self.lossless, self.known = lossless, LatentShards(folder)
+        self.apart = LatentShards(folder / HELD_OUT_FOLDER)
+        self.shape = self.some(1).shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        return {"video": self.lossless.decode(self.known.get(indices, rng)["latents"])}
+
+    def held_out(self, count: int) -> Video:
+        """Return so many clips, or all, from everywhere in the videos that are held out."""
+        return self.lossless.decode(_spread(self.apart, count))
+
+    def some(self, count: int) -> Video:
+        """Return so many clips, or all, from everywhere in those that are trained on."""
+        return self.lossless.decode(_spread(self.known, count))
+
+
+def _spread(clips: LatentShards, count: int) -> Tensor:
+    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int)
+    return clips.get(chosen.tolist(), np.random.default_rng(0))["latents"]
 
 
 class ReconstructionTask:
@@ -209,12 +255,11 @@ class ReconstructionTask:
         config: TrainConfig,
         *,
         latent_noise: float,
-        num_validation: int = 32,
     ):
         self.objective = Reconstruction(codec, latent_noise=latent_noise)
-        self.clips, self.out, self.num_validation = clips, config.out, num_validation
+        self.clips, self.out = clips, config.out
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
-        num_frames, *size = clips.shape[:3]
+        num_frames, _, *size = clips.shape
         latent_frames = 1 + (num_frames - 1) // codec.stride[0]
         batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
         self.tokens_per_batch = batch * places
@@ -245,7 +290,7 @@ class ReconstructionTask:
         """Measure held-out clips, and keep a picture of some beside what became of them."""
         assert isinstance(module, TinyCodec)
         device, pairs, latents = next(module.parameters()).device, list[Pair](), list[Tensor]()
-        for video in self.clips.held_out(self.num_validation).split(4):
+        for video in self.clips.held_out(32).split(4):
             decoded, latent = module.reconstruct(video.to(device))
             pairs += zip(to_frames(video), to_frames(decoded), strict=True)
             latents.append(latent)

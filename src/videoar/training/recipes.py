@@ -64,21 +64,18 @@ def codec_toy_decoder() -> TrainConfig:
 
 def codec() -> TrainConfig:
     """A codec of your own videos: `videoar train codec --data.path VIDEOS`."""
-    return TrainConfig(
+    wider = codec_toy_decoder()
+    assert isinstance(wider.task, ReconstructionConfig)
+    return replace(
+        wider,
         name="codec",
         out=Path("runs/codec"),
-        task=FootageConfig(
-            videos=Path("videos"),
-            codec=replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16)),
-        ),
+        task=FootageConfig(videos=Path("videos"), codec=wider.task.codec),
         steps=5000,
         batch_size=4,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, decay_fraction=0.25),
-        ema_decay=0.995,
-        precision="bfloat16",
-        log_every=20,
+        optimizer=replace(wider.optimizer, decay_fraction=0.25),
+        ema_decay=0.998,
         save_every=100,
-        sample_every=100,
     )
 
 

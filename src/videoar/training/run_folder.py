@@ -7,7 +7,7 @@ out/log.jsonl            one line per logged step
 out/tensorboard/         the same, if TensorBoard is installed
 out/checkpoints/step-N/  everything needed to go on from step N, exactly
 out/checkpoint/          what the task exports at the end
-out/footage/             pixels of own videos, if the task is trained on them
+out/footage/             decoded videos, if it is a codec that is trained
 out/samples/             pictures of validations
 
 A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
@@ -70,7 +70,7 @@ def claim(out: Path, config: Json) -> None:
         or {p.name for p in out.iterdir()}
         - {"run.json", ".run.partial"}
         # Footage may have been read before it failed, which takes long.
-        - ({FOOTAGE} if owner.is_file() else set())
+        - ({FOOTAGE, f"{FOOTAGE}.codec"} if owner.is_file() else set())
     ):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
