@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,9 +211,9 @@ class WorldClips:
             clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
-    def held_out(self, count: int) -> Video:
-        indices = list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count))
-        return self.get(indices, np.random.default_rng(0))["video"]
+    def held_out(self, count: int) -> Iterator[Video]:
+        for index in range(FIRST_HELD_OUT, FIRST_HELD_OUT + count):
+            yield self.get([index], np.random.default_rng(0))["video"]
 
     some = held_out  # all are as good
 
@@ -223,7 +224,7 @@ class Footage:
     def __init__(self, folder: Path, lossless: PatchCodec) -> None:
         self.lossless, self.known = lossless, LatentShards(folder)
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
-        self.shape = self.some(1).shape[1:]
+        self.shape = next(self.some(1)).shape[1:]
 
     def __len__(self) -> int:
         return len(self.known)
@@ -231,18 +232,18 @@ class Footage:
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         return {"video": self.lossless.decode(self.known.get(indices, rng)["latents"])}
 
-    def held_out(self, count: int) -> Video:
-        """Return so many clips, or all, from everywhere in the videos that are held out."""
-        return self.lossless.decode(_spread(self.apart, count))
+    def held_out(self, count: int) -> Iterator[Video]:
+        """Yield so many clips, or all, from everywhere in the videos that are held out."""
+        return self._spread(self.apart, count)
 
-    def some(self, count: int) -> Video:
-        """Return so many clips, or all, from everywhere in those that are trained on."""
-        return self.lossless.decode(_spread(self.known, count))
+    def some(self, count: int) -> Iterator[Video]:
+        """Yield so many clips, or all, from everywhere in those that are trained on."""
+        return self._spread(self.known, count)
 
-
-def _spread(clips: LatentShards, count: int) -> Tensor:
-    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int)
-    return clips.get(chosen.tolist(), np.random.default_rng(0))["latents"]
+    def _spread(self, clips: LatentShards, count: int) -> Iterator[Video]:
+        for index in np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int):
+            found = clips.get([int(index)], np.random.default_rng(0))
+            yield self.lossless.decode(found["latents"])
 
 
 class ReconstructionTask:
@@ -290,9 +291,9 @@ class ReconstructionTask:
         """Measure held-out clips, and keep a picture of some beside what became of them."""
         assert isinstance(module, TinyCodec)
         device, pairs, latents = next(module.parameters()).device, list[Pair](), list[Tensor]()
-        for video in self.clips.held_out(32).split(4):
+        for video in self.clips.held_out(32):
             decoded, latent = module.reconstruct(video.to(device))
-            pairs += zip(to_frames(video), to_frames(decoded), strict=True)
+            pairs.append((to_frames(video[0]), to_frames(decoded[0])))
             latents.append(latent)
         middle = len(pairs[0][0]) // 2
         sheet = contact_sheet(np.stack([clip[middle] for pair in pairs[:32] for clip in pair]))
@@ -317,8 +318,7 @@ class ReconstructionTask:
         codec, trained = module, self.objective.module.encoder
         if any(parameter.requires_grad for parameter in trained.parameters()):
             device = next(module.parameters()).device
-            parts = [module.encode(video.to(device)) for video in self.clips.some(256).split(16)]
-            latents = torch.cat(parts)
+            latents = torch.cat([module.encode(x.to(device)) for x in self.clips.some(256)])
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
         save_checkpoint(
             folder, {"codec": Component(module=codec, config=codec.config)}, meta, overwrite=True
