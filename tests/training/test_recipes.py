@@ -10,9 +10,10 @@ import torch
 from tiny import CODEC, MODEL, TEXT
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.data.video import Video
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
-from videoar.training.codec import ReconstructionConfig
+from videoar.training.codec import FootageConfig, ReconstructionConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
@@ -32,6 +33,13 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             codec = replace(CODEC, decoder_channels=(6, 4, 4, 4))
             init = folder / task.init
         small = replace(task, codec=codec, init=init, num_frames=5, num_clips=4)
+    elif isinstance(task, FootageConfig):
+        videos = folder / task.videos
+        videos.mkdir()
+        for seed in range(3):
+            pixels = np.random.default_rng(seed).integers(0, 255, (10, 32, 32, 3), np.uint8)
+            Video(frames=pixels, fps=16).save(videos / f"{seed}.mkv")
+        small = replace(task, videos=videos, codec=CODEC, size="32x32", num_frames=5)
     elif isinstance(task, TextToVideoConfig) and task.model is None:  # those of `init`
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")

@@ -1,26 +1,36 @@
-"""Training a codec: reconstruction of clips of the procedural world."""
+"""Training a codec: reconstruction of clips of the procedural world, or of own videos."""
 
+import math
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from videoar.checks import check_options
 from videoar.data import world
 from videoar.data.batches import Batches
+from videoar.data.decode import duration
+from videoar.data.latents import LatentShards
+from videoar.data.options import Prepare
+from videoar.data.prepare import HELD_OUT_FOLDER, run
+from videoar.data.sources import list_sources
+from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
-from videoar.encoders.codec import from_frames, to_frames
+from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.evaluation.metrics import psnr
+from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import Objective
-from videoar.training.run_folder import Report
-
-# ---------------------------------------------------------------- the codec
+from videoar.training.objectives import Objective, own_weights
+from videoar.training.run_folder import FOOTAGE, Report, checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +50,113 @@ class ReconstructionConfig:
     """Noise on the latents before decoding."""
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
-        return ReconstructionTask(self, config)
+        codec = initial_codec(self.init, self.codec)
+        codec.encoder.requires_grad_(self.init is None)
+        clips = WorldClips(self, seed=config.seed)
+        return ReconstructionTask(codec, clips, config, latent_noise=self.latent_noise)
 
 
-def load_decoder(task: ReconstructionConfig) -> TinyCodec:
-    """Load the codec of `task.init`, its encoder fixed, with a decoder of the task's widths."""
-    assert task.init is not None
-    codec, wanted = Checkpoint.find(task.init).codec(), task.codec
+@dataclass(frozen=True, kw_only=True)
+class FootageConfig:
+    """Train a codec on a folder of videos, which are decoded once."""
+
+    videos: Annotated[Path, arg(aliases=["--data.path"])]
+    """Folder of videos, as `videoar prepare` reads it; captions are not needed."""
+    codec: TinyCodecConfig
+    """Shape of the codec."""
+    init: str | None = None
+    """Checkpoint whose codec is trained on, encoder and decoder: a bundled name or a folder."""
+    size: Annotated[str, arg(aliases=["--size"])] = "96x96"
+    """Width and height of clips, to which videos are scaled and cropped."""
+    fps: float = 16.0
+    """Frames per second of the clips."""
+    num_frames: int = 17
+    """Pixel frames per clip, 1 + 4k."""
+    held_out: float = 0.05
+    """Share of the videos that are kept out of training: those that `prepare` keeps out."""
+    max_gigabytes: float = 8.0
+    """About what decoded clips may take in the folder of the run; of more video, less of each is
+    kept. While videos are read it is twice that."""
+    latent_noise: float = 0.1
+    """Noise on the latents before decoding."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
+            ("max_gigabytes", 0 < self.max_gigabytes < math.inf, "a number above 0"),
+        )
+
+    def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
+        codec = initial_codec(self.init, self.codec)
+        lossless, clips = PatchCodec(PatchCodecConfig(stride=codec.stride)), config.out / FOOTAGE
+        if not checkpoints(config.out):  # later, what is there is trained on, whatever comes
+            self._prepare(clips, lossless, config, report)
+        footage = Footage(clips, lossless)
+        report(f"{len(footage)} clips to train on, {len(footage.apart)} held out, are in {clips}")
+        return ReconstructionTask(codec, footage, config, latent_noise=self.latent_noise)
+
+    def _prepare(
+        self, folder: Path, codec: PatchCodec, config: TrainConfig, report: Report
+    ) -> None:
+        """Decode the videos as `videoar prepare` does, with a codec that loses nothing."""
+        where = folder.with_suffix(".codec")
+        prepare = Prepare(
+            videos=self.videos,
+            latents=folder,
+            codec=str(where),
+            captions="none",
+            fps=self.fps,
+            num_frames=(self.num_frames,),
+            sizes=(self.size,),
+            held_out=self.held_out,
+            workers=config.num_threads,
+        )
+        sources = list_sources(self.videos, captions="none").sources
+        frames = sum(max(self.fps * duration(s), len(s.pictures)) for s in sources)
+        numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)
+        room = int(self.max_gigabytes * 1e9 / (2 * numbers * self.num_frames)) - len(sources)
+        if room < 1:
+            raise ValueError(
+                f"max_gigabytes is {self.max_gigabytes:g}, which is less than a clip of each of"
+                f" {len(sources)} videos takes: raise it, or lower num_frames or the size"
+            )
+        stride, said = max(self.num_frames, math.ceil(frames / room)), time.monotonic()
+
+        def show(line: str) -> None:
+            nonlocal said
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                report(f"decoding videos: {line}")
+
+        asked = [self.size, self.num_frames, self.fps, self.held_out, stride]
+        asked += [source.key for source in sources]
+        if where.exists() and Checkpoint.find(where).meta["footage"] != asked:
+            shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
+        found = run(replace(prepare, stride=stride), show)
+        if not found["held_out_clips"]:
+            raise ValueError(
+                f"{self.videos} has {found['used']} video with a clip of {self.num_frames} frames,"
+                " but one is trained on and another held out: add videos, or lower num_frames"
+            )
+
+
+def initial_codec(init: str | Path | None, wanted: TinyCodecConfig) -> TinyCodec:
+    """Return a new codec, or that of a checkpoint, with a new decoder if its widths are others."""
+    if init is None:
+        return TinyCodec(wanted)
+    codec = Checkpoint.find(init).codec()
     free = ("decoder_channels", "latents_mean", "latents_std")
     changes = {name: getattr(wanted, name) for name in free}
     if not isinstance(codec, TinyCodec) or replace(codec.config, **changes) != wanted:
         raise ValueError(
-            f"{task.init} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
+            f"{init} has a codec of the shape {codec.config}, but the run asks for {wanted}:"
             " only decoder_channels may differ; name another checkpoint, or change the shape"
         )
     if codec.config.decoder_channels != wanted.decoder_channels:
         codec = codec.with_decoder(wanted.decoder_channels)
-    codec.encoder.requires_grad_(False)
+    own_weights(codec)
     return codec
 
 
@@ -86,6 +186,7 @@ class WorldClips:
 
     def __init__(self, task: ReconstructionConfig, *, seed: int):
         self.task, self.seed = task, seed
+        self.shape = (task.num_frames, 3, 64, 64)
 
     def __len__(self) -> int:
         return self.task.num_clips
@@ -98,21 +199,62 @@ class WorldClips:
             clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
+    def held_out(self, count: int) -> Iterator[Video]:
+        for index in range(FIRST_HELD_OUT, FIRST_HELD_OUT + count):
+            yield self.get([index], np.random.default_rng(0))["video"]
+
+    some = held_out  # all are as good
+
+
+class Footage:
+    """Clips of own videos, decoded before."""
+
+    def __init__(self, folder: Path, lossless: PatchCodec) -> None:
+        self.lossless, self.known = lossless, LatentShards(folder)
+        self.apart = LatentShards(folder / HELD_OUT_FOLDER)
+        self.shape = next(self.some(1)).shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        return {"video": self.lossless.decode(self.known.get(indices, rng)["latents"])}
+
+    def held_out(self, count: int) -> Iterator[Video]:
+        """Yield so many clips, or all, from everywhere in the videos that are held out."""
+        return self._spread(self.apart, count)
+
+    def some(self, count: int) -> Iterator[Video]:
+        """Yield so many clips, or all, from everywhere in those that are trained on."""
+        return self._spread(self.known, count)
+
+    def _spread(self, clips: LatentShards, count: int) -> Iterator[Video]:
+        for index in np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int):
+            found = clips.get([int(index)], np.random.default_rng(0))
+            yield self.lossless.decode(found["latents"])
+
 
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
-    def __init__(self, task: ReconstructionConfig, config: TrainConfig):
-        self.task = task
-        codec = TinyCodec(task.codec) if task.init is None else load_decoder(task)
-        self.objective = Reconstruction(codec, latent_noise=task.latent_noise)
-        self.clips = WorldClips(task, seed=config.seed)
-        self.batches = Batches(self.clips, batch_size=config.batch_size, seed=config.seed)
-        latent_frames = 1 + (task.num_frames - 1) // 4
-        self.tokens_per_batch = config.batch_size * latent_frames * 64
-        self.flops_per_batch = 3 * config.batch_size * latent_frames * self._flops_per_latent()
+    def __init__(
+        self,
+        codec: TinyCodec,
+        clips: WorldClips | Footage,
+        config: TrainConfig,
+        *,
+        latent_noise: float,
+    ):
+        self.objective = Reconstruction(codec, latent_noise=latent_noise)
+        self.clips, self.out = clips, config.out
+        self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
+        num_frames, _, *size = clips.shape
+        latent_frames = 1 + (num_frames - 1) // codec.stride[0]
+        batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
+        self.tokens_per_batch = batch * places
+        self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
 
-    def _flops_per_latent(self) -> float:
+    def _flops_per_latent(self, height: int, width: int) -> float:
         """Count the multiply-adds of one latent frame, there and back, by shape."""
         total = 0.0
 
@@ -127,31 +269,44 @@ class ReconstructionTask:
             if isinstance(layer, nn.Conv2d)
         ]
         with torch.no_grad():
-            codec.reconstruct(torch.zeros(1, 5, 3, 64, 64))
+            codec.reconstruct(torch.zeros(1, 5, 3, height, width))
         for hook in hooks:
             hook.remove()
         return total / 2
 
-    def held_out(self, count: int) -> Float[Tensor, "batch frames 3 height width"]:
-        return self.clips.get(
-            list(range(FIRST_HELD_OUT, FIRST_HELD_OUT + count)), np.random.default_rng(0)
-        )["video"]
-
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+        """Measure held-out clips, and keep a picture of some beside what became of them."""
         assert isinstance(module, TinyCodec)
-        video = self.held_out(32)
-        decoded, latents = module.reconstruct(video)
-        return {
-            "psnr": float(psnr(to_frames(decoded.flatten(0, 1)), to_frames(video.flatten(0, 1)))),
-            "latent_std": float(latents.std()),
+        device, latents = next(module.parameters()).device, list[Tensor]()
+        pairs = list[tuple[Frames, Frames]]()
+        for video in self.clips.held_out(32):
+            decoded, latent = module.reconstruct(video.to(device))
+            pairs.append((to_frames(video[0]), to_frames(decoded[0])))
+            latents.append(latent)
+        middle = len(pairs[0][0]) // 2
+        sheet = contact_sheet(np.stack([clip[middle] for pair in pairs for clip in pair]))
+        (self.out / "samples").mkdir(exist_ok=True)
+        Image.fromarray(sheet).save(self.out / "samples" / f"step-{step}.png")
+        where = [np.concatenate([find(clip) for clip, _ in pairs]) for find in (edges, moving)]
+        perceived = [xpsnr(*pair) for pair in pairs]
+        original, decoded = (np.concatenate(clips) for clips in zip(*pairs, strict=True))
+        values = {
+            "psnr": psnr(original, decoded),
+            "psnr_edges": psnr(original, decoded, where=where[0]),
+            "psnr_moving": psnr(original, decoded, where=where[1]),
+            "ssim": ssim(original, decoded),
+            "latent_std": float(torch.cat(latents).std()),
         }
+        known = [value for value in perceived if value is not None]
+        return values | ({"xpsnr": float(np.mean(known))} if known else {})
 
     @torch.no_grad()
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, TinyCodec)
-        codec = module
-        if self.task.init is None:
-            latents = module.encode(self.held_out(256))
+        codec, trained = module, self.objective.module.encoder
+        if any(parameter.requires_grad for parameter in trained.parameters()):
+            device = next(module.parameters()).device
+            latents = torch.cat([module.encode(x.to(device)) for x in self.clips.some(256)])
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
         save_checkpoint(folder, {"codec": codec}, meta, overwrite=True)

@@ -14,7 +14,7 @@ from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
-from videoar.training.codec import ReconstructionConfig
+from videoar.training.codec import FootageConfig, ReconstructionConfig
 from videoar.training.distillation.objectives import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
@@ -30,6 +30,7 @@ TOY_UNITS = (
     "cube:1x2x2",
     "cube:2x2x2",
 )
+WIDE_CODEC = replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16))
 SAMPLING = GenerationConfig(guidance_scale=3.0)
 TOY_TASK = TextToVideoConfig(
     codec=Path("runs/codec-toy-decoder/checkpoint"),
@@ -91,13 +92,29 @@ def codec_toy() -> TrainConfig:
 def codec_toy_decoder() -> TrainConfig:
     """A wider decoder for the latents of `codec-toy`: `videoar train codec-toy-decoder`."""
     first = codec_toy()
-    wider = replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16))
     return replace(
         first,
         name="codec-toy-decoder",
         out=Path("runs/codec-toy-decoder"),
-        task=ReconstructionConfig(codec=wider, init=first.out / "checkpoint"),
+        task=ReconstructionConfig(codec=WIDE_CODEC, init=first.out / "checkpoint"),
         steps=3000,
+    )
+
+
+def codec() -> TrainConfig:
+    """A codec of your own videos: `videoar train codec --data.path VIDEOS`."""
+    return TrainConfig(
+        name="codec",
+        out=Path("runs/codec"),
+        task=FootageConfig(videos=Path("videos"), codec=WIDE_CODEC),
+        steps=5000,
+        batch_size=4,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.25),
+        ema_decay=0.998,
+        precision="bfloat16",
+        log_every=50,
+        save_every=100,
+        sample_every=100,
     )
 
 
@@ -300,7 +317,8 @@ def distils(config: TrainConfig) -> bool:
 
 
 ALL = (
-    *(codec_toy, codec_toy_decoder, toy_images, toy_pairs, toy_short, toy, toy_teacher, finetune),
+    *(codec_toy, codec_toy_decoder, codec),
+    *(toy_images, toy_pairs, toy_short, toy, toy_teacher, finetune),
     *(toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}

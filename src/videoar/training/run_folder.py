@@ -7,6 +7,8 @@ out/log.jsonl            one line per logged step
 out/tensorboard/         the same, if TensorBoard is installed
 out/checkpoints/step-N/  everything needed to go on from step N, exactly
 out/checkpoint/          what the task exports at the end
+out/footage/             decoded videos, if it is a codec that is trained
+out/samples/             pictures of validations
 
 A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
 """
@@ -42,6 +44,7 @@ LogLine = dict[str, int | float]
 # decay at the end of the schedule moves with `steps`.
 FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
 LOSS_CURVE_POINTS = 100
+FOOTAGE = "footage"
 
 
 def claim(out: Path, config: Json) -> None:
@@ -51,12 +54,13 @@ def claim(out: Path, config: Json) -> None:
     """
     owner = out / "run.json"
     begun = (out / "log.jsonl").exists() or (out / "checkpoints").exists()
+    known = {"run.json", ".run.json.partial"}
+    if owner.is_file():  # footage may have been read before it failed, which takes long
+        known |= {FOOTAGE, f"{FOOTAGE}.codec"}
     if owner.is_file() and begun:
         old, held = json.loads(owner.read_text(encoding="utf-8")), f"{out} holds a run"
         check_same(old, config, held=held, other="folder", free=FREE_FIELDS)
-    elif out.exists() and (
-        not out.is_dir() or {p.name for p in out.iterdir()} - {"run.json", ".run.json.partial"}
-    ):
+    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - known):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(owner, config)
