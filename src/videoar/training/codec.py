@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,15 +132,20 @@ class FootageConfig:
             workers=config.num_threads,
         )
         sources = list_sources(self.videos, captions="none").sources
-        frames = sum(max(self.fps * duration(s), len(s.pictures)) for s in sources)
+        length, said = self.num_frames, time.monotonic()
+        after_first = [
+            max(0, int(max(self.fps * duration(s), len(s.pictures))) - length) for s in sources
+        ]
+        # Stored in 16 bits.
         numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)
-        room = int(self.max_gigabytes * 1e9 / (2 * numbers * self.num_frames)) - len(sources)
-        if room < 1:
+        room = int(self.max_gigabytes * 1e9 / (2 * numbers * length))
+        if room < len(sources):
             raise ValueError(
                 f"max_gigabytes is {self.max_gigabytes:g}, which is less than a clip of each of"
                 f" {len(sources)} videos takes: raise it, or lower num_frames or the size"
             )
-        stride, said = max(self.num_frames, math.ceil(frames / room)), time.monotonic()
+        fitting = (s for s in count(length) if sum(1 + f // s for f in after_first) <= room)
+        stride = next(fitting)
 
         def show(progress: Progress) -> None:
             nonlocal said
@@ -147,7 +153,7 @@ class FootageConfig:
                 said = time.monotonic()
                 report(f"decoding videos: {progress}")
 
-        asked = [self.size, self.num_frames, self.fps, self.held_out, stride]
+        asked = [self.size, length, self.fps, self.held_out, stride]
         asked += [source.key for source in sources]
         if where.exists() and load_meta(where)["footage"] != asked:
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +162,7 @@ class FootageConfig:
         found = run(replace(prepare, stride=stride), show)
         if not found["held_out_clips"]:
             raise ValueError(
-                f"{self.videos} has {found['used']} video with a clip of {self.num_frames} frames,"
+                f"{self.videos} has {found['used']} video with a clip of {length} frames,"
                 " but one is trained on and another held out: add videos, or lower num_frames"
             )
 
@@ -286,13 +292,13 @@ class ReconstructionTask:
         """Count the multiply-adds of one latent frame, there and back, by shape."""
         total = 0.0
 
-        def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal total
             total += 2 * output.numel() * layer.weight[0].numel()
 
         codec = self.objective.module
         hooks = [
-            layer.register_forward_hook(count)
+            layer.register_forward_hook(add)
             for layer in codec.modules()
             if isinstance(layer, nn.Conv2d)
         ]
