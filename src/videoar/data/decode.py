@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -151,6 +152,14 @@ def _turns(raw: _Raw) -> int:
     return round(raw.frame.rotation / 90)
 
 
+def _mirrored(raw: _Raw) -> bool:
+    """Return whether the picture is to be turned upside down, before it is turned by quarters."""
+    if (matrix := raw.frame.side_data.get("DISPLAYMATRIX")) is None:
+        return False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] / 65536
+    return bool(a * d < b * c)
+
+
 def _choose(sizes: Sequence[Size], width: float, height: float, fit: Fit) -> Size:
     """Return the size whose shape is nearest, of which the crop leaves most; or what fits there."""
 
@@ -184,7 +193,8 @@ def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Pictur
         flags = ENLARGE
     # Planes take half the time of packed pixels, and the result is the same.
     small = scaler.reformat(frame, columns, rows, "gbrp", matrix, None, flags, threads=1)
-    return np.rot90(small.to_ndarray(), turns)[top : top + height, left : left + width]
+    seen = small.to_ndarray()[:: -1 if _mirrored(raw) else 1]
+    return np.rot90(seen, turns)[top : top + height, left : left + width]
 
 
 def check_size(width: int, height: int) -> None:
@@ -212,12 +222,14 @@ def _decode(source: Source) -> Iterator[_Raw]:
             step, unit = 1 / float(stream.average_rate or 25), float(stream.time_base)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
-            for frame in container.decode(stream):
+            for frame in _frames(container, stream):
                 if frame.is_corrupt:
                     if first is not None:
                         raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
                     continue  # a recording may begin between two key frames
-                time = time + step if frame.pts is None else frame.pts * unit
+                at = time + step if frame.pts is None else frame.pts * unit
+                # Farther back another recording begins; a little, and its stamp is wrong.
+                time = time + step if -1 < at - time < 0 else at
                 first = time if first is None else first
                 duration = frame.duration * unit or step
                 seconds = time + duration - first
@@ -233,6 +245,28 @@ def _decode(source: Source) -> Iterator[_Raw]:
         raise Unusable(f"{after} ({error.strerror})") from error
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from error
+
+
+def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream in the order in which they are shown, with their moments.
+
+    Where packets are stamped as they lie in the file though frames change places, as in AVI, the
+    stamps are of the frames in their order; elsewhere that comes to the same.
+    """
+    waiting, latest, rising = deque[int](), -math.inf, True
+    for packet in container.demux(stream):
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is not None:
+            rising = rising and stamp > latest
+            latest = stamp
+            waiting.append(stamp)
+        for frame in packet.decode():
+            while waiting and frame.key_frame and waiting[0] < (frame.pts or 0):
+                waiting.popleft()  # of packets that gave no frame
+            due = waiting.popleft() if waiting else None
+            if rising and due is not None and stream.codec_context.has_b_frames:
+                frame.pts = due
+            yield frame
 
 
 def _pictured(container: Any) -> Any:
