@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
+from PIL import Image
 
 from videoar.data.decode import read
 from videoar.data.sources import Source
@@ -32,6 +34,7 @@ def write(
     **options: str,
 ) -> Path:
     """Write numbered pictures, or those that are given."""
+    options |= {"auto-alt-ref": "0"} if codec == "libvpx" else {}  # else it takes no alpha
     frames = frames or [picture(number) for number in range(40)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=16, options=options)
@@ -43,10 +46,12 @@ def write(
     return path
 
 
-def shown(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
+def shown(
+    path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), pictures: tuple[str, ...] = ()
+) -> np.ndarray:
     """Return all frames as they are read."""
     about = {"name": path.name, "path": str(path), "size": path.stat().st_size}
-    source = Source(captions=(), **about)
+    source = Source(captions=(), pictures=pictures, **about)
     return np.stack([frame.picture for frame in read(source, fps=16, sizes=[size])])
 
 
@@ -92,3 +97,96 @@ def test_a_picture_is_turned_and_mirrored_as_its_file_says(tmp_path: Path, matri
     expected = expected[:: 1 if y > 0 else -1, :: 1 if x > 0 else -1]
     frame = shown(path, expected.shape[1::-1])[0]
     assert np.abs(frame.astype(int) - expected).mean() < 5
+
+
+def _see_through() -> np.ndarray:
+    pixels = np.concatenate([picture(5), np.full((HEIGHT, WIDTH, 1), 255, np.uint8)], -1)
+    pixels[36:60, 60:92] = (255, 0, 255, 0)
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("png.mov", "png", "rgba"),
+        ("qtrle.mov", "qtrle", "argb"),
+        ("prores.mov", "prores_ks", "yuva444p10le"),
+        ("ffv1.mkv", "ffv1", "yuva444p"),
+        ("vp9.webm", "libvpx-vp9", "yuva420p"),
+        ("vp8.webm", "libvpx", "yuva420p"),
+        ("a.gif", "gif", ""),
+        ("a.webp", "webp", ""),
+        ("pictures", "", ""),
+    ],
+)
+def test_transparency_is_black_in_every_container(
+    tmp_path: Path, name: str, codec: str, pixels: str
+) -> None:
+    """Neither white nor the purple that lies underneath, which is nothing that a viewer sees."""
+    frames, path, pictures = [_see_through()] * 4, tmp_path / name, ()
+    if pixels:
+        write(path, codec=codec, pixels=pixels, frames=frames)
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        images[1].putpixel((1, 1), (9, 9, 9, 255))  # else the frames become one
+        if not codec:
+            path.mkdir()
+            pictures = tuple(f"{number}.png" for number in range(4))
+            for file, image in zip(pictures, images, strict=True):
+                image.save(path / file)
+        else:
+            images[0].save(path, save_all=True, append_images=images[1:], duration=60)
+    frame = shown(path, pictures=pictures)[-1].astype(int)
+    assert frame[40:56, 64:88].max() <= 12
+    assert np.abs(frame[40:56, 8:32] - (235, 20, 20)).max() <= 24
+
+
+def test_what_is_transparent_does_not_run_into_its_neighbours(tmp_path: Path) -> None:
+    """Made smaller, the rim of a hole is half of what is beside it and half black."""
+    pixels = np.full((HEIGHT, WIDTH, 4), (0, 200, 0, 255), np.uint8)
+    pixels[:, ::2] = (255, 0, 255, 0)
+    path = write(tmp_path / "a.mov", codec="png", pixels="rgba", frames=[pixels] * 2)
+    frame = shown(path, (WIDTH // 2, HEIGHT // 2))[0].astype(int)
+    assert np.abs(frame - (0, 100, 0)).max() <= 3
+
+
+def _signal(colour: tuple[int, int, int], transfer: int) -> np.ndarray:
+    """Return how a phone would record a colour of a plain screen, white being of 203 nits."""
+    to_2020 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+    shown = np.array(colour) / 255
+    light = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    nits = 203 * np.array(to_2020) @ light
+    if transfer == 16:
+        power = (nits / 10000) ** (1305 / 8192)
+        return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** (2523 / 32)
+    screen = nits / 1000
+    scene = screen * (screen @ (0.2627, 0.6780, 0.0593)) ** (1 / 1.2 - 1)
+    bright = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), bright)
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+@pytest.mark.parametrize(
+    "colour", [(235, 20, 20), (20, 200, 40), (30, 40, 220), (128, 128, 128), (230, 230, 230)]
+)
+def test_high_dynamic_range_comes_back_as_the_colours_of_a_screen(
+    tmp_path: Path, transfer: int, colour: tuple[int, int, int]
+) -> None:
+    """PQ and HLG as phones record them: a red that is read as it is stored would be brown."""
+    codes = (_signal(colour, transfer) * 65535).round().astype(np.uint16)
+    pixels = np.broadcast_to(codes, (HEIGHT, WIDTH, 3)).copy()
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        options = {"x265-params": "log-level=none", "crf": "4"}
+        stream = container.add_stream("libx265", rate=16, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p10le"
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace = 9, transfer, 9
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb48le")
+            frame = frame.reformat(
+                format="yuv420p10le", dst_colorspace=Colorspace.BT2020, dst_color_range=1
+            )
+            frame.color_primaries, frame.color_trc = 9, transfer
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert np.abs(shown(tmp_path / "a.mp4").astype(int) - colour).max() <= 5

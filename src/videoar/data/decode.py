@@ -20,6 +20,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
+from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
 
@@ -154,9 +155,10 @@ def _turns(raw: _Raw) -> int:
 
 def _mirrored(raw: _Raw) -> bool:
     """Return whether the picture is to be turned upside down, before it is turned by quarters."""
-    if (matrix := raw.frame.side_data.get("DISPLAYMATRIX")) is None:
+    matrix: Any = raw.frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] / 65536
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536
     return bool(a * d < b * c)
 
 
@@ -191,9 +193,17 @@ def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Pictur
     matrix, flags = Colorspace.ITU709 if hd else None, SHRINK
     if 1.5 * columns >= frame.width:
         flags = ENLARGE
+    if has_alpha(frame):  # what is transparent has a colour, too, that must not run into others
+        size = frame.width, frame.height
+        frame = over_black(scaler.reformat(frame, *size, "rgba", matrix, None, flags, threads=1))
+    hdr = frame.color_trc in (PQ, HLG)
+    if hdr and frame.colorspace == UNTAGGED:
+        matrix = Colorspace.BT2020
     # Planes take half the time of packed pixels, and the result is the same.
-    small = scaler.reformat(frame, columns, rows, "gbrp", matrix, None, flags, threads=1)
-    seen = small.to_ndarray()[:: -1 if _mirrored(raw) else 1]
+    kind = "rgb48le" if hdr else "gbrp"
+    small = scaler.reformat(frame, columns, rows, kind, matrix, None, flags, threads=1)
+    seen = small.to_ndarray()
+    seen = (tone_map(seen, frame) if hdr else seen)[:: -1 if _mirrored(raw) else 1]
     return np.rot90(seen, turns)[top : top + height, left : left + width]
 
 
@@ -253,6 +263,11 @@ def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
     Where packets are stamped as they lie in the file though frames change places, as in AVI, the
     stamps are of the frames in their order; elsewhere that comes to the same.
     """
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1":  # which FFmpeg's own decoders leave out
+        name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name, decoder.name)
+        decoder = av.CodecContext.create(name, "r")
+        decoder.thread_count = 1
     waiting, latest, rising = deque[int](), -math.inf, True
     for packet in container.demux(stream):
         stamp = packet.dts if packet.pts is None else packet.pts
@@ -260,11 +275,11 @@ def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
             rising = rising and stamp > latest
             latest = stamp
             waiting.append(stamp)
-        for frame in packet.decode():
+        for frame in decoder.decode(packet):
             while waiting and frame.key_frame and waiting[0] < (frame.pts or 0):
                 waiting.popleft()  # of packets that gave no frame
             due = waiting.popleft() if waiting else None
-            if rising and due is not None and stream.codec_context.has_b_frames:
+            if rising and due is not None and decoder.has_b_frames:
                 frame.pts = due
             yield frame
 
