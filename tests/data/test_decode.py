@@ -47,12 +47,17 @@ def write(
 
 
 def shown(
-    path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), pictures: tuple[str, ...] = ()
+    path: Path,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    *,
+    pictures: tuple[str, ...] = (),
+    notes: list[str] | None = None,
 ) -> np.ndarray:
     """Return all frames as they are read."""
     about = {"name": path.name, "path": str(path), "size": path.stat().st_size}
     source = Source(captions=(), pictures=pictures, **about)
-    return np.stack([frame.picture for frame in read(source, fps=16, sizes=[size])])
+    frames = list(read(source, fps=16, sizes=[size], notes=notes))
+    return np.stack([frame.picture for frame in frames])
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -79,6 +84,30 @@ def test_stamps_of_a_copied_avi_are_put_in_order(tmp_path: Path) -> None:
                 packet.stream = stream
                 new.mux(packet)
     assert numbers(shown(tmp_path / "a.mkv")) == list(range(40))
+
+
+def test_frames_with_wrong_stamps_are_counted_on_and_it_is_said(tmp_path: Path) -> None:
+    """Each is there once, one step after the one before, and `prepare` lists why."""
+    old, path, notes = write(tmp_path / "old.mkv", codec="mjpeg", pixels="yuvj420p"), "a.mkv", []
+    with av.open(str(old)) as right, av.open(str(tmp_path / path), "w") as wrong:
+        stream = wrong.add_stream_from_template(right.streams.video[0])
+        for number, packet in enumerate(right.demux(video=0)):
+            if packet.pts is not None:
+                packet.stream, late = stream, 0 if number % 4 else 3
+                packet.pts += late * round(1 / 16 / packet.time_base)
+                wrong.mux(packet)
+    assert numbers(shown(tmp_path / path, notes=notes)) == list(range(40))
+    assert [note.split(":")[0] for note in notes] == [
+        "time stamps that are missing or run backwards"
+    ]
+
+
+def test_interlaced_material_is_used_and_named(tmp_path: Path) -> None:
+    """Whoever sees combs in the result finds the reason, once for a file, and the remedy."""
+    path, notes = write(tmp_path / "a.mp4", **{"x264-params": "tff=1"}), []
+    assert numbers(shown(path, notes=notes)) == list(range(40))
+    assert len(notes) == 1
+    assert notes[0].startswith("interlaced: ")
 
 
 @pytest.mark.parametrize("matrix", [*itertools.product((1, -1), (1, -1), (False, True))])

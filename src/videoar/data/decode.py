@@ -35,7 +35,8 @@ ENLARGE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 UNTAGGED = 2  # FFmpeg's number of the unspecified colour matrix
 MAX_GAP = 10  # seconds; what timestamps skip beyond that was never filmed
 ROUNDING = 1e-6  # of a frame: moments half-way between two frames fall to the same side
-
+INTERLACED = "interlaced: used as it is, every other line a moment later; ffmpeg -vf bwdif mends it"
+GUESSED = "time stamps that are missing or run backwards: counted on there, at the average rate"
 
 Size = tuple[int, int]
 """Width and height."""
@@ -77,6 +78,7 @@ def read(
     scene_cut: float | None = None,
     max_seconds: float = math.inf,
     picture_fps: float | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[Shown]:
     """Yield the frames of a source at `fps`, in the size of nearest shape.
 
@@ -91,6 +93,7 @@ def read(
         scene_cut: Mean change of a pixel, of 1, that begins a new scene; None: only jumps of time.
         max_seconds: What is later is not used.
         picture_fps: Pictures of a sequence per second; `fps` by default.
+        notes: Where to add what is not as it should be, though it is used.
 
     Raises:
         Unusable: what comes next cannot be used; frames before that are right.
@@ -100,7 +103,7 @@ def read(
     elif source.name.lower().endswith(".webp"):
         raws = _animation(source)
     else:
-        raws = _decode(source)
+        raws = _decode(source, [] if notes is None else notes)
     size, last, picture, scaler = None, None, None, VideoReformatter()
     for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
         size = size or _choose(sizes, *_shape(raw), fit)
@@ -223,13 +226,14 @@ def _open(source: Source) -> Any:
     return av.open(path, options={"format_whitelist": DEMUXERS})
 
 
-def _decode(source: Source) -> Iterator[_Raw]:
+def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
     """Yield the frames of a container."""
     seconds = 0.0
     try:
         with _open(source) as container:
             stream = _pictured(container)
-            step, unit = 1 / float(stream.average_rate or 25), float(stream.time_base)
+            rate, unit = stream.average_rate or stream.guessed_rate or 25, float(stream.time_base)
+            step = 1 / float(rate)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
             for frame in _frames(container, stream):
@@ -237,9 +241,12 @@ def _decode(source: Source) -> Iterator[_Raw]:
                     if first is not None:
                         raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
                     continue  # a recording may begin between two key frames
-                at = time + step if frame.pts is None else frame.pts * unit
+                at = math.nan if frame.pts is None else frame.pts * unit
                 # Farther back another recording begins; a little, and its stamp is wrong.
-                time = time + step if -1 < at - time < 0 else at
+                guessed = first is not None and not (at >= time or at < time - 1)
+                time = time + step if guessed or math.isnan(at) else at
+                for note, holds in ((INTERLACED, frame.interlaced_frame), (GUESSED, guessed)):
+                    notes += [note] * (holds and note not in notes)
                 first = time if first is None else first
                 duration = frame.duration * unit or step
                 seconds = time + duration - first
