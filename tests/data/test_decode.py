@@ -138,6 +138,7 @@ def _see_through() -> np.ndarray:
     ("name", "codec", "pixels"),
     [
         ("png.mov", "png", "rgba"),
+        ("raw.avi", "rawvideo", "bgra"),
         ("qtrle.mov", "qtrle", "argb"),
         ("prores.mov", "prores_ks", "yuva444p10le"),
         ("ffv1.mkv", "ffv1", "yuva444p"),
@@ -168,6 +169,13 @@ def test_transparency_is_black_in_every_container(
     frame = shown(path, pictures=pictures)[-1].astype(int)
     assert frame[40:56, 64:88].max() <= 12
     assert np.abs(frame[40:56, 8:32] - (235, 20, 20)).max() <= 24
+
+
+def test_an_unused_byte_of_an_avi_is_no_transparency(tmp_path: Path) -> None:
+    """Screen recorders write 32 bits with zeros for the last eight: not a black video."""
+    pixels = np.concatenate([picture(5), np.zeros((HEIGHT, WIDTH, 1), np.uint8)], -1)
+    path = write(tmp_path / "a.avi", codec="rawvideo", pixels="bgra", frames=[pixels] * 4)
+    assert np.abs(shown(path)[0].astype(int) - picture(5)).max() <= 2
 
 
 def test_what_is_transparent_does_not_run_into_its_neighbours(tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ def has_alpha(frame: av.VideoFrame) -> bool:
     return kind.has_palette or any(component.is_alpha for component in kind.components)
 
 
+def without_unused(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return a frame of an AVI without its fourth byte, if that is zero and so means nothing."""
+    if has_alpha(frame) and not frame.to_ndarray(format="rgba")[..., 3].any():
+        return frame.reformat(format="rgb24")
+    return frame
+
+
 def over_black(frame: av.VideoFrame) -> av.VideoFrame:
     """Return a frame in `rgba` as it looks on black."""
     pixels = frame.to_ndarray().astype(np.uint16)

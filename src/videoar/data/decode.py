@@ -20,7 +20,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
-from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map
+from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map, without_unused
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
 
@@ -251,6 +251,8 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
                 duration = frame.duration * unit or step
                 seconds = time + duration - first
                 check_size(frame.width, frame.height)
+                if container.format.name == "avi":
+                    frame = without_unused(frame)
                 yield _Raw(time, duration, frame, aspect)
             alone = len(container.streams) == 1  # else the length may be that of the sound
             declared = (stream.duration or 0) * unit
