@@ -64,6 +64,7 @@ def make_parts(
     The next clip is decoded while one is encoded, and no more than two are in memory.
     """
     stem, length, count, note = str(work / source.key), duration(source), 0, ""
+    notes = list[str]()
     held_out = os.path.exists(f"{stem}.heldout")
     frames = read(
         source,
@@ -72,6 +73,7 @@ def make_parts(
         scene_cut=config.scene_cut,
         max_seconds=config.max_seconds,
         picture_fps=config.picture_fps,
+        notes=notes,
     )
     stride = config.stride or max(config.num_frames)
     clips = cut(frames, lengths=config.num_frames, stride=stride)
@@ -97,6 +99,7 @@ def make_parts(
     if not count and not note:
         shortest = f"{min(config.num_frames)} frames at {config.fps:g} per second"
         note = f"shorter than a clip: no scene has {shortest}"
+    note = "; ".join(text for text in (note, *notes) if text)
     write_json(Path(f"{stem}.json"), {"clips": count, "note": note})
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
+from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map, without_unused
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
 
@@ -33,7 +35,8 @@ ENLARGE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 UNTAGGED = 2  # FFmpeg's number of the unspecified colour matrix
 MAX_GAP = 10  # seconds; what timestamps skip beyond that was never filmed
 ROUNDING = 1e-6  # of a frame: moments half-way between two frames fall to the same side
-
+INTERLACED = "interlaced: used as it is, every other line a moment later; ffmpeg -vf bwdif mends it"
+GUESSED = "time stamps that are missing or run backwards: counted on there, at the average rate"
 
 Size = tuple[int, int]
 """Width and height."""
@@ -75,6 +78,7 @@ def read(
     scene_cut: float | None = None,
     max_seconds: float = math.inf,
     picture_fps: float | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[Shown]:
     """Yield the frames of a source at `fps`, in the size of nearest shape.
 
@@ -89,6 +93,7 @@ def read(
         scene_cut: Mean change of a pixel, of 1, that begins a new scene; None: only jumps of time.
         max_seconds: What is later is not used.
         picture_fps: Pictures of a sequence per second; `fps` by default.
+        notes: Where to add what is not as it should be, though it is used.
 
     Raises:
         Unusable: what comes next cannot be used; frames before that are right.
@@ -98,7 +103,7 @@ def read(
     elif source.name.lower().endswith(".webp"):
         raws = _animation(source)
     else:
-        raws = _decode(source)
+        raws = _decode(source, [] if notes is None else notes)
     size, last, picture, scaler = None, None, None, VideoReformatter()
     for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
         size = size or _choose(sizes, *_shape(raw), fit)
@@ -151,6 +156,15 @@ def _turns(raw: _Raw) -> int:
     return round(raw.frame.rotation / 90)
 
 
+def _mirrored(raw: _Raw) -> bool:
+    """Return whether the picture is to be turned upside down, before it is turned by quarters."""
+    matrix: Any = raw.frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536
+    return bool(a * d < b * c)
+
+
 def _choose(sizes: Sequence[Size], width: float, height: float, fit: Fit) -> Size:
     """Return the size whose shape is nearest, of which the crop leaves most; or what fits there."""
 
@@ -182,9 +196,18 @@ def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Pictur
     matrix, flags = Colorspace.ITU709 if hd else None, SHRINK
     if 1.5 * columns >= frame.width:
         flags = ENLARGE
+    if has_alpha(frame):  # what is transparent has a colour, too, that must not run into others
+        size = frame.width, frame.height
+        frame = over_black(scaler.reformat(frame, *size, "rgba", matrix, None, flags, threads=1))
+    hdr = frame.color_trc in (PQ, HLG)
+    if hdr and frame.colorspace == UNTAGGED:
+        matrix = Colorspace.BT2020
     # Planes take half the time of packed pixels, and the result is the same.
-    small = scaler.reformat(frame, columns, rows, "gbrp", matrix, None, flags, threads=1)
-    return np.rot90(small.to_ndarray(), turns)[top : top + height, left : left + width]
+    kind = "rgb48le" if hdr else "gbrp"
+    small = scaler.reformat(frame, columns, rows, kind, matrix, None, flags, threads=1)
+    seen = small.to_ndarray()
+    seen = (tone_map(seen, frame) if hdr else seen)[:: -1 if _mirrored(raw) else 1]
+    return np.rot90(seen, turns)[top : top + height, left : left + width]
 
 
 def check_size(width: int, height: int) -> None:
@@ -203,25 +226,33 @@ def _open(source: Source) -> Any:
     return av.open(path, options={"format_whitelist": DEMUXERS})
 
 
-def _decode(source: Source) -> Iterator[_Raw]:
+def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
     """Yield the frames of a container."""
     seconds = 0.0
     try:
         with _open(source) as container:
             stream = _pictured(container)
-            step, unit = 1 / float(stream.average_rate or 25), float(stream.time_base)
+            rate, unit = stream.average_rate or stream.guessed_rate or 25, float(stream.time_base)
+            step = 1 / float(rate)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
-            for frame in container.decode(stream):
+            for frame in _frames(container, stream):
                 if frame.is_corrupt:
                     if first is not None:
                         raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
                     continue  # a recording may begin between two key frames
-                time = time + step if frame.pts is None else frame.pts * unit
+                at = math.nan if frame.pts is None else frame.pts * unit
+                # Farther back another recording begins; a little, and its stamp is wrong.
+                guessed = first is not None and not (at >= time or at < time - 1)
+                time = time + step if guessed or math.isnan(at) else at
+                for note, holds in ((INTERLACED, frame.interlaced_frame), (GUESSED, guessed)):
+                    notes += [note] * (holds and note not in notes)
                 first = time if first is None else first
                 duration = frame.duration * unit or step
                 seconds = time + duration - first
                 check_size(frame.width, frame.height)
+                if container.format.name == "avi":
+                    frame = without_unused(frame)
                 yield _Raw(time, duration, frame, aspect)
             alone = len(container.streams) == 1  # else the length may be that of the sound
             declared = (stream.duration or 0) * unit
@@ -233,6 +264,33 @@ def _decode(source: Source) -> Iterator[_Raw]:
         raise Unusable(f"{after} ({error.strerror})") from error
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from error
+
+
+def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream in the order in which they are shown, with their moments.
+
+    Where packets are stamped as they lie in the file though frames change places, as in AVI, the
+    stamps are of the frames in their order; elsewhere that comes to the same.
+    """
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1":  # which FFmpeg's own decoders leave out
+        name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name, decoder.name)
+        decoder = av.CodecContext.create(name, "r")
+        decoder.thread_count = 1
+    waiting, latest, rising = deque[int](), -math.inf, True
+    for packet in container.demux(stream):
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is not None:
+            rising = rising and stamp > latest
+            latest = stamp
+            waiting.append(stamp)
+        for frame in decoder.decode(packet):
+            while waiting and frame.key_frame and waiting[0] < (frame.pts or 0):
+                waiting.popleft()  # of packets that gave no frame
+            due = waiting.popleft() if waiting else None
+            if rising and due is not None and decoder.has_b_frames:
+                frame.pts = due
+            yield frame
 
 
 def _pictured(container: Any) -> Any:

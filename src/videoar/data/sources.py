@@ -12,7 +12,7 @@ import posixpath
 import re
 import stat
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ VIDEOS = frozenset(
 )
 PICTURES = frozenset(".png .jpg .jpeg .bmp .tif .tiff".split())
 METADATA = ("metadata.jsonl", "metadata.csv")
+TWICE = "its key came before in the tar, and the first is used: give each sample a key of its own"
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -183,8 +184,12 @@ class _Walk:
                     self.rejected[f"{shown}, row {number}"] = str(error)
 
     def _add_tar(self, path: str, shown: str) -> None:
-        """Add the videos of a WebDataset tar: members of one name up to the first dot belong."""
+        """Add the videos of a WebDataset tar: members of one name up to the first dot belong.
+
+        Where a member comes again, a second sample of the name begins, of which nothing is used.
+        """
         modified, before = os.stat(path).st_mtime_ns, len(self.videos)
+        seen, again = Counter[str](), set[str]()
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
@@ -194,6 +199,11 @@ class _Walk:
                     stem, _, suffix = tail.partition(".")
                     suffix = f".{suffix.lower()}"
                     if member.isdir():
+                        continue
+                    seen[name] += 1
+                    if seen[name] > 1 or posixpath.join(head, stem) in again:
+                        again.add(posixpath.join(head, stem))
+                        self.rejected[f"{name}, time {seen[name]}"] = TWICE
                         continue
                     problems = filter(None, map(name_problem, inside.split("/")))
                     if problem := next(problems, "" if member.isfile() else "not a regular file"):
