@@ -238,7 +238,7 @@ class Checkpoint:
             found = wan.read_transformer(self.source, base=self.home)
         if self.lora is None:
             return found
-        merged = merge_lora(found.weights, weights.read_weights(self.lora), file=self.lora)
+        merged = merge_lora(found.weights, self.lora)
         return replace(found, weights=merged, format=f"{found.format} with {self.lora.name}")
 
     def codec(self, *, device: torch.device | str = "cpu") -> Codec:
