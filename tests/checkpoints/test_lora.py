@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_transformer
 
+from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checkpoints.lora import merge_lora
 
 Tensors = dict[str, torch.Tensor]
@@ -177,6 +178,33 @@ def test_plain_additions_are_added(tmp_path: Path) -> None:
     tensors = {f"diffusion_model.{name}": added[key] for name, key in names.items()}
     found = _merged(tmp_path, tensors | _kohya("diffusion_model.blocks.0.self_attn.q"))
     _check(found, added | _product(2.0))
+
+
+def test_several_are_merged_each_at_its_strength(tmp_path: Path) -> None:
+    """Sides, biases and plain additions are scaled alike; a name that holds `=` is a name."""
+    norm = "blocks.0.attn1.norm_q"
+    one, two = tmp_path / "one.safetensors", tmp_path / "two=2.safetensors"
+    save_file(_kohya(), one)
+    save_file({f"{Q}.diff_b": torch.ones(24), f"{norm}.diff": torch.ones(24)}, two)
+    save_checkpoint(tmp_path / "base", {"transformer": tiny_transformer()}, {})
+    found = Checkpoint.find(tmp_path / "base", lora=[f"{one}=0.5", f"{two}=2", two]).transformer()
+    added = {f"{Q}.bias": 3 * torch.ones(24), f"{norm}.weight": 3 * torch.ones(24)}
+    _check(found.weights, added | _product(1.0))
+    names = ("0.5 times one.safetensors", "2 times two=2.safetensors", "two=2.safetensors")
+    assert found.format == " with ".join(("videoar", *names))
+    assert len(Checkpoint.find(tmp_path / "base", lora=one).lora) == 1
+
+
+@pytest.mark.parametrize("strength", ["", "x", "nan", "1,5"])
+def test_a_strength_is_a_number(tmp_path: Path, strength: str) -> None:
+    """And a file that is not there is called so."""
+    save_checkpoint(tmp_path / "base", {"transformer": tiny_transformer()}, {})
+    save_file(_kohya(), tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match=f"gives '{strength}', but a number is needed for"):
+        Checkpoint.find(tmp_path / "base", lora=f"{tmp_path}/one.safetensors={strength}")
+    found = Checkpoint.find(tmp_path / "base", lora=f"{tmp_path}/two.safetensors={strength}")
+    with pytest.raises(ValueError, match="there is no file"):
+        found.transformer()
 
 
 ONE = torch.ones(24)

@@ -35,7 +35,15 @@ CONFIG = "adapter_config.json"
 UNKNOWN = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication")
 
 
-def merge_lora(weights: Weights, source: Path) -> Weights:
+def split_strength(source: str | Path) -> tuple[Path, float]:
+    """Split `FILE=STRENGTH`."""
+    file, _, strength = str(source).rpartition("=")
+    if not file or split_entry(Path(source))[0].exists() or not split_entry(Path(file))[0].exists():
+        return Path(source), 1.0
+    return Path(file), _number(strength, str(source), Path(file))
+
+
+def merge_lora(weights: Weights, source: Path, *, strength: float = 1.0) -> Weights:
     """Return weights with updates added in float32: `W + alpha / rank * B A`, or a plain `diff`.
 
     Where nothing states alpha it is the rank, as in LongLive.
@@ -44,9 +52,9 @@ def merge_lora(weights: Weights, source: Path) -> Weights:
     merged = dict(weights)
     for layer, (name, update) in updates.items():
         weight = f"{layer}.weight" if f"{layer}.weight" in weights else layer  # modulation
-        added = {"diff": (weight, 1.0), "diff_b": (f"{layer}.bias", 1.0)}
+        added = {"diff": (weight, strength), "diff_b": (f"{layer}.bias", strength)}
         if "A" in update:
-            scale = _scale(name, update, stated, file=source)
+            scale = strength * _scale(name, update, stated, file=source)
             added |= {"product": (weight, scale), "bias": (f"{layer}.bias", scale)}
             product = update["B"].float().flatten(1) @ update["A"].float().flatten(1)
             if product.shape == weights[weight].flatten(1).shape:  # a convolution, maybe
