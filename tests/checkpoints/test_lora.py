@@ -213,6 +213,7 @@ WRONG: dict[str, tuple[Tensors, dict[str, str] | None, dict[str, Any], str]] = {
     "two places": (_peft(), DIFFUSERS, {"lora_alpha": 4}, "1 times by .*_config.json, but 2 times"),
     "another rank": (_peft(), None, {"r": 8, "lora_alpha": 8}, "the rank 8, but .* with rank 4"),
     "words for alpha": (_peft(), None, {"lora_alpha": "x"}, "gives 'x', but a number is needed"),
+    "no number": (_peft(), None, {"lora_alpha": 10**400}, "but a number is needed"),
     "no alpha": (_peft(), None, {"r": 4}, "gives None, but a number is needed"),
     "many alphas": (_kohya(alpha=None) | {f"{KOHYA}.alpha": ONE}, None, {}, "a number is needed"),
     "resized, no tensor": (_kohya(alpha=None), {"ss_network_alpha": "Dynamic"}, {}, "'Dynamic'"),

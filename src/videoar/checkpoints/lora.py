@@ -202,7 +202,7 @@ def _of_pattern(config: dict[str, Any], field: str, name: str, default: Any, pla
 def _number(value: Any, place: str, file: Path) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{place} gives {value!r}, but a number is needed for {file}; correct it")
