@@ -104,7 +104,7 @@ def test_our_names_of_the_original_are_those_of_diffusers() -> None:
     """Two tables written apart: the one here and the converter of diffusers."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    from videoar.checkpoints.convert import wan_names
+    from videoar.checkpoints.wan import wan_names
 
     weights = tiny_wan.transformer().state_dict()
     back = convert_wan_transformer_to_diffusers(dict(wan_names(weights)))

@@ -16,7 +16,7 @@ import hashlib
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import nn
 
 from videoar import __version__, weights
 from videoar.checkpoints import wan
-from videoar.checkpoints.lora import merge_lora
+from videoar.checkpoints.lora import merge_lora, split_strength
 from videoar.checks import hint
 from videoar.core.transformer import VideoTransformer
 from videoar.encoders import umt5
@@ -155,8 +155,8 @@ class Checkpoint:
     """Transformer, in any format; `FILE#ENTRY` picks an entry of a file."""
     home: Path
     """Codec and text encoder."""
-    lora: Path | None
-    """Low-rank updates to merge."""
+    lora: tuple[tuple[Path, float], ...]
+    """Files of low-rank updates to merge, and how strongly."""
     meta: dict[str, Any]
     """What a checkpoint of ours says of itself; empty for another's."""
     named: dict[str, str]
@@ -164,7 +164,11 @@ class Checkpoint:
 
     @classmethod
     def find(
-        cls, name: str | Path, *, base: str | Path | None = None, lora: str | Path | None = None
+        cls,
+        name: str | Path,
+        *,
+        base: str | Path | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
     ) -> "Checkpoint":
         """Find a bundled checkpoint, a folder, a file, or a Hugging Face repository.
 
@@ -172,15 +176,16 @@ class Checkpoint:
             name: `FILE#ENTRY` picks one of the entries that a trainer wrapped.
             base: whose codec and text encoder are taken, and whose config states the size of the
                 heads if none is beside the weights.
-            lora: file of low-rank updates.
+            lora: file of low-rank updates, or several; `FILE=0.8` scales one.
         """
         source = resolve(name)
+        files = [lora] if isinstance(lora, str | Path) else lora or []
         meta, home = _read_meta(source), source if base is None else resolve(base)
         named = (meta if base is None else _read_meta(home)).get("parts", {})
         return cls(
             source=source,
             home=home,
-            lora=None if lora is None else Path(lora),
+            lora=tuple(map(split_strength, files)),
             meta=meta,
             named={part: name for part, name in named.items() if not _holds(home, part)},
         )
@@ -217,7 +222,7 @@ class Checkpoint:
 
     def check_preset(self, found: wan.TransformerWeights, preset: str | None) -> None:
         """Raise if weights alone, which may be of any family, would be sampled like plain Wan."""
-        alone = self.lora is not None or not found.file.is_dir()
+        alone = bool(self.lora) or not found.file.is_dir()
         if preset is None and alone and not self.meta:
             raise ValueError(
                 f"{self.source} ({found.format}) does not say how it is sampled: name its --preset,"
@@ -236,10 +241,11 @@ class Checkpoint:
             found = wan.TransformerWeights(module.state_dict(), module.config, folder, "videoar")
         else:
             found = wan.read_transformer(self.source, base=self.home)
-        if self.lora is None:
-            return found
-        merged = merge_lora(found.weights, weights.read_weights(self.lora), file=self.lora)
-        return replace(found, weights=merged, format=f"{found.format} with {self.lora.name}")
+        for file, strength in self.lora:
+            merged = merge_lora(found.weights, file, strength=strength)
+            name = file.name if strength == 1 else f"{strength:g} times {file.name}"
+            found = replace(found, weights=merged, format=f"{found.format} with {name}")
+        return found
 
     def codec(self, *, device: torch.device | str = "cpu") -> Codec:
         """Load the codec, in any format."""

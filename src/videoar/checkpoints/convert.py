@@ -10,17 +10,11 @@ import torch
 
 from videoar.checkpoints import wan
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checkpoints.wan import BLOCK, FIELDS, FILE, FIXED, TOP, TransformerWeights, renamed
+from videoar.checkpoints.wan import FIELDS, FILE, FIXED, TransformerWeights, wan_names
 from videoar.core.transformer import ModelConfig
 from videoar.encoders import umt5, wan_codec
 from videoar.files import replaced_folder, write_json
 from videoar.weights import CONFIG, Weights, as_dtype, read_json, save_weights
-
-
-def wan_names(weights: Weights) -> Weights:
-    """Rename from ours to the original's; the inverse of `our_names`."""
-    top, block = ({new: old for old, new in table.items()} for table in (TOP, BLOCK))
-    return renamed(weights, top, block)
 
 
 def plain(found: TransformerWeights) -> Weights:

@@ -69,7 +69,7 @@ FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_
 
 # What else is published beside transformers, by a part of its names.
 OTHERS = {
-    "lora_A": "holds low-rank updates: pass it as --lora, beside the file of its base model",
+    "lora_": "holds low-rank updates: pass it as --lora, beside the file of its base model",
     "decoder.": "holds a codec: pass it as --codec, beside a transformer",
     "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
 }
@@ -145,6 +145,12 @@ def our_names(weights: Weights) -> tuple[Weights, str]:
     if not any(".self_attn." in key for key in bare):
         return bare, "diffusers"
     return renamed(bare, TOP, BLOCK), "original Wan"
+
+
+def wan_names(weights: Weights) -> Weights:
+    """Rename from ours to the original's; the inverse of `our_names`."""
+    top, block = ({new: old for old, new in table.items()} for table in (TOP, BLOCK))
+    return renamed(weights, top, block)
 
 
 def renamed(weights: Weights, top: Mapping[str, str], block: Mapping[str, str]) -> Weights:

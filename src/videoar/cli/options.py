@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from videoar.checks import check_positive
 from videoar.core.schemes import KINDS
@@ -17,8 +17,8 @@ class CheckpointOptions:
 
     base: str | None = None
     """Folder or Hugging Face repository with the codec and text encoder, for files of weights."""
-    lora: Path | None = None
-    """File of low-rank updates to merge."""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    """File of low-rank updates to merge, FILE or FILE=STRENGTH; once for each."""
     preset: str | None = None
     """Family whose settings are the defaults: wan, rcm, self-forcing, causvid, longlive, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

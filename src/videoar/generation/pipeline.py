@@ -58,7 +58,7 @@ class VideoPipeline:
         name_or_path: str | Path,
         *,
         base: str | Path | None = None,
-        lora: str | Path | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
         codec: str | Path | None = None,
         preset: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -70,7 +70,7 @@ class VideoPipeline:
         Args:
             name_or_path: any format of `docs/wan.md`; `FILE#ENTRY` picks an entry of a file.
             base: where codec and text encoder are, if not there.
-            lora: file of low-rank updates to merge.
+            lora: file of low-rank updates to merge, or several; `FILE=0.8` scales one.
             codec: another codec: a checkpoint, or a file such as `taew2_1.pth`.
             preset: how to sample, by the name of a family in `wan.PRESETS`.
             dtype: of transformer and text encoder; None: as they are stored.
