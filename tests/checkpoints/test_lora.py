@@ -94,6 +94,12 @@ def test_without_a_number_alpha_is_the_rank(tmp_path: Path, header: dict[str, st
     _check(_merged(tmp_path, _kohya(alpha=None), header), _product(1.0))
 
 
+def test_alpha_is_not_counted_twice(tmp_path: Path) -> None:
+    """What musubi-tuner converts holds alpha in its sides, and still states it in the header."""
+    header = {"ss_network_alpha": "8.0", "ss_network_dim": "4"}
+    _check(_merged(tmp_path, _peft(f"diffusion_model.{Q}"), header), _product(1.0))
+
+
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # takes biases for shards
 def test_what_peft_writes_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
     """Patterns, biases and the root of the rank: the sum is that of `merge_and_unload`."""

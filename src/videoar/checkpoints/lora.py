@@ -131,9 +131,11 @@ def _stated(source: Path) -> dict[str, dict[str, Any]]:
     found = {str(config): read_json(config)} if config.is_file() else {}
     for each in sorted(file.glob("*.safetensors")) if file.is_dir() else [file]:
         header: dict[str, str] = {}
+        kohya = False
         if each.suffix == ".safetensors":
             with safe_open(each, "pt") as opened:
                 header = opened.metadata() or {}
+                kohya = any(".lora_down." in key for key in opened.keys())
         if (text := header.get("lora_adapter_metadata")) is not None:
             place = f"lora_adapter_metadata of {each.name}"
             try:
@@ -141,8 +143,9 @@ def _stated(source: Path) -> dict[str, dict[str, Any]]:
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"{place} is no JSON object; use another file") from error
             found[place] = values
-        # Without a number it is the rank.
-        if header.get("ss_network_alpha", "None") not in ("None", "0", "0.0"):
+        # Without a number it is the rank. Under the names `lora_A` the file was converted:
+        # musubi-tuner then multiplies the sides by it, and leaves the header as it was.
+        if kohya and header.get("ss_network_alpha", "None") not in ("None", "0", "0.0"):
             values = {"lora_alpha": header["ss_network_alpha"], "r": header.get("ss_network_dim")}
             found[f"ss_network_alpha of {each.name}"] = values
     for place, values in found.items():
