@@ -182,6 +182,17 @@ def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
     assert "4 units of chunk:2 in 8 passes; up to 32 tokens in the cache" in out
 
 
+def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None:
+    """They are allowed: a line says that the model does not know them."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"units": ["frame", "chunk:2"]}
+    folder = str(pipe.save_pretrained(tmp_path / "two"))
+    words = ("generate", "a red ball", "--model", folder, "--num-frames", "5", "--force")
+    line = "the model is not trained on cube:1x2x2, but on frame, chunk:2\n"
+    assert line in run(*words)[1]  # its own default, as a checkpoint may be written by hand
+    assert "not trained" not in run(*words, "--units", "chunk:1")[1]
+
+
 def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
     """The seed decides the pixels; a video that cannot be made again cannot be discussed."""
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):

@@ -53,6 +53,8 @@ def make(args: options.Generate) -> tuple[Timing, str]:
     load = {name: getattr(args, name) for name in names}
     pipe = VideoPipeline.from_pretrained(args.model, **load)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
+    if new := pipe.untrained([given.get("units", pipe.sampling.units)]):
+        say(f"the model is {new}")
     fps = pipe.sampling.fps
     size = {"height": pipe.height, "width": pipe.width, "fit": args.fit}
     video = None

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
-from videoar.core.schemes import Scheme, parse
+from videoar.core.schemes import Scheme, names, parse
 from videoar.core.tokens import known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
@@ -205,6 +205,12 @@ class VideoPipeline:
                 f"{shape} to a clip of units without levels."
             )
         return to_tokens(latents, units, patch=patch)
+
+    def untrained(self, units: Iterable[str | Scheme]) -> str:
+        """Say which units a checkpoint that states its own never learned; nothing if none is."""
+        known = self.meta.get("units", ())
+        new = [name for name in names(units) if known and name not in known]
+        return f"not trained on {', '.join(new)}, but on {', '.join(known)}" if new else ""
 
     def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
         """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
