@@ -193,6 +193,17 @@ def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None
     assert "not trained" not in run(*words, "--units", "chunk:1")[1]
 
 
+def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> None:
+    """What it makes of them is chance, whatever it looks like."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"words": ["a", "ball", "red"]}
+    folder = str(pipe.save_pretrained(tmp_path / "few"))
+    words = ("--model", folder, "--num-frames", "5", "--force")
+    line = "in no caption of the model's training: dog, golden\n"
+    assert line in run("generate", "a golden dog", *words)[1]
+    assert "in no caption" not in run("generate", "A Red ball!", *words)[1]
+
+
 def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
     """The seed decides the pixels; a video that cannot be made again cannot be discussed."""
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):

@@ -11,6 +11,7 @@ from tiny import CODEC, MODEL, TEXT
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.schemes import Cells, KeyDetail, Scheme, box
+from videoar.data.world import held_out_prompts
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
@@ -19,7 +20,7 @@ from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
-from videoar.training.text_to_video import TextToVideoConfig
+from videoar.training.text_to_video import TextToVideoConfig, learned
 
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
@@ -186,6 +187,30 @@ def test_a_student_may_be_given_schemes_themselves() -> None:
 def test_a_window_takes_one_unit_at_least() -> None:
     """Units longer than the clips of the training would else not be sampled at all."""
     assert GenerationConfig().trained(("key-detail:4",), window=2).window_frames == 4
+
+
+def test_a_checkpoint_knows_the_words_of_its_captions(trained, tmp_path: Path) -> None:
+    """Those of the checkpoint it began with, too, and of one that does not say them: no list."""
+    toy, student = (VideoPipeline.from_pretrained(trained(name)) for name in ("toy", "toy-start"))
+    assert {"a", "on"} & set(toy.meta["words"])
+    assert student.meta["words"] == toy.meta["words"]
+    assert toy.unknown_words("A golden Retriever") == ["golden", "retriever"]
+    assert learned(("frame",), ["A cat"], ["dog"]) == {
+        "units": ["frame"],
+        "words": ["a", "cat", "dog"],
+    }
+    assert learned(("frame",), ["A cat"], None) == {"units": ["frame"]}
+    many = [f"word{number}" for number in range(10_001)]
+    assert "words" not in learned(("frame",), many, ())
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-base"])
+def test_the_bundled_checkpoints_know_the_words_of_the_world(name: str) -> None:
+    """A prompt of the world names none; one of something else is told so."""
+    pipe = VideoPipeline.from_pretrained(name)
+    for asked in held_out_prompts(300, seed=1):
+        assert not pipe.unknown_words(asked["prompt"])
+    assert pipe.unknown_words("a golden retriever runs left") == ["golden", "retriever", "runs"]
 
 
 @pytest.mark.parametrize(

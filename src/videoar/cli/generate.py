@@ -55,6 +55,8 @@ def make(args: options.Generate) -> tuple[Timing, str]:
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     if new := pipe.untrained([given.get("units", pipe.sampling.units)]):
         say(f"the model is {new}")
+    if unknown := pipe.unknown_words(args.prompt):
+        say(f"in no caption of the model's training: {', '.join(unknown)}")
     fps = pipe.sampling.fps
     size = {"height": pipe.height, "width": pipe.width, "fit": args.fit}
     video = None

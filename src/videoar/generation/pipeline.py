@@ -24,7 +24,7 @@ from videoar.core.units import Units
 from videoar.data.decode import Fit
 from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
-from videoar.encoders.text_encoder import PromptEncoder
+from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
@@ -211,6 +211,11 @@ class VideoPipeline:
         known = self.meta.get("units", ())
         new = [name for name in names(units) if known and name not in known]
         return f"not trained on {', '.join(new)}, but on {', '.join(known)}" if new else ""
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt in no caption of a model that states those of its own."""
+        known = self.meta.get("words")
+        return [] if known is None else sorted(words_of([prompt]) - set(known))
 
     def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
         """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""

@@ -25,6 +25,9 @@ from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
 from videoar.training.run_folder import Report
 
+MAX_WORDS = 10_000
+"""A checkpoint lists no more words than that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextToVideoConfig:
@@ -92,7 +95,8 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     assert task.model is not None
     assert task.text is not None
-    tokenizer = text_encoder.Tokenizer.train(shards.captions, vocab_size=task.text.vocab_size)
+    captions = (caption.lower() for caption in shards.captions)
+    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=task.text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
     return VideoPipeline(VideoTransformer(task.model), prompts, codec)
 
@@ -126,6 +130,17 @@ def trained_sampling(
     )
 
 
+def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str, Any]:
+    """Return what a checkpoint says that it knows: units, and all words of captions.
+
+    `words` are those from before; None, where they are not known or too many, stays so.
+    """
+    said: dict[str, Any] = {"units": list(dict.fromkeys(units))}
+    if words is not None:
+        words = sorted({*words, *text_encoder.words_of(captions)})
+    return said if words is None or len(words) > MAX_WORDS else said | {"words": words}
+
+
 class TextToVideoTask:
     """A `Task`: what the loop needs to train a generator."""
 
@@ -136,6 +151,7 @@ class TextToVideoTask:
         loaded = None if task.init is None else load_generator(task)
         codec = loaded.codec if loaded else Checkpoint.find(str(task.codec)).codec()
         shards = self._open(codec, report)
+        self.captions, self.words = shards.captions, loaded.meta.get("words") if loaded else ()
         self.pipe = loaded or make_generator(task, codec, shards)
         transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
         height, width = shards.size
@@ -205,5 +221,5 @@ class TextToVideoTask:
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.pipe, module)
-        pipe.meta = {"units": list(dict.fromkeys(self.units)), **meta}
+        pipe.meta = {**learned(self.units, self.captions, self.words), **meta}
         pipe.save_pretrained(folder, overwrite=True)

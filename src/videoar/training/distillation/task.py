@@ -25,7 +25,7 @@ from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
-from videoar.training.text_to_video import networks_of, with_networks
+from videoar.training.text_to_video import learned, networks_of, with_networks
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
@@ -310,5 +310,6 @@ class StudentTask:
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.student, module)
         merge_low_rank(pipe.transformer)
-        pipe.meta = {"units": list(dict.fromkeys(self.units)), **meta}
+        words = self.student.meta.get("words")
+        pipe.meta = {**learned(self.units, self.shards.captions, words), **meta}
         pipe.save_pretrained(folder, overwrite=True)
