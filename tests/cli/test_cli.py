@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,16 @@ def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None
     assert "not trained" not in run(*words, "--units", "chunk:1")[1]
 
 
+def test_guidance_of_a_distilled_model_is_said_to_be_of_no_use(run: Run, tmp_path: Path) -> None:
+    """It is allowed, but such a model has nothing that guidance could lead away from."""
+    pipe = tiny_pipeline()
+    pipe.sampling = replace(pipe.sampling, step="renoise")
+    folder = str(pipe.save_pretrained(tmp_path / "few"))
+    words = ("generate", "a ball", "--model", folder, "--num-frames", "5", "--force")
+    assert "distilled to sample without" in run(*words, "--guidance-scale", "2")[1]
+    assert "distilled" not in run(*words, "--guidance-scale", "1")[1] + run(*words)[1]
+
+
 def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> None:
     """What it makes of them is chance, whatever it looks like."""
     pipe = tiny_pipeline()
@@ -316,6 +326,9 @@ BAD = [
     (("generate", "ball", "--threads", "0"), "threads is 0"),
     (("generate", "ball", "--window", "1", "--units", "chunk:2"), "smaller than one unit"),
     (("generate", "ball", "--sink", "-1"), "sink_frames is -1"),
+    (("generate", "ball", "--sink", "100", "--window", "4"), "use fewer sinks"),
+    (("generate", "ball", "--fit", "crop"), "name one of them too"),
+    (("generate", "ball", "--negative-prompt", "red"), "guidance_scale is 1"),
     (("generate", ""), "prompt is empty"),
     (("generate", "ball " * 2000), "10000 characters"),
     (("generate", "ball " * 100), "tokens"),

@@ -157,6 +157,11 @@ class VideoPipeline:
         started = time.perf_counter()
         options, batch = self.sampling.replaced(**sampling), len(prompts)
         _check(prompts, seeds, num_frames, options)
+        if sampling.get("negative_prompt") and options.guidance_scale == 1:
+            raise ValueError(
+                "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
+                " is none: raise it, or leave the negative prompt out."
+            )
         lattice = self.lattice(options.units, num_frames)
         size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
