@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,38 @@ def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
     assert "4 units of chunk:2 in 8 passes; up to 32 tokens in the cache" in out
 
 
+def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None:
+    """They are allowed: a line says that the model does not know them."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"units": ["frame", "chunk:2"]}
+    folder = str(pipe.save_pretrained(tmp_path / "two"))
+    words = ("generate", "a red ball", "--model", folder, "--num-frames", "5", "--force")
+    line = "the model is not trained on cube:1x2x2, but on frame, chunk:2\n"
+    assert line in run(*words)[1]  # its own default, as a checkpoint may be written by hand
+    assert "not trained" not in run(*words, "--units", "chunk:1")[1]
+
+
+def test_guidance_of_a_distilled_model_is_said_to_be_of_no_use(run: Run, tmp_path: Path) -> None:
+    """It is allowed, but such a model has nothing that guidance could lead away from."""
+    pipe = tiny_pipeline()
+    pipe.sampling = replace(pipe.sampling, step="renoise")
+    folder = str(pipe.save_pretrained(tmp_path / "few"))
+    words = ("generate", "a ball", "--model", folder, "--num-frames", "5", "--force")
+    assert "distilled to sample without" in run(*words, "--guidance-scale", "2")[1]
+    assert "distilled" not in run(*words, "--guidance-scale", "1")[1] + run(*words)[1]
+
+
+def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> None:
+    """What it makes of them is chance, whatever it looks like."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"words": ["a", "ball", "red"]}
+    folder = str(pipe.save_pretrained(tmp_path / "few"))
+    words = ("--model", folder, "--num-frames", "5", "--force")
+    line = "in no caption of the model's training: dog, golden\n"
+    assert line in run("generate", "a golden dog", *words)[1]
+    assert "in no caption" not in run("generate", "A Red ball!", *words)[1]
+
+
 def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
     """The seed decides the pixels; a video that cannot be made again cannot be discussed."""
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -294,6 +326,9 @@ BAD = [
     (("generate", "ball", "--threads", "0"), "threads is 0"),
     (("generate", "ball", "--window", "1", "--units", "chunk:2"), "smaller than one unit"),
     (("generate", "ball", "--sink", "-1"), "sink_frames is -1"),
+    (("generate", "ball", "--sink", "100", "--window", "4"), "use fewer sinks"),
+    (("generate", "ball", "--fit", "crop"), "name one of them too"),
+    (("generate", "ball", "--negative-prompt", "red"), "guidance_scale is 1"),
     (("generate", ""), "prompt is empty"),
     (("generate", "ball " * 2000), "10000 characters"),
     (("generate", "ball " * 100), "tokens"),

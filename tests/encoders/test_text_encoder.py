@@ -13,6 +13,7 @@ from videoar.encoders.text_encoder import (
     TextEncoderConfig,
     TinyPromptEncoder,
     Tokenizer,
+    words_of,
 )
 
 COLORS = ("red", "green", "blue", "yellow")
@@ -118,6 +119,23 @@ def test_prompts_of_a_batch_do_not_mix(encoder: TextEncoder) -> None:
     prompts = TinyPromptEncoder(TOKENIZER, encoder)
     both = prompts.encode(["a red ball", "a blue ball moves left"])
     torch.testing.assert_close(both[:1], prompts.encode(["a red ball"]))
+
+
+@pytest.mark.parametrize("prompt", ["A SMALL Red ball", "A small red ball", "a small RED BALL"])
+def test_capitals_are_small_letters(encoder: TextEncoder, prompt: str) -> None:
+    """The captions of a training may have none: spelled in bytes, a prompt would mean nothing."""
+    prompts, plain = TinyPromptEncoder(TOKENIZER, encoder), "a small red ball"
+    assert torch.equal(prompts.encode([prompt]), prompts.encode([plain]))
+    assert torch.equal(prompts.tokenize([prompt]), prompts.tokenize([plain]))
+    short = TextEncoder(replace(CONFIG, max_tokens=4))
+    assert not TinyPromptEncoder(TOKENIZER, short).too_long({prompt})
+
+
+def test_words_of_texts() -> None:
+    """Signs are no part of a word, and capitals make no other one."""
+    assert words_of(["A red ball.", "the BALL's 2, größer"]) == {
+        *("a", "red", "ball", "the", "s", "2", "größer"),
+    }
 
 
 def test_words_and_their_order_matter(encoder: TextEncoder) -> None:

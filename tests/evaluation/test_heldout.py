@@ -110,6 +110,19 @@ def test_the_loss_tells_a_trained_model_from_noise(
     assert found[1] < found[0]
 
 
+def test_losses_are_those_of_the_trained_units_by_default(
+    run: Run, prepared: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a model never learned has a loss, too, but says nothing; if it is asked for, say so."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"units": ["chunk:2"]}
+    words = (pipe.save_pretrained(tmp_path / "one"), "--data", prepared["lossy-latents"])
+    code, out, _ = run(*words)
+    assert code == 0
+    assert ("chunk:2" in out, "frame |" in out, "not trained" in out) == (True, False, False)
+    assert "is not trained on frame, but on chunk:2\n" in run(*words, "--units", "frame")[1]
+
+
 def test_what_cannot_be_compared_is_said(run: Run, prepared: dict[str, Path], tmp_path) -> None:
     """Another codec, nothing held out, no such folder: one sentence, and what to do."""
     videos, latents = prepared["videos"], tmp_path / "latents"

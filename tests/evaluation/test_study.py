@@ -234,6 +234,26 @@ def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
         evaluate(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
 
 
+def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
+    """A model is not judged by what it never learned, unless it is asked for, and said."""
+    pipe = tiny.tiny_pipeline()
+    pipe.meta = {"units": ["chunk:2", "key-detail:2"]}
+    pipe.prompt_encoder = replace(
+        pipe.prompt_encoder, encoder=TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
+    )
+    folder, lines = pipe.save_pretrained(tmp_path / "two"), []
+    short = {"num_prompts": 2, "seconds": 2.0, "num_inference_steps": 1}
+    config = Evaluate(checkpoint=str(folder), out=tmp_path / "report.json", **short)
+    evaluate(config, lines.append)
+    found = json.loads((tmp_path / "report.json").read_text())["entries"]
+    assert set(found) >= {"chunk:2", "key-detail:2"}
+    assert "frame" not in found
+    assert not any("not trained" in line for line in lines)
+    evaluate(replace(config, units=("chunk:2", "frame")), lines.append)
+    (line,) = (line for line in lines if "not trained" in line)
+    assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -112,7 +112,10 @@ def test_a_batch_is_its_videos_one_by_one(pipe) -> None:
 def test_guidance_of_one_is_none_and_more_leads_away(pipe) -> None:
     """At 1 the second pass would be for nothing; above, the negative prompt counts."""
     plain = pipe(PROMPT, num_frames=5).frames
-    assert np.array_equal(pipe(PROMPT, num_frames=5, negative_prompt="left").frames, plain)
+    with pytest.raises(ValueError, match="guidance_scale is 1, which is none: raise it, or leave"):
+        pipe(PROMPT, num_frames=5, negative_prompt="left")
+    leading = replace(pipe, sampling=replace(pipe.sampling, negative_prompt="left"))
+    assert np.array_equal(leading(PROMPT, num_frames=5).frames, plain)  # a default, not asked for
     guided = [
         pipe(PROMPT, num_frames=5, guidance_scale=3.0, negative_prompt=negative).frames
         for negative in ("", "left")

@@ -1,7 +1,7 @@
 """Every recipe builds and takes a step at tiny size, and what it exports generates."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,10 @@ import torch
 from tiny import CODEC, MODEL, TEXT
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.core.schemes import Cells, KeyDetail, Scheme, box
 from videoar.data.video import Video
+from videoar.data.world import held_out_prompts
+from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
 from videoar.training.codec import FootageConfig, ReconstructionConfig
@@ -18,7 +21,7 @@ from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
-from videoar.training.text_to_video import TextToVideoConfig
+from videoar.training.text_to_video import TextToVideoConfig, learned
 
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
@@ -134,6 +137,88 @@ def test_recipes_agree_on_the_window_that_is_trained_and_used() -> None:
             assert task.sampling.shift == task.flow.shift
             assert task.sampling.lag is None or task.flow.context == "noisy"
             assert task.sampling.units in task.units
+
+
+@dataclass(frozen=True)
+class Columns(Scheme):
+    """A scheme of one's own: columns from left to right."""
+
+    frames: int = 1
+
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        rows = range(height)
+        return [[box(range(frames), rows, range(w, w + 1))] for w in range(width)]
+
+
+@pytest.mark.parametrize(
+    ("units", "context", "default"),
+    [
+        (("frame", Columns(2)), "clean", "frame"),
+        ((Columns(2), KeyDetail(4)), "noisy", "test_recipes:Columns/frames=2"),
+        (("chunk:2", "cube:1x2x2"), "clean", "cube:1x2x2"),  # that of `init`
+        (("full", "full"), "full", "full"),
+    ],
+)
+def test_a_checkpoint_samples_as_it_was_trained(
+    trained, tmp_path: Path, units, context: str, default: str
+) -> None:
+    """Units, window, sinks and shift of the training are its defaults; the rest is of `init`."""
+    config = _tiny(find("finetune"), trained("toy").parents[2])
+    flow = replace(config.task.flow, context=context, clip_frames=4, sink_frames=1, shift=3.0)
+    task = replace(config.task, units=units, flow=flow)
+    assert replace(task, units=task.units) == task  # names, as a run stores them
+    config = replace(config, task=task, out=tmp_path / "run", steps=1, sample_every=0)
+    before = VideoPipeline.from_pretrained(task.init)
+    before.sampling = replace(before.sampling, lag=2, sigmas=(1.0, 0.5, 0.0))
+    before.save_pretrained(tmp_path / "init")
+    config = replace(config, task=replace(task, init=tmp_path / "init"))
+    pipe = VideoPipeline.from_pretrained(train(config, report=lambda line: None))
+    assert pipe.sampling == before.sampling.replaced(
+        units=default,
+        window_frames=4,
+        sink_frames=1,
+        shift=3.0,
+        lag=2 if context == "noisy" else None,
+    )
+    assert pipe.meta["units"] == list(dict.fromkeys(task.units))
+    assert pipe("a red ball", num_frames=21, num_inference_steps=2).frames.shape[0] == 21
+    assert not pipe.untrained(units)
+    assert pipe.untrained(["multiscale:2,1"]).startswith("not trained on multiscale:2,1, but on")
+
+
+def test_a_student_may_be_given_schemes_themselves() -> None:
+    """Names are what is stored, and compared when a run goes on."""
+    task = replace(find("toy-start").task, units=(Columns(2), "chunk:1"))
+    assert task.units == ("test_recipes:Columns/frames=2", "frame")
+
+
+def test_a_window_takes_one_unit_at_least() -> None:
+    """Units longer than the clips of the training would else not be sampled at all."""
+    assert GenerationConfig().trained(("key-detail:4",), window=2).window_frames == 4
+
+
+def test_a_checkpoint_knows_the_words_of_its_captions(trained, tmp_path: Path) -> None:
+    """Those of the checkpoint it began with, too, and of one that does not say them: no list."""
+    toy, student = (VideoPipeline.from_pretrained(trained(name)) for name in ("toy", "toy-start"))
+    assert {"a", "on"} & set(toy.meta["words"])
+    assert student.meta["words"] == toy.meta["words"]
+    assert toy.unknown_words("A golden Retriever") == ["golden", "retriever"]
+    assert learned(("frame",), ["A cat"], ["dog"]) == {
+        "units": ["frame"],
+        "words": ["a", "cat", "dog"],
+    }
+    assert learned(("frame",), ["A cat"], None) == {"units": ["frame"]}
+    many = [f"word{number}" for number in range(10_001)]
+    assert "words" not in learned(("frame",), many, ())
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-base"])
+def test_the_bundled_checkpoints_know_the_words_of_the_world(name: str) -> None:
+    """A prompt of the world names none; one of something else is told so."""
+    pipe = VideoPipeline.from_pretrained(name)
+    for asked in held_out_prompts(300, seed=1):
+        assert not pipe.unknown_words(asked["prompt"])
+    assert pipe.unknown_words("a golden retriever runs left") == ["golden", "retriever", "runs"]
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,14 @@ def test_a_wan_folder_is_finetuned_and_generates(root: Path, tmp_path: Path) -> 
     assert main(_finetune(root, tmp_path / "run", "--steps", "3")) == 0
     trained = VideoPipeline.from_pretrained(tmp_path / "run" / "checkpoint")
     first = VideoPipeline.from_pretrained(root / "wan")
+    assert (first.sampling.units, trained.sampling.units) == ("full", "frame")
+    assert (trained.sampling.window_frames, trained.sampling.shift) == (3, 5.0)
     before, after = first.transformer.state_dict(), trained.transformer.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(
         first.prompt_encoder.encode(["a ball"]), trained.prompt_encoder.encode(["a ball"])
     )
-    video = trained("a red ball moves left", num_frames=5, units="frame", num_inference_steps=1)
+    video = trained("a red ball moves left", num_frames=5, num_inference_steps=1)
     assert video.frames.shape == (5, 32, 32, 3)
 
 
@@ -119,7 +121,7 @@ def test_a_wan_folder_is_distilled(root: Path, tmp_path: Path, recipe: str) -> N
     words = [*parts, *small, *rate, *SHORT, "--out", str(out), "--steps", "2"]
     assert main(["distill", recipe, *words]) == 0
     pipe = VideoPipeline.from_pretrained(out / "checkpoint")
-    assert pipe.sampling.step == "renoise"
+    assert (pipe.sampling.step, pipe.sampling.window_frames) == ("renoise", 3)
     assert len(pipe("a red ball", num_frames=5).frames) == 5
 
 

@@ -1,7 +1,9 @@
 """`videoar generate`."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import Progress, how_far, say
@@ -53,14 +55,16 @@ def make(args: options.Generate) -> tuple[Timing, str]:
     load = {name: getattr(args, name) for name in names}
     pipe = VideoPipeline.from_pretrained(args.model, **load)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
+    for line in doubts(args, pipe):
+        say(line)
     fps = pipe.sampling.fps
-    size = {"height": pipe.height, "width": pipe.width, "fit": args.fit}
+    size: dict[str, Any] = {"height": pipe.height, "width": pipe.width, "fit": args.fit or "crop"}
     video = None
     if args.video is not None:
         video = conditioning.read_clip(args.video, fps=fps, seconds=args.keep, **size)
     begin = 0 if video is None else len(video) / fps
     num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
-    given |= {"image": image, "video": video, "fit": args.fit}
+    given |= {"image": image, "video": video, "fit": size["fit"]}
     generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[args.seed], **given)
     if video is not None and (kept := generation.kept_frames) < len(video):
         groups = f"1 + {pipe.codec.stride[0]} * k"
@@ -73,6 +77,16 @@ def make(args: options.Generate) -> tuple[Timing, str]:
 
         timing = stream.write(generation, writer, fps=fps, show=tell)
     return timing, given.get("units", pipe.sampling.units)
+
+
+def doubts(args: options.Generate, pipe: Any) -> Iterator[str]:
+    """Yield what is asked of a model that its training did not know, a line for each."""
+    if new := pipe.untrained([args.units or pipe.sampling.units]):
+        yield f"the model is {new}"
+    if unknown := pipe.unknown_words(args.prompt):
+        yield f"in no caption of the model's training: {', '.join(unknown)}"
+    if pipe.sampling.step == "renoise" and args.guidance_scale not in (None, 1):
+        yield "the model is distilled to sample without guidance, which takes a second pass"
 
 
 def summary(path: Path, done: Timing, *, scheme: str) -> str:

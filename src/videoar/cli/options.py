@@ -39,8 +39,8 @@ class Generate(CheckpointOptions):
     """Video to go on from; its frames come first in the result."""
     keep: float | None = None
     """Seconds of it to go on after; all by default."""
-    fit: Literal["crop", "letterbox"] = "crop"
-    """How a picture or video of another shape is brought to the model's size."""
+    fit: Literal["crop", "letterbox"] | None = None
+    """How a picture or video of another shape is brought to the model's size; crop by default."""
     seconds: float | None = None
     """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: int | None = None
@@ -91,6 +91,13 @@ class Generate(CheckpointOptions):
             )
         if self.keep is not None and self.video is None:
             raise ValueError("--keep says how much of --video comes first: name a video too")
+        if self.fit is not None and self.image is None and self.video is None:
+            raise ValueError("--fit says how --image or --video is resized: name one of them too")
+        if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
+            raise ValueError(
+                f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
+                " too: use fewer sinks, or a longer window"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from videoar.checks import hint, import_named
@@ -189,6 +189,11 @@ def parse(text: str) -> Scheme:
     close = f" Did you mean {names[kind]}?" if kind else ""
     known = ", ".join(names.values())
     raise ValueError(f"Unknown units {text[:100]!r}: use one of {known}.{close}")
+
+
+def names(units: Iterable[str | Scheme]) -> tuple[str, ...]:
+    """Return the names of schemes, of each in the one way in which it writes itself."""
+    return tuple((parse(each) if isinstance(each, str) else each).name for each in units)
 
 
 def _own(text: str) -> Scheme:

@@ -1,6 +1,7 @@
 """Text: prompts to token ids and to the rows of channels that a transformer attends to."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,11 @@ class Tokenizer:
         """Return the ids of texts, padded to `max_tokens` columns."""
         rows = [check_length(self.encode(text), text, limit=max_tokens) for text in texts]
         return torch.tensor([ids + [PAD] * (max_tokens - len(ids)) for ids in rows])
+
+
+def words_of(texts: Iterable[str]) -> set[str]:
+    """Return the words of texts, in small letters."""
+    return {word for text in texts for word in re.findall(r"\w+", text.lower())}
 
 
 def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
@@ -203,7 +209,7 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True)
 class TinyPromptEncoder:
-    """A tokenizer and the encoder trained with it."""
+    """A tokenizer and the encoder trained with it; capitals are read as small letters."""
 
     tokenizer: Tokenizer
     encoder: TextEncoder
@@ -228,12 +234,15 @@ class TinyPromptEncoder:
     def tokenize(self, captions: list[str]) -> Int[Tensor, "batch words"]:
         """Return token ids; the end of a caption beyond the encoder's limit is left out."""
         limit = self.encoder.config.max_tokens
-        ids = [self.tokenizer.encode(caption)[:limit] for caption in captions]
+        ids = [self._ids(caption)[:limit] for caption in captions]
         return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text.lower())
 
     def too_long(self, captions: set[str]) -> str:
         limit = self.encoder.config.max_tokens
-        long = sum(len(self.tokenizer.encode(caption)) > limit for caption in captions)
+        long = sum(len(self._ids(caption)) > limit for caption in captions)
         cut = f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut"
         return cut if long else ""
 
@@ -247,7 +256,8 @@ class TinyPromptEncoder:
         Raises:
             ValueError: a prompt is longer.
         """
-        ids = self.tokenizer.encode_batch(prompts, max_tokens=self.encoder.config.max_tokens)
+        texts = [prompt.lower() for prompt in prompts]
+        ids = self.tokenizer.encode_batch(texts, max_tokens=self.encoder.config.max_tokens)
         return self.encoder(ids.to(self.encoder.norm.weight.device))
 
     @classmethod

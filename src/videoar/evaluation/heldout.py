@@ -5,14 +5,14 @@ resemble each other: intervals draw whole videos.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
-from videoar.core.schemes import parse
+from videoar.core.schemes import KINDS, parse
 from videoar.data.latents import LatentShards, check_codec, text_module
 from videoar.data.video import read_video
 from videoar.encoders.codec import to_frames
@@ -36,13 +36,16 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
     data = config.data
     if config.out is not None and config.out.exists():
         raise ValueError(f"{config.out} exists already: name another file")
-    for name in config.units:
+    for name in config.units or ():
         parse(name)
     if not (data / "heldout").is_dir():
         raise ValueError(
             f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
         )
     pipe = VideoPipeline.from_pretrained(config.checkpoint)
+    kinds = config.units or tuple(pipe.meta.get("units", KINDS))
+    if new := pipe.untrained(kinds):
+        report(f"{config.checkpoint} is {new}")
     shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
     check_codec(data, shards.info, pipe.codec, checkpoint=config.checkpoint)
     text = text_module(pipe.prompt_encoder, data)
@@ -52,7 +55,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
             " with a larger --held-out"
         )
     clips = []
-    for clip in _scores(pipe, text, shards, config):
+    for clip in _scores(pipe, text, shards, kinds, seed=config.seed):
         clips.append(clip)
         report(f"{len(clips)}/{len(shards)}  PSNR {clip['psnr']:.1f} dB  {clip['file']}")
     files = [clip["file"] for clip in clips]
@@ -62,10 +65,10 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
 
     interval = functools.partial(bootstrap_interval, clusters=files)
     quality, similarity = (interval([clip[key] for clip in clips]) for key in ("psnr", "ssim"))
-    losses = {name: np.array([clip["losses"][name] for clip in clips]) for name in config.units}
-    first = config.units[0]
+    losses = {name: np.array([clip["losses"][name] for clip in clips]) for name in kinds}
+    first = kinds[0]
     means = {name: interval(values) for name, values in losses.items()}
-    minus = {name: interval(losses[name] - losses[first]) for name in config.units[1:]}
+    minus = {name: interval(losses[name] - losses[first]) for name in kinds[1:]}
     found = {"clips": clips, "reconstruction": {"psnr": quality, "ssim": similarity}}
     save(config.out, found | {"losses": means, "differences": minus})
     about = f"{len(clips)} held-out clips of {videos} videos, 95 % intervals:"
@@ -76,9 +79,14 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
 
 
 def _scores(
-    pipe: VideoPipeline, module: nn.Module, shards: LatentShards, config: HeldOut
+    pipe: VideoPipeline,
+    module: nn.Module,
+    shards: LatentShards,
+    kinds: Sequence[str],
+    *,
+    seed: int,
 ) -> Iterator[Json]:
-    rng, schemes = np.random.default_rng(config.seed), {name: parse(name) for name in config.units}
+    rng, schemes = np.random.default_rng(seed), {name: parse(name) for name in kinds}
     flow, model = FlowMatchingConfig(shift=pipe.sampling.shift), pipe.transformer
     for index, about in enumerate(shards.clips):
         extra, batch = about["extra"], shards.get([index], rng)
@@ -89,7 +97,7 @@ def _scores(
         )
         losses, text = {}, model.encode_text(module(words))
         for name, scheme in schemes.items():
-            seeds = torch.Generator().manual_seed(config.seed + DRAWS * index)
+            seeds = torch.Generator().manual_seed(seed + DRAWS * index)
             clip = draw_clip(latents, scheme, flow, seeds)
             loss = flow_matching_loss(model, clip, text, scheme=scheme, config=flow, rng=seeds)
             losses[name] = float(loss)

@@ -14,6 +14,11 @@ from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
+def distinct(units: tuple[str, ...]) -> bool:
+    """Say whether there are units, and none twice."""
+    return 0 < len(units) == len(set(units))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure speed and memory, end to end, for every kind of unit."""
@@ -83,8 +88,8 @@ class Evaluate(StudyOptions):
 
     checkpoint: Positional[Checkpoint] = "toy"
     """A bundled name or a folder."""
-    units: tuple[str, ...] = KINDS
-    """Kinds of unit; differences are taken to the first."""
+    units: tuple[str, ...] | None = None
+    """Kinds of unit, by default those it was trained on; differences are taken to the first."""
     num_prompts: int = 200
     """Prompts per kind."""
     seconds: float = 3.0
@@ -98,7 +103,7 @@ class Evaluate(StudyOptions):
 
     def __post_init__(self) -> None:
         self.check(
-            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
+            ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
             ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
             ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
         )
@@ -137,8 +142,8 @@ class HeldOut:
     """A bundled name or a folder."""
     data: Path
     """Folder of prepared videos."""
-    units: tuple[str, ...] = KINDS
-    """Kinds of unit; differences are taken to the first."""
+    units: tuple[str, ...] | None = None
+    """Kinds of unit, by default those it was trained on; differences are taken to the first."""
     seed: int = 0
     """Of the noise."""
     out: Path | None = None
@@ -147,6 +152,6 @@ class HeldOut:
     def __post_init__(self) -> None:
         check_options(
             self,
-            ("units", 0 < len(self.units) == len(set(self.units)), "one or more kinds, none twice"),
+            ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
             ("seed", self.seed >= 0, "0 or more"),
         )

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_same
-from videoar.core.schemes import parse
+from videoar.core.schemes import KINDS, parse
 from videoar.data import world
 from videoar.data.world import held_out_prompts
 from videoar.encoders.codec import from_frames, to_frames
@@ -98,7 +98,8 @@ class Entry:
 
 def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
     """Judge a checkpoint under every kind of unit, and return the tables."""
-    for name in config.units:  # what is wrong with it is said before weights are loaded
+    units = config.units or tuple(Checkpoint.find(config.checkpoint).meta.get("units", KINDS))
+    for name in units:  # what is wrong with it is said before weights are loaded
         parse(name)
     names = ("num_inference_steps", "shift", "guidance_scale")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -107,10 +108,10 @@ def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
     entries = [
         Entry(name=CLEAN, make=real, overrides=given, **shared),
         Entry(name=CODEC, make=coded, overrides=given, **shared),
-        *(Entry(name=name, overrides=given | {"units": name}, **shared) for name in config.units),
+        *(Entry(name=name, overrides=given | {"units": name}, **shared) for name in units),
     ]
     found = run(entries, config, report)
-    titled = tables.unit_tables(found, units=config.units)
+    titled = tables.unit_tables(found, units=units)
     save(config.out, {"entries": found, "tables": titled})
     text = [markdown(cells(tables.headline(next(iter(titled.values())))))]
     for title, rows in titled.items():
@@ -193,6 +194,8 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
         pipe, weights = pipelines(entry.checkpoint)
         sampling = pipe.sampling.replaced(**entry.overrides)
         pipe = replace(pipe, sampling=sampling)
+        if new := pipe.untrained([sampling.units] if entry.make is generated else ()):
+            report(f"{entry.name}: {entry.checkpoint} is {new}")
         pipe.generate(["a ball"], num_frames=1 + sampling.fps, seeds=[0])
         settings = to_json(
             vars(sampling)

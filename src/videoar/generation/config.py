@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_whole
-from videoar.core.schemes import Scheme
+from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 
 
@@ -56,6 +56,16 @@ class GenerationConfig:
         if {"num_inference_steps", "shift"} & changes.keys():
             changes = {"sigmas": None} | changes
         return replace(self, **changes)
+
+    def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
+        """Return how to sample after a training on `units`: by its own, if that is among them.
+
+        The window is that of the training, or one unit of what is longer.
+        """
+        (own,) = names([self.units])
+        chosen = own if own in units else units[0]
+        window = max(window, parse(chosen).frames or 0)
+        return self.replaced(units=chosen, window_frames=window, **changes)
 
     def visible(self, units: Units) -> Visible:
         """Return the visibility over `units`: sink and window in whole units."""

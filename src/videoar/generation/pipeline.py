@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
-from videoar.core.schemes import Scheme, parse
+from videoar.core.schemes import Scheme, names, parse
 from videoar.core.tokens import known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.decode import Fit
 from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
-from videoar.encoders.text_encoder import PromptEncoder
+from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
@@ -157,6 +157,11 @@ class VideoPipeline:
         started = time.perf_counter()
         options, batch = self.sampling.replaced(**sampling), len(prompts)
         _check(prompts, seeds, num_frames, options)
+        if sampling.get("negative_prompt") and options.guidance_scale == 1:
+            raise ValueError(
+                "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
+                " is none: raise it, or leave the negative prompt out."
+            )
         lattice = self.lattice(options.units, num_frames)
         size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
@@ -205,6 +210,17 @@ class VideoPipeline:
                 f"{shape} to a clip of units without levels."
             )
         return to_tokens(latents, units, patch=patch)
+
+    def untrained(self, units: Iterable[str | Scheme]) -> str:
+        """Say which units a checkpoint that states its own never learned; nothing if none is."""
+        known = self.meta.get("units", ())
+        new = [name for name in names(units) if known and name not in known]
+        return f"not trained on {', '.join(new)}, but on {', '.join(known)}" if new else ""
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt in no caption of a model that states those of its own."""
+        known = self.meta.get("words")
+        return [] if known is None else sorted(words_of([prompt]) - set(known))
 
     def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
         """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""

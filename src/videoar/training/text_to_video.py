@@ -25,6 +25,9 @@ from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
 from videoar.training.run_folder import Report
 
+MAX_WORDS = 10_000
+"""A checkpoint lists no more words than that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextToVideoConfig:
@@ -37,8 +40,8 @@ class TextToVideoConfig:
     """Checkpoint whose codec encodes the videos."""
     latents: Annotated[Path, arg(aliases=["--data.path"])]
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
-    units: tuple[str, ...]
-    """Unit schemes, drawn from at every step."""
+    units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
+    """Unit schemes, or their names, drawn from at every step."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
@@ -46,7 +49,7 @@ class TextToVideoConfig:
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
     sampling: AvoidSubcommands[GenerationConfig | None] = None
-    """Defaults written into the checkpoint; None: those of `init`, at the rate of the videos."""
+    """Defaults written into the checkpoint; None: as it is trained, and else as `init`."""
     num_videos: int = 0
     """Videos of the world to encode; with 0 the folder must be there."""
     num_latents: int = 16
@@ -57,6 +60,7 @@ class TextToVideoConfig:
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "units", schemes.names(self.units))
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"
@@ -91,7 +95,8 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     assert task.model is not None
     assert task.text is not None
-    tokenizer = text_encoder.Tokenizer.train(shards.captions, vocab_size=task.text.vocab_size)
+    captions = (caption.lower() for caption in shards.captions)
+    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=task.text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
     return VideoPipeline(VideoTransformer(task.model), prompts, codec)
 
@@ -108,6 +113,34 @@ def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
     return replace(pipe, transformer=module.transformer, prompt_encoder=prompts)
 
 
+def trained_sampling(
+    task: TextToVideoConfig, init: GenerationConfig, shards: LatentShards
+) -> GenerationConfig:
+    """Return how the checkpoint samples by default: what its training does not say is of `init`."""
+    if task.sampling is not None:
+        return task.sampling
+    flow = task.flow
+    return init.trained(
+        schemes.names(task.units),
+        window=min(flow.clip_frames, max(clip["frames"] for clip in shards.clips)),
+        sink_frames=flow.sink_frames,
+        shift=flow.shift,
+        lag=init.lag if flow.context == "noisy" else None,
+        fps=round(shards.info.fps),
+    )
+
+
+def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str, Any]:
+    """Return what a checkpoint says that it knows: units, and all words of captions.
+
+    `words` are those from before; None, where they are not known or too many, stays so.
+    """
+    said: dict[str, Any] = {"units": list(dict.fromkeys(units))}
+    if words is not None:
+        words = sorted({*words, *text_encoder.words_of(captions)})
+    return said if words is None or len(words) > MAX_WORDS else said | {"words": words}
+
+
 class TextToVideoTask:
     """A `Task`: what the loop needs to train a generator."""
 
@@ -118,17 +151,19 @@ class TextToVideoTask:
         loaded = None if task.init is None else load_generator(task)
         codec = loaded.codec if loaded else Checkpoint.find(str(task.codec)).codec()
         shards = self._open(codec, report)
+        self.captions, self.words = shards.captions, loaded.meta.get("words") if loaded else ()
         self.pipe = loaded or make_generator(task, codec, shards)
         transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
-        fps, (height, width) = round(shards.info.fps), shards.size
-        self.pipe.sampling = task.sampling or replace(self.pipe.sampling, fps=fps)
+        height, width = shards.size
+        self.pipe.sampling = trained_sampling(task, self.pipe.sampling, shards)
         self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
         module = networks_of(self.pipe, shards)
         own_weights(module)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
-        units = tuple(map(schemes.parse, task.units))
+        self.units = schemes.names(task.units)
+        units = tuple(map(schemes.parse, self.units))
         self.objective = FlowMatching(module, schemes=units, config=task.flow)
         shards.tokenize, batch_size = prompts.tokenize, config.batch_size
         how: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
@@ -174,7 +209,7 @@ class TextToVideoTask:
         schemes, device = self.objective.schemes, next(module.parameters()).device
         flow, model = self.task.flow, module.transformer
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
-        for name, scheme in zip(self.task.units, schemes, strict=True) if count else ():
+        for name, scheme in zip(self.units, schemes, strict=True) if count else ():
             rng, total = torch.Generator().manual_seed(0), 0.0
             for batch in self.held_out:
                 latents = draw_clip(batch["latents"].to(device), scheme, flow, rng)
@@ -186,5 +221,5 @@ class TextToVideoTask:
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.pipe, module)
-        pipe.meta = {"units": list(self.task.units), **meta}
+        pipe.meta = {**learned(self.units, self.captions, self.words), **meta}
         pipe.save_pretrained(folder, overwrite=True)

@@ -1,7 +1,7 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from torch import nn
 from tyro.conf import arg
 
 from videoar.checks import check_options, import_extra
-from videoar.core.schemes import parse
+from videoar.core.schemes import Scheme, names, parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.latents import LatentShards, check_codec
@@ -25,7 +25,7 @@ from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import TextToVideo, own_weights
 from videoar.training.run_folder import Report
-from videoar.training.text_to_video import networks_of, with_networks
+from videoar.training.text_to_video import learned, networks_of, with_networks
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 
@@ -42,8 +42,8 @@ class StudentConfig:
     """Checkpoint that the critic begins with; None: the teacher."""
     latents: Annotated[Path, arg(aliases=["--data.path"])]
     """Folder of latents with the prompts and the sizes of the videos."""
-    units: tuple[str, ...]
-    """Unit schemes of the student, drawn from at every step."""
+    units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...]
+    """Unit schemes, or their names, of the student, drawn from at every step."""
     teacher_mask: Literal["full", "same"] = "full"
     """What the teacher reads: everything, or what the student reads."""
     distillation: objectives.DistillationConfig = field(
@@ -58,6 +58,7 @@ class StudentConfig:
     """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "units", names(self.units))
         check_options(self, least={"num_validation": 1, "lora_rank": 1})
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
@@ -100,7 +101,7 @@ def check_roles(
             f" teacher, or use teacher_mask {other}"
         )
     known = teacher.meta.get("units", ())
-    if task.teacher_mask == "same" and known and (new := set(task.units) - set(known)):
+    if task.teacher_mask == "same" and known and (new := set(names(task.units)) - set(known)):
         raise ValueError(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
@@ -164,7 +165,7 @@ class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
-        self.task, self.out = task, config.out
+        self.task, self.out, self.units = task, config.out, names(task.units)
         teacher = load_role(task.teacher, "teacher")
         self.student = load_role(task.student, "student")
         others, distillation = {"student": self.student}, task.distillation
@@ -179,7 +180,7 @@ class StudentTask:
         taught: dict[str, Any] = {
             "teacher": networks_of(teacher, self.shards),
             "context": context,
-            "schemes": tuple(map(parse, task.units)),
+            "schemes": tuple(map(parse, self.units)),
             "config": distillation,
             "seed": config.seed,
         }
@@ -231,18 +232,17 @@ class StudentTask:
     def _set_defaults(self) -> None:
         """Let the student make videos as it is distilled to, of the size that most clips have."""
         student, config = self.student, self.task.distillation
-        old, units, stride = student.sampling, self.task.units, student.codec.stride
-        student.sampling = replace(
-            old,
-            units=old.units if old.units in units else units[0],
+        student.sampling = student.sampling.trained(
+            self.units,
+            window=config.clip_frames,
             num_inference_steps=config.num_inference_steps,
             shift=config.shift,
-            sigmas=None,
             step="renoise",
+            lag=None,
             guidance_scale=1.0,
             context_noise=0.0,
         )
-        height, width = self.shards.size
+        (height, width), stride = self.shards.size, student.codec.stride
         student.height, student.width = height * stride[1], width * stride[2]
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
@@ -283,7 +283,7 @@ class StudentTask:
         texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
         frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
         every = max(1, frames // 6)
-        for name in self.task.units:
+        for name in self.units:
             made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
             blocks = np.concatenate(list(made), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
@@ -310,5 +310,6 @@ class StudentTask:
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.student, module)
         merge_low_rank(pipe.transformer)
-        pipe.meta = {"units": list(self.task.units), **meta}
+        words = self.student.meta.get("words")
+        pipe.meta = {**learned(self.units, self.shards.captions, words), **meta}
         pipe.save_pretrained(folder, overwrite=True)
