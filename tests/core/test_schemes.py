@@ -44,6 +44,19 @@ def test_a_name_comes_back(name: str) -> None:
     assert parse(name).name == name
 
 
+class Turned(Blocks):
+    """Blocks from the last to the first."""
+
+    def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
+        return super().segment(frames, height, width)[::-1]
+
+
+def test_what_is_derived_from_a_scheme_has_a_name_of_its_own() -> None:
+    """Under the name of its base a checkpoint would be sampled by other units than it learned."""
+    assert Turned(2).name == f"{__name__}:Turned/frames=2"
+    assert parse(Turned(2, 1, 1).name) == Turned(2, 1, 1)
+
+
 @pytest.mark.parametrize(
     "scheme", [Blocks(2, None, 3), Blocks(None, 2, 2, "snake"), KeyDetail(5), Pyramid(3, (2, 1))]
 )

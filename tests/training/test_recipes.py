@@ -188,7 +188,7 @@ def test_a_checkpoint_samples_as_it_was_trained(
 
 def test_a_student_may_be_given_schemes_themselves() -> None:
     """Names are what is stored, and compared when a run goes on."""
-    task = replace(find("toy-start").task, units=(Columns(2), "chunk:1"))
+    task = replace(find("toy-start").task, units=(Columns(2), "frame"))
     assert task.units == ("test_recipes:Columns/frames=2", "frame")
 
 

@@ -28,6 +28,11 @@ class Scheme(ABC):
     frames: int | None
     """Latent frames per segment; None if the whole clip is one segment."""
 
+    @property
+    def short(self) -> str:
+        """A name of its own for `parse`; nothing if there is none."""
+        return ""
+
     @abstractmethod
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         """Cut a segment of `frames x height x width` cells into waves of units.
@@ -40,6 +45,8 @@ class Scheme(ABC):
     @property
     def name(self) -> str:
         """What `parse` makes it of again: of a class of one's own `module:Class/field=value`."""
+        if "short" in vars(type(self)) and self.short:  # a class derived from it is another one
+            return self.short
         kind, stated = type(self), [(field, getattr(self, field.name)) for field in fields(self)]
         if kind.__module__ == "__main__" or "<" in kind.__qualname__:
             raise ValueError(
@@ -84,12 +91,12 @@ class Blocks(Scheme):
         return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
 
     @property
-    def name(self) -> str:
+    def short(self) -> str:
         t, h, w = self.frames, self.h, self.w
         if (h, w, self.order) == (None, None, "raster"):
             return "full" if t is None else "frame" if t == 1 else f"chunk:{t}"
         if None in (t, h, w):
-            return super().name
+            return ""
         return f"cube:{t}x{h}x{w}" + ("" if self.order == "raster" else f"/{self.order}")
 
 
@@ -115,7 +122,7 @@ class KeyDetail(Scheme):
         return [[box(range(frames - 1, frames), h, w)], *([[details]] if details else [])]
 
     @property
-    def name(self) -> str:
+    def short(self) -> str:
         return f"key-detail:{self.frames}"
 
 
@@ -142,7 +149,7 @@ class Pyramid(Scheme):
         return [[box(range(frames), *grid, level=n)] for n, grid in grids.items()]
 
     @property
-    def name(self) -> str:
+    def short(self) -> str:
         name = f"multiscale:{','.join(map(str, self.factors))}"
         return name if self.frames == 2 else f"{name}/frames={self.frames}"
 

@@ -60,7 +60,8 @@ class TextToVideoConfig:
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", schemes.names(self.units))
+        stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
+        object.__setattr__(self, "units", stored)
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"

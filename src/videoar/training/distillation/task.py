@@ -58,7 +58,8 @@ class StudentConfig:
     """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", names(self.units))
+        stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
+        object.__setattr__(self, "units", stored)
         check_options(self, least={"num_validation": 1, "lora_rank": 1})
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
