@@ -101,7 +101,10 @@ def test_programs_parse(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", commands("videoar"), ids=" ".join)
-def test_commands_parse(words: list[str]) -> None:
+def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command in the text is one that the program takes; nothing is run."""
+    readme = blocks(ROOT / "README.md", "python")[1].partition("\n\nassert")[0]
+    (tmp_path / "columns.py").write_text(readme)  # the module that the pages speak of
+    monkeypatch.syspath_prepend(tmp_path)
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
         parse(words)

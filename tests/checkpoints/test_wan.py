@@ -290,9 +290,7 @@ def test_a_folder_of_diffusers_gives_the_video_of_diffusers(
     assert (decoded / 2 + 0.5 - expected).abs().max() <= limit
     pixels = (255 * rearrange(expected, "b t c h w -> b t h w c")).round().numpy()
     assert np.abs(frames - pixels).max() <= 1 + 255 * limit
-    moved, _ = _sampled(
-        pipe, latents=_latents(), sigmas=sigmas, **options | {"guidance_scale": 1.0}
-    )
+    moved, _ = _sampled(pipe, latents=_latents(), sigmas=sigmas, guidance_scale=1.0)
     if dtype == torch.float32:  # rounding to bfloat16 is as large as what guidance changes here
         assert (decoded - moved).abs().max() > 10 * limit
 
