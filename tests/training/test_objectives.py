@@ -16,7 +16,7 @@ from videoar.core.tokens import to_latents, to_tokens
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
-from videoar.training.objectives import FlowMatching, TextToVideo
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
 
 CONTEXTS = ("clean", "noisy")
 WORDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
@@ -260,3 +260,24 @@ def test_a_tiny_model_learns_a_clip_and_generates_it_back() -> None:
             errors.append((to_latents(tokens, units) - clip).square().mean().sqrt().item())
     # The clip's deviation is 1; 0.11 to 0.26 were measured with other first weights.
     assert sum(errors) / len(errors) < 0.5, errors
+
+
+def test_stages_come_one_after_the_other() -> None:
+    """Each step draws the clips of its stage; after the last one the run's own are drawn."""
+    config = FlowMatchingConfig(clip_frames=4)
+    stages = (
+        StageConfig(steps=2, flow=FlowMatchingConfig(clip_frames=1), draws=3, units=("frame",)),
+        StageConfig(steps=1, flow=FlowMatchingConfig(clip_frames=2)),
+    )
+    module = TextToVideo(tiny_transformer(), TextEncoder(TEXT))
+    objective = FlowMatching(module, schemes=(parse("cube:1x2x2"),), config=config, stages=stages)
+    seen = []
+    handle = module.transformer.register_forward_hook(
+        lambda module, args, output: seen.append(tuple(output.velocity.shape[:2]))
+    )
+    for step in range(5):
+        batch = {"latents": _latents(), "text": WORDS}
+        objective.loss(batch, torch.Generator().manual_seed(0), step=step)
+    handle.remove()
+    each = 3 * 4  # tokens of a frame; twice with the clean copies
+    assert seen == [(6, 2 * each)] * 2 + [(2, 4 * each)] + [(2, 8 * each)] * 2

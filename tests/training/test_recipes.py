@@ -43,6 +43,11 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             pixels = np.random.default_rng(seed).integers(0, 255, (10, 32, 32, 3), np.uint8)
             Video(frames=pixels, fps=16).save(videos / f"{seed}.mkv")
         small = replace(task, videos=videos, codec=CODEC, size="32x32", num_frames=5)
+    elif isinstance(task, TextToVideoConfig) and task.size:  # from nothing, one step a stage
+        toy = _tiny(find("toy"), folder).task
+        stages = tuple(replace(stage, steps=1) for stage in task.stages)
+        sizes = {"size": None, "model": MODEL, "text": toy.text}
+        small = replace(task, latents=toy.latents, codec=toy.codec, stages=stages, **sizes)
     elif isinstance(task, TextToVideoConfig) and task.model is None:  # those of `init`
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")
@@ -76,8 +81,9 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         )
     else:
         pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
+    steps = 2 + len(getattr(task, "stages", ())) // 2  # of each stage one, and one more
     return replace(
-        config, task=small, out=folder / config.out, steps=2, batch_size=2, sample_every=2
+        config, task=small, out=folder / config.out, steps=steps, batch_size=2, sample_every=2
     )
 
 
@@ -241,8 +247,10 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(name: str, message: str) -> N
 
 def test_what_is_not_said_needs_a_checkpoint_that_says_it(tmp_path: Path) -> None:
     """Sizes and codec are those of `init`; without one there is nothing to begin with."""
-    with pytest.raises(ValueError, match=r"there is none: name a checkpoint with --task\.init"):
+    with pytest.raises(ValueError, match=r"say --size small or medium, or name a checkpoint"):
         TextToVideoConfig(latents=tmp_path, units=("frame",))
+    with pytest.raises(ValueError, match=r"but the run has init, too: leave one of the two out"):
+        TextToVideoConfig(latents=tmp_path, units=("frame",), size="small", init=tmp_path)
     task = replace(find("finetune").task, latents=tmp_path / "none")
     run = replace(find("finetune"), task=task, out=tmp_path / "run")
     with pytest.raises(ValueError, match=r"there is no folder .*make it of your videos"):

@@ -49,12 +49,14 @@ class LatentsInfo:
     """Of each channel over the folder; filled in by the writer."""
     text: str | None = None
     """Fingerprint of the encoder of the rows of text, if there are any."""
+    checkpoint: str | None = None
+    """Where the codec was: a bundled name or an absolute path."""
 
     @classmethod
-    def of(cls, codec: Codec, *, fps: float, text: str | None = None) -> "LatentsInfo":
-        """Return what is known before there are clips."""
+    def of(cls, codec: Codec, **about: Any) -> "LatentsInfo":
+        """Return what is known before there are clips; `about` are fps and what may be None."""
         shape = {"channels": codec.latent_channels, "stride": codec.stride}
-        return cls(codec=codec.fingerprint(), fps=fps, text=text, **shape)
+        return cls(codec=codec.fingerprint(), **shape, **about)
 
 
 class ShardWriter:

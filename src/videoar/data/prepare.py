@@ -86,7 +86,9 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     else:
         encoder.device = config.device
     text = None if encoder is None else encoder.fingerprint()
-    info = LatentsInfo.of(codec, fps=config.fps, text=text)
+    path = Path(config.codec)
+    source = str(path.resolve()) if path.is_dir() else config.codec
+    info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=source)
     statistics = _join(folder, listing, info, about | sources, encoder)
     shutil.rmtree(work)
     return statistics

@@ -1,6 +1,7 @@
 """Objectives: which module is trained, and by which loss. No loop, no files."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from videoar.checks import MUST_BE, check_options
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
-from videoar.core.schemes import Scheme
+from videoar.core.schemes import Scheme, parse
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
@@ -69,6 +71,23 @@ class TextToVideo(nn.Module):
         return torch.where(dropped, self.text.empty, words)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The first steps of a run, with clips of their own."""
+
+    steps: int
+    """Optimizer steps."""
+    flow: FlowMatchingConfig
+    """Its objective, and the length of its clips."""
+    draws: int = 1
+    """Clips cut of each sample of a batch: short ones cost little, and many are wanted."""
+    units: tuple[str, ...] = ()
+    """Unit schemes; those of the run, if none is named."""
+
+    def __post_init__(self) -> None:
+        check_options(self, least={"steps": 1, "draws": 1}, says=MUST_BE)
+
+
 class FlowMatching(Objective):
     """Train one transformer, and its text encoder, on several schemes in turn.
 
@@ -76,6 +95,7 @@ class FlowMatching(Objective):
         module: the model and its text encoder.
         schemes: drawn from at every step.
         config: see `FlowMatchingConfig`.
+        stages: what is done otherwise at first, one after the other.
     """
 
     def __init__(
@@ -84,21 +104,33 @@ class FlowMatching(Objective):
         *,
         schemes: tuple[Scheme, ...],
         config: FlowMatchingConfig,
+        stages: tuple[StageConfig, ...] = (),
     ):
         self.module, self.schemes, self.config = module, schemes, config
+        self._stages = [(stage, tuple(map(parse, stage.units)) or schemes) for stage in stages]
+
+    def _at(self, step: int) -> tuple[tuple[Scheme, ...], FlowMatchingConfig, int]:
+        """Return schemes, objective and clips per sample of a step."""
+        for stage, schemes in self._stages:
+            if step < stage.steps:
+                return schemes, stage.flow, stage.draws
+            step -= stage.steps
+        return self.schemes, self.config, 1
 
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
-        scheme = self.schemes[int(torch.randint(len(self.schemes), (), **on(rng)))]
-        dropped = torch.rand(len(batch["text"]), **on(rng)) < self.config.text_dropout
+        schemes, config, draws = self._at(step)
+        scheme = schemes[int(torch.randint(len(schemes), (), **on(rng)))]
+        batch = {key: value.repeat_interleave(draws, 0) for key, value in batch.items()}
+        dropped = torch.rand(len(batch["text"]), **on(rng)) < config.text_dropout
         words = self.module.without(batch["text"], dropped)
-        latents, short = batch["latents"], self.config.short_probability
+        latents, short = batch["latents"], config.short_probability
         if short and torch.rand((), **on(rng)) < short:
             latents = latents[:, :2]
-        clip, text = draw_clip(latents, scheme, self.config, rng), self.module.context(words)
+        clip, text = draw_clip(latents, scheme, config, rng), self.module.context(words)
         loss = flow_matching_loss(
-            self.module.transformer, clip, text, scheme=scheme, config=self.config, rng=rng
+            self.module.transformer, clip, text, scheme=scheme, config=config, rng=rng
         )
         return {"loss": loss}
 

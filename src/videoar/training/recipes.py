@@ -18,6 +18,7 @@ from videoar.training.codec import FootageConfig, ReconstructionConfig
 from videoar.training.distillation.objectives import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
+from videoar.training.objectives import StageConfig
 from videoar.training.optimizer import OptimizerConfig
 from videoar.training.text_to_video import TextToVideoConfig
 
@@ -293,6 +294,37 @@ def wan_dmd() -> TrainConfig:
     )
 
 
+def video() -> TrainConfig:
+    """A model of your own videos, from nothing: `videoar train video --data.path LATENTS`.
+
+    First pictures, then two latent frames, in which the prompt alone says where to go, then clips.
+    """
+    pictures = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)
+    pairs = FlowMatchingConfig(clip_frames=2, far_probability=0.0)
+    return TrainConfig(
+        name="video",
+        out=Path("runs/video"),
+        task=TextToVideoConfig(
+            latents=Path("latents"),
+            units=TOY_UNITS,
+            size="small",
+            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.2),
+            stages=(
+                StageConfig(steps=500, flow=pictures, draws=8, units=("frame",)),
+                StageConfig(steps=300, flow=pairs, draws=2, units=("frame",)),
+            ),
+        ),
+        steps=6000,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.3),
+        ema_decay=0.998,
+        precision="bfloat16",
+        log_every=20,
+        save_every=100,
+        sample_every=500,
+    )
+
+
 def finetune() -> TrainConfig:
     """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
     return TrainConfig(
@@ -318,7 +350,7 @@ def distils(config: TrainConfig) -> bool:
 
 ALL = (
     *(codec_toy, codec_toy_decoder, codec),
-    *(toy_images, toy_pairs, toy_short, toy, toy_teacher, finetune),
+    *(toy_images, toy_pairs, toy_short, toy, toy_teacher, video, finetune),
     *(toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,16 +15,29 @@ from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
-from videoar.data.latents import LatentShards, check_codec, read_held_out, text_module
+from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info, text_module
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, own_weights
 from videoar.training.run_folder import Report
 
+SIZES = {
+    name: ModelConfig(
+        num_layers=layers,
+        num_heads=heads,
+        head_dim=32,
+        ffn_dim=4 * 32 * heads,
+        freq_dim=64,
+        rope_theta=100.0,
+        prediction="clean",
+    )
+    for name, layers, heads in (("small", 6, 5), ("medium", 8, 8))
+}
+"""Transformers of 2.7 and 8.9 million parameters."""
 MAX_WORDS = 10_000
 """A checkpoint lists no more words than that."""
 
@@ -33,7 +46,8 @@ MAX_WORDS = 10_000
 class TextToVideoConfig:
     """Train a transformer and its text encoder, by flow matching over a mix of units.
 
-    Codec, sizes and defaults that are None are those of `init`.
+    Codec, sizes and defaults that are None are those of `init`; without that the codec is the one
+    that the latents were prepared with.
     """
 
     codec: Path | None = None
@@ -42,12 +56,16 @@ class TextToVideoConfig:
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, drawn from at every step."""
+    size: Annotated[Literal["small", "medium"] | None, arg(aliases=["--size"])] = None
+    """Size of a transformer trained from nothing, in place of `model`."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
     """Size of the text encoder."""
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
+    stages: tuple[StageConfig, ...] = ()
+    """What the first steps do otherwise."""
     sampling: AvoidSubcommands[GenerationConfig | None] = None
     """Defaults written into the checkpoint; None: as it is trained, and else as `init`."""
     num_videos: int = 0
@@ -62,10 +80,15 @@ class TextToVideoConfig:
     def __post_init__(self) -> None:
         stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
         object.__setattr__(self, "units", stored)
-        if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
+        if self.init is None and self.size is None and self.model is None:
             raise ValueError(
-                "a codec, model, text or sampling that is not said is that of init, but there is"
-                " none: name a checkpoint with --task.init, or say all of them"
+                "a run from nothing has to know the size of its transformer: say --size small or"
+                " medium, or name a checkpoint to go on from with --task.init"
+            )
+        if self.size and (self.init or self.model):
+            raise ValueError(
+                f"size {self.size} is that of a transformer trained from nothing, but the run has"
+                f" {'init' if self.init else 'model'}, too: leave one of the two out"
             )
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
@@ -92,14 +115,28 @@ def load_generator(task: TextToVideoConfig) -> VideoPipeline:
     return pipe
 
 
+def codec_of(task: TextToVideoConfig) -> Codec:
+    """Return the codec of a run from nothing: the one named, or that of its latents."""
+    source = task.codec or read_info(task.latents).checkpoint
+    if source is None:
+        raise ValueError(
+            f"{task.latents} does not say which codec made it: name its checkpoint with"
+            " --task.codec"
+        )
+    return Checkpoint.find(str(source)).codec()
+
+
 def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) -> VideoPipeline:
     """Make an untrained one, whose tokenizer knows the captions."""
-    assert task.model is not None
-    assert task.text is not None
+    text = task.text or text_encoder.TextEncoderConfig()
     captions = (caption.lower() for caption in shards.captions)
-    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=task.text.vocab_size)
-    prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
-    return VideoPipeline(VideoTransformer(task.model), prompts, codec)
+    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=text.vocab_size)
+    prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
+    model = task.model or SIZES[task.size or "small"]
+    sizes = {"latent_channels": codec.latent_channels, "text_dim": text.hidden_size}
+    pipe = VideoPipeline(VideoTransformer(replace(model, **sizes)), prompts, codec)
+    pipe.sampling = GenerationConfig(num_inference_steps=8, guidance_scale=2.0)
+    return pipe
 
 
 def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
@@ -150,7 +187,7 @@ class TextToVideoTask:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         loaded = None if task.init is None else load_generator(task)
-        codec = loaded.codec if loaded else Checkpoint.find(str(task.codec)).codec()
+        codec = loaded.codec if loaded else codec_of(task)
         shards = self._open(codec, report)
         self.captions, self.words = shards.captions, loaded.meta.get("words") if loaded else ()
         self.pipe = loaded or make_generator(task, codec, shards)
@@ -165,9 +202,10 @@ class TextToVideoTask:
                 block.compile(dynamic=False)
         self.units = schemes.names(task.units)
         units = tuple(map(schemes.parse, self.units))
-        self.objective = FlowMatching(module, schemes=units, config=task.flow)
+        how: dict[str, Any] = {"schemes": units, "config": task.flow, "stages": task.stages}
+        self.objective = FlowMatching(module, **how)
         shards.tokenize, batch_size = prompts.tokenize, config.batch_size
-        how: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
+        how = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
         self.batches = Batches(shards, **how)
         if left_out := self.batches.left_out:
             report(
@@ -190,7 +228,7 @@ class TextToVideoTask:
         if not task.latents.exists():
             WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
-        source = str(task.codec or task.init)
+        source = str(task.codec or task.init or shards.info.checkpoint)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
         return shards
 
