@@ -23,6 +23,7 @@ from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
 from videoar.training.text_to_video import TextToVideoConfig, learned
 
+TOY_LATENTS = find("toy").task.latents
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
 
@@ -75,7 +76,7 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             task,
             teacher=where[task.teacher],
             student=where[task.student],
-            latents=folder / task.latents,
+            latents=folder / (TOY_LATENTS if task.latents == Path("latents") else task.latents),
             distillation=replace(task.distillation, critic_warmup=0, critic_steps=1),
             num_validation=2,
         )

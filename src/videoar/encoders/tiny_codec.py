@@ -218,6 +218,11 @@ class TinyCodecConfig:
             time_padding="front",
         )
 
+    @classmethod
+    def wide(cls) -> "TinyCodecConfig":
+        """Return the same with a decoder twice as wide, for pictures of real things."""
+        return replace(cls.toy(), decoder_channels=(128, 64, 32, 16))
+
 
 class TinyCodec(Codec):
     """Causal tiny autoencoder: 2D convolutions, and blocks that remember one frame.

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +69,7 @@ class FootageConfig:
 
     videos: Annotated[Path, arg(aliases=["--data.path"])]
     """Folder of videos, as `videoar prepare` reads it; captions are not needed."""
-    codec: TinyCodecConfig
+    codec: TinyCodecConfig = field(default_factory=TinyCodecConfig.wide)
     """Shape of the codec."""
     init: str | None = None
     """Checkpoint whose codec is trained on, encoder and decoder: a bundled name or a folder."""

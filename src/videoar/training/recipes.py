@@ -31,7 +31,6 @@ TOY_UNITS = (
     "cube:1x2x2",
     "cube:2x2x2",
 )
-WIDE_CODEC = replace(TinyCodecConfig.toy(), decoder_channels=(128, 64, 32, 16))
 SAMPLING = GenerationConfig(guidance_scale=3.0)
 TOY_TASK = TextToVideoConfig(
     codec=Path("runs/codec-toy-decoder/checkpoint"),
@@ -97,7 +96,7 @@ def codec_toy_decoder() -> TrainConfig:
         first,
         name="codec-toy-decoder",
         out=Path("runs/codec-toy-decoder"),
-        task=ReconstructionConfig(codec=WIDE_CODEC, init=first.out / "checkpoint"),
+        task=ReconstructionConfig(codec=TinyCodecConfig.wide(), init=first.out / "checkpoint"),
         steps=3000,
     )
 
@@ -107,7 +106,7 @@ def codec() -> TrainConfig:
     return TrainConfig(
         name="codec",
         out=Path("runs/codec"),
-        task=FootageConfig(videos=Path("videos"), codec=WIDE_CODEC),
+        task=FootageConfig(videos=Path("videos")),
         steps=5000,
         batch_size=4,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.25),
@@ -236,6 +235,21 @@ def toy_start() -> TrainConfig:
     )
 
 
+def few_step() -> TrainConfig:
+    """A model of `train video` in two steps: `videoar distill few-step --data.path LATENTS`."""
+    start, made = toy_start(), "runs/video/checkpoint"
+    path = DistillationConfig(stage="consistency", num_inference_steps=2, guidance_scale=2.0)
+    task = StudentConfig(
+        teacher=made,
+        teacher_mask="same",
+        student=made,
+        latents=Path("latents"),
+        distillation=path,
+    )
+    out = Path("runs/few-step")
+    return replace(start, name="few-step", out=out, task=task, steps=600, batch_size=16)
+
+
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
     task = replace(TOY_STUDENT, student="runs/toy-start/checkpoint")
@@ -351,7 +365,7 @@ def distils(config: TrainConfig) -> bool:
 ALL = (
     *(codec_toy, codec_toy_decoder, codec),
     *(toy_images, toy_pairs, toy_short, toy, toy_teacher, video, finetune),
-    *(toy_start, toy_same, toy_dmd, wan_dmd),
+    *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}
 DISTILLATIONS = {name: recipe for name, recipe in RECIPES.items() if distils(recipe())}

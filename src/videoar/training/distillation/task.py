@@ -42,8 +42,9 @@ class StudentConfig:
     """Checkpoint that the critic begins with; None: the teacher."""
     latents: Annotated[Path, arg(aliases=["--data.path"])]
     """Folder of latents with the prompts and the sizes of the videos."""
-    units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...]
-    """Unit schemes, or their names, of the student, drawn from at every step."""
+    units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...] = ()
+    """Unit schemes, or their names, of the student, drawn from at every step; without any those
+    that it was trained on."""
     teacher_mask: Literal["full", "same"] = "full"
     """What the teacher reads: everything, or what the student reads."""
     distillation: objectives.DistillationConfig = field(
@@ -89,7 +90,10 @@ def context_of(pipe: VideoPipeline) -> scores.Context:
 
 
 def check_roles(
-    task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
+    task: StudentConfig,
+    units: tuple[str, ...],
+    teacher: VideoPipeline,
+    others: dict[str, VideoPipeline],
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = context_of(teacher)
@@ -102,7 +106,7 @@ def check_roles(
             f" teacher, or use teacher_mask {other}"
         )
     known = teacher.meta.get("units", ())
-    if task.teacher_mask == "same" and known and (new := set(names(task.units)) - set(known)):
+    if task.teacher_mask == "same" and known and (new := set(units) - set(known)):
         raise ValueError(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
@@ -166,13 +170,15 @@ class StudentTask:
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
-        self.task, self.out, self.units = task, config.out, names(task.units)
+        self.task, self.out = task, config.out
         teacher = load_role(task.teacher, "teacher")
         self.student = load_role(task.student, "student")
+        own = self.student.meta.get("units") or [self.student.sampling.units]
+        self.units = names(task.units or own)
         others, distillation = {"student": self.student}, task.distillation
         if distillation.stage == "dmd":
             others["critic"] = load_role(task.critic or task.teacher, "critic")
-        context = check_roles(task, teacher, others)
+        context = check_roles(task, self.units, teacher, others)
         prompts = self.student.prompt_encoder
         self.shards = LatentShards(task.latents, tokenize=prompts.tokenize)
         check_codec(task.latents, self.shards.info, self.student.codec, checkpoint=task.student)
