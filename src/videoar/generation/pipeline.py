@@ -227,6 +227,8 @@ class VideoPipeline:
         scheme = parse(units) if isinstance(units, str) else units
         time_stride, *strides = self.codec.stride
         frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
+        if frames is not None and scheme.frames is not None:
+            frames = math.ceil(frames / scheme.frames) * scheme.frames
         lengths = []
         for name, stride in zip(("height", "width"), strides, strict=True):
             size, side = getattr(self, name), stride * self.transformer.config.patch

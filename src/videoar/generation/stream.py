@@ -51,7 +51,7 @@ class Generation:
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
         sampler, stats, before = self.sampler, self.stats, time.perf_counter()
         steps = iter(sampler)
-        while True:
+        while self.num_frames is None or stats.frames < self.num_frames:
             with torch.inference_mode():
                 finished = next(steps, None)
             computed = time.perf_counter()
