@@ -416,7 +416,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     ),
     "no tensors": (_saved({"epoch": 3}), ("no tensors at its top, only epoch",)),
     "a list": (_saved([1, 2]), ("holds a list",)),
-    "other heads": (_wide, ("30 channels", "heads of 12", "--base")),
+    "other heads": (_wide, ("30 channels", "heads of 12", "as base")),
     "not as Wan": (_unlike_wan, ("qk_norm", "'rms_norm_across_heads'")),
 }
 
@@ -495,7 +495,7 @@ def test_a_preset_is_written_into_the_checkpoint(tmp_path: Path) -> None:
 def test_what_others_cannot_run_is_not_written_for_them(tmp_path: Path) -> None:
     """The toy predicts clean data and has trained levels: elsewhere it would show noise."""
     for name in ("diffusers", "wan"):
-        with pytest.raises(ValueError, match=r"prediction clean .* --format videoar"):
+        with pytest.raises(ValueError, match=r"prediction clean .* the format videoar"):
             convert.convert(Checkpoint.find("toy"), tmp_path / name, format=name)
     assert not list(tmp_path.iterdir())
 

@@ -129,7 +129,7 @@ def test_what_cannot_be_compared_is_said(run: Run, prepared: dict[str, Path], tm
     words = [str(videos), str(latents), "--codec", str(prepared["lossy"]), "--num-frames", "9"]
     assert main(["prepare", *words, "--held-out", "0", "--workers", "1"]) == 0
     for data, message in (
-        (prepared["exact-latents"], "prepare the videos with --codec"),
+        (prepared["exact-latents"], "as codec, or name a checkpoint"),
         (latents, "holds no clips out"),
         (tmp_path / "none", "holds no clips out"),
     ):

@@ -32,7 +32,7 @@ def plain(found: TransformerWeights) -> Weights:
     if own:
         raise ValueError(
             f"{found.file} has {' and '.join(own)}, which no other program runs; write it with "
-            "--format videoar"
+            "the format videoar"
         )
     return weights
 
@@ -115,7 +115,7 @@ def _write_diffusers(
         if part is not None and not isinstance(part, kind):
             raise ValueError(
                 f"{home} has a {type(part).__name__}, which diffusers does not know; write it with "
-                "--format videoar"
+                "the format videoar"
             )
     if isinstance(codec, wan_codec.WanCodec):
         index["vae"] = ["diffusers", "AutoencoderKLWan"]

@@ -50,6 +50,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{error.strerror}: {error.filename}"
+        text = text.replace("overwrite=True", "--force")  # what is called so here
         print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 

@@ -206,6 +206,9 @@ class PromptEncoder(Protocol):
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters: for counting."""
 
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move it to a device or a precision, where they are not None."""
+
 
 @dataclass(frozen=True)
 class TinyPromptEncoder:
@@ -273,6 +276,9 @@ class TinyPromptEncoder:
 
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.encoder.to(device, dtype)
 
 
 class StoredText(nn.Module):

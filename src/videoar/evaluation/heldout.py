@@ -40,7 +40,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
         parse(name)
     if not (data / "heldout").is_dir():
         raise ValueError(
-            f"{data} holds no clips out: prepare two or more videos with --held-out above 0"
+            f"{data} holds no clips out: prepare two or more videos with held_out above 0"
         )
     pipe = VideoPipeline.from_pretrained(config.checkpoint)
     kinds = config.units or tuple(pipe.meta.get("units", KINDS))
@@ -52,7 +52,7 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
     if len(shards) < 2:
         raise ValueError(
             f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"
-            " with a larger --held-out"
+            " with a larger held_out"
         )
     clips = []
     for clip in _scores(pipe, text, shards, kinds, seed=config.seed):

@@ -221,7 +221,7 @@ class _Run:
         if count > 1 and config.optimizer.muon_learning_rate is not None:
             raise ValueError(
                 f"Muon moves whole matrices, which {count} processes split among them: set"
-                " --optimizer.muon-learning-rate None"
+                " optimizer.muon_learning_rate to None"
             )
 
     def advance(self) -> None:

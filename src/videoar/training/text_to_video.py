@@ -65,14 +65,14 @@ class TextToVideoConfig:
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"
-                " none: name a checkpoint with --task.init, or say all of them"
+                " none: name a checkpoint as task.init, or say all of them"
             )
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
         if not self.latents.is_dir() and not self.num_videos:
             raise ValueError(
                 f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
-                f" VIDEOS {self.latents}`, or name it with --task.latents"
+                f" VIDEOS {self.latents}`, or name another one (data.path)"
             )
         return TextToVideoTask(self, config, report)
 

@@ -66,7 +66,7 @@ class StudentConfig:
         if not self.latents.is_dir():
             raise ValueError(
                 f"there is no folder {self.latents}: prepare one, train the teacher's recipe, which"
-                " makes it, or name it with --task.latents"
+                " makes it, or name another one (data.path)"
             )
         return StudentTask(self, config, report)
 
@@ -226,7 +226,7 @@ class StudentTask:
             if (size := (clip["height"], clip["width"])) != own:
                 raise ValueError(
                     f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher}"
-                    f" makes videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
+                    f" makes videos of {own[0]}x{own[1]}: prepare the videos in the size"
                     f" {teacher.width}x{teacher.height}"
                 )
 
