@@ -74,7 +74,14 @@ def convert(
 
     Returns:
         What was written, in sentences.
+
+    Raises:
+        ValueError: it cannot be written so, or the preset would have no effect.
     """
+    kept = format == "diffusers" and (checkpoint.home / "model_index.json").is_file()
+    if preset is not None and (format == "wan" or kept):
+        holds = "keeps the scheduler of the folder" if kept else "says nothing of how it is sampled"
+        raise ValueError(f"preset {preset} has no effect, as the format {format} {holds}: leave it")
     found = checkpoint.transformer()
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
