@@ -57,7 +57,7 @@ FROZEN = {
     "repeats threads out",
     "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
     "seconds num_inference_steps shift guidance_scale",
-    "evaluate heldout": "checkpoint data units seed out",
+    "evaluate heldout": "checkpoints data units seed out",
     "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
     "seconds",
     "demo": "out model seconds",

@@ -19,6 +19,7 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
+from videoar.generation.config import trained_flow
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
@@ -79,20 +80,11 @@ def load_role(name: str, role: str) -> VideoPipeline:
         raise ValueError(f"the {role}: {error}") from error
 
 
-def context_of(pipe: VideoPipeline) -> scores.Context:
-    """Return what a checkpoint was trained to read, as it says itself."""
-    task = pipe.meta.get("config", {}).get("task", {})
-    trained = pipe.meta.get("units") or task.get("units") or [pipe.sampling.units]
-    if list(trained) == ["full"]:
-        return "full"
-    return task.get("flow", {}).get("context", "clean")
-
-
 def check_roles(
     task: StudentConfig, teacher: VideoPipeline, others: dict[str, VideoPipeline]
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
-    context = context_of(teacher)
+    context = trained_flow(teacher.meta, teacher.sampling).context
     causal = f"reads the past alone (context {context})"
     if (task.teacher_mask == "full") != (context == "full"):
         says = "reads everything" if context == "full" else causal
