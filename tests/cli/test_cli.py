@@ -32,7 +32,7 @@ from videoar.core.units import Units, Visible
 from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
-from videoar.generation.progress import Progress, how_far
+from videoar.generation.progress import Paced, Progress, how_far
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig
@@ -297,6 +297,13 @@ def test_ctrl_c_leaves_a_playable_file(checkpoint: str, tmp_path: Path) -> None:
 def test_progress_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     """A long generation says how long it will take, in plain lines when no terminal reads them."""
     line = how_far(80, 8, total=160, fps=16)
+    lines = list[str]()
+    paced = Paced(lines.append, every=0.2)
+    paced.hear("at once")
+    time.sleep(0.3)
+    paced.say("due")
+    paced.hear("too soon")
+    assert lines == ["due"]  # what else was said is no silence
     with Progress(sys.stderr, every=0.2) as show:
         show(line)
         assert capsys.readouterr().err == ""
@@ -349,6 +356,8 @@ BAD = [
     (("train", "tyo"), "Did you mean toy?"),
     (("train", "nowhere.at.all:recipe"), "cannot be imported"),
     (("train", "toy", "--stepz", "3"), "did you mean --steps?"),
+    (("train", "finetune", "--data.pth", "3"), "did you mean --data.path?"),
+    (("train", "codec", "--siz", "96x96"), "did you mean --size?"),
     (("train", "toy", "--optimizer.learning-rat", "3"), "--optimizer.learning-rate?"),
     (("train", "toy", "--steps", "0"), "steps is 0"),
     (("train", "toy", "frame"), "unknown option 'frame'"),

@@ -87,7 +87,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         encoder.device = config.device
     text = None if encoder is None else encoder.fingerprint()
     info = LatentsInfo.of(codec, fps=config.fps, text=text)
-    statistics = _join(folder, listing, info, about | sources, encoder)
+    statistics = _join(folder, listing, info, about | sources, encoder, show)
     shutil.rmtree(work)
     return statistics
 
@@ -193,7 +193,12 @@ def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tens
 
 
 def _join(
-    folder: Path, listing: Listing, info: LatentsInfo, about: Json, encoder: PromptEncoder | None
+    folder: Path,
+    listing: Listing,
+    info: LatentsInfo,
+    about: Json,
+    encoder: PromptEncoder | None,
+    show: Callable[[str], None],
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER
@@ -217,6 +222,7 @@ def _join(
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
         texts = _rows(list(clips), encoder)
         for number, (source, rows) in enumerate(zip(clips, texts, strict=True)):
+            show(f"{number}/{len(clips)} videos put together")
             table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}

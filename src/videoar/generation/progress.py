@@ -6,17 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 
-def paced(report: Callable[[str], None], *, every: float = 30.0) -> Callable[[object], None]:
-    """Return what passes a line on if as many seconds have passed since it did so before."""
-    said = time.perf_counter()
+class Paced:
+    """A report of which no more than so many seconds are silent, and what need not be said rests.
 
-    def hear(line: object) -> None:
-        nonlocal said
-        if time.perf_counter() > said + every:
-            said = time.perf_counter()
-            report(str(line))
+    `say` passes a line on, `hear` only if that long nothing was said.
+    """
 
-    return hear
+    def __init__(self, report: Callable[[str], None], *, every: float = 30.0) -> None:
+        self.report, self.every, self.said = report, every, time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self.said = time.perf_counter()
+        self.report(line)
+
+    def hear(self, line: object) -> None:
+        if time.perf_counter() > self.said + self.every:
+            self.say(str(line))
 
 
 class Progress:
@@ -27,7 +32,7 @@ class Progress:
         self.every = math.inf if disable else 0.2 if self.live else every
 
     def __enter__(self) -> Callable[[object], None]:
-        return paced(self._print, every=self.every)
+        return Paced(self._print, every=self.every).hear
 
     def __exit__(self, *_: object) -> None:
         if self.live:  # make room for other lines

@@ -294,7 +294,7 @@ def wan_dmd() -> TrainConfig:
 
 
 def finetune() -> TrainConfig:
-    """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
+    """Go on from a checkpoint with your own videos: `videoar train finetune --data.path X`."""
     return TrainConfig(
         name="finetune",
         out=Path("runs/finetune"),

@@ -21,6 +21,7 @@ from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
 from videoar.training.run_folder import Report
@@ -38,7 +39,7 @@ class TextToVideoConfig:
 
     codec: Path | None = None
     """Checkpoint whose codec encodes the videos."""
-    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, drawn from at every step."""
@@ -96,7 +97,7 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     assert task.model is not None
     assert task.text is not None
-    captions = (caption.lower() for caption in shards.captions)
+    captions = map(text_encoder.as_read, shards.captions)
     tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=task.text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
     return VideoPipeline(VideoTransformer(task.model), prompts, codec)
@@ -148,6 +149,7 @@ class TextToVideoTask:
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.hear = Paced(report).hear
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         loaded = None if task.init is None else load_generator(task)
         codec = loaded.codec if loaded else Checkpoint.find(str(task.codec)).codec()
@@ -213,6 +215,7 @@ class TextToVideoTask:
         for name, scheme in zip(self.units, schemes, strict=True) if count else ():
             rng, total = torch.Generator().manual_seed(0), 0.0
             for batch in self.held_out:
+                self.hear(f"validation: {name}")
                 latents = draw_clip(batch["latents"].to(device), scheme, flow, rng)
                 text = module.context(batch["text"].to(device))
                 loss = flow_matching_loss(model, latents, text, scheme=scheme, config=flow, rng=rng)

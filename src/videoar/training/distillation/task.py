@@ -20,7 +20,9 @@ from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
 from videoar.generation.config import trained_flow
+from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Paced
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
@@ -41,7 +43,7 @@ class StudentConfig:
     """Checkpoint that the student begins with."""
     critic: str | None = None
     """Checkpoint that the critic begins with; None: the teacher."""
-    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
     """Folder of latents with the prompts and the sizes of the videos."""
     units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, of the student, drawn from at every step."""
@@ -159,6 +161,7 @@ class StudentTask:
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
         self.task, self.out, self.units = task, config.out, names(task.units)
+        self.hear = Paced(lambda line: report(f"validation: {line}")).hear
         teacher = load_role(task.teacher, "teacher")
         self.student = load_role(task.student, "student")
         others, distillation = {"student": self.student}, task.distillation
@@ -278,6 +281,7 @@ class StudentTask:
         every = max(1, frames // 6)
         for name in self.units:
             made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
+            made.sampler.on_step = hearing(pipe, made, None, self.hear)
             blocks = np.concatenate(list(made), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             pixels = blocks.astype(np.float32) / 255
