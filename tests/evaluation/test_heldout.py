@@ -116,7 +116,7 @@ def test_all_kinds_of_unit_are_measured_by_the_same() -> None:
             scheme=parse_units(name),
             sigma=0.6,
             context=context,
-            rng=torch.Generator().manual_seed(1),
+            seed=1,
         )
         for name in ("frame", "chunk:3", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
         for context in ("clean", "noisy", "full")

@@ -93,6 +93,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str]:
     image = None if args.image is None else conditioning.read_image(args.image)
     from videoar.core import schemes
     from videoar.generation import stream
+    from videoar.generation.inputs import hearing
 
     if args.units is not None:
         schemes.parse(args.units)  # what is wrong with it is said before weights are loaded
@@ -118,6 +119,9 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str]:
         say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
     writer = open_output(target, num_frames=num_frames, fps=fps)
     with Progress(sys.stderr, every=5.0) as show:
+        # Until there are frames: one unit may be all of a video.
+        hear = hearing(pipe, generation, None, lambda line: generation.stats.frames or show(line))
+        generation.sampler.on_step = hear
 
         def tell(frames: int, seconds: float) -> None:
             show(how_far(frames, seconds, total=num_frames, fps=fps))

@@ -8,11 +8,12 @@ coarse ones among them. Clips of one video resemble each other: intervals draw w
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.flow import add_noise, velocity_of
 from videoar.core.loss import Reads, layout, velocities
 from videoar.core.schemes import KINDS, Scheme, parse
@@ -26,7 +27,7 @@ from videoar.evaluation.metrics import Interval, bootstrap_interval, psnr, ssim
 from videoar.evaluation.options import HeldOut
 from videoar.evaluation.tables import markdown
 from videoar.files import Json, save
-from videoar.generation.config import trained_flow
+from videoar.generation.config import GenerationConfig, trained_flow
 from videoar.generation.pipeline import VideoPipeline
 
 DRAWS = 4  # of noise, per clip
@@ -59,30 +60,31 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
         raise ValueError(
             f"{data} holds no clips out: prepare two or more videos with held_out above 0"
         )
-    files, scores = list[str](), defaultdict[str, dict[str, list[float]]](dict)
-    codec_of = dict[str, str]()
+    shards = LatentShards(data / "heldout")
+    if len(shards) < 2:
+        raise ValueError(
+            f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"
+            " with a larger held_out"
+        )
+    files = [clip["extra"]["file"] for clip in shards.clips]
+    metas = [Checkpoint.find(checkpoint).meta for checkpoint in config.checkpoints]
+    # Of all the same tokens, and no more than the shortest training has seen at a time.
+    length = min(trained_flow(meta, GenerationConfig()).clip_frames for meta in metas)
+    codec_of, scores = dict[str, str](), defaultdict[str, dict[str, list[float]]](dict)
     for checkpoint in config.checkpoints:
         pipe = VideoPipeline.from_pretrained(checkpoint)
         kinds = config.units or tuple(pipe.meta.get("units", KINDS))
         if new := pipe.untrained(kinds):
             report(f"{checkpoint} is {new}")
-        shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
         check_codec(data, shards.info, pipe.codec, checkpoint=checkpoint)
-        if len(shards) < 2:
-            raise ValueError(
-                f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more"
-                " videos, or with a larger held_out"
-            )
-        files = [clip["extra"]["file"] for clip in shards.clips]
         of = f" of {checkpoint}" if len(config.checkpoints) > 1 else ""
         codec_of |= {f"{name}{of}": f"codec{of}" for name in kinds}
-        text = text_module(pipe.prompt_encoder, data)
-        for number, found in enumerate(_measured(pipe, text, shards, kinds, seed=config.seed), 1):
+        measured = _measured(pipe, data, kinds, length=length, seed=config.seed)
+        for number, (found, file) in enumerate(zip(measured, files, strict=True), start=1):
             for name, values in found.items():
                 for column, value in values.items():
                     scores[f"{name}{of}"].setdefault(column, []).append(value)
-            codec = found["codec"]
-            report(f"{number}/{len(files)}{of}  codec {codec['PSNR']:.1f} dB  {files[number - 1]}")
+            report(f"{number}/{len(files)}{of}  codec {found['codec']['PSNR']:.1f} dB  {file}")
     if (videos := len(set(files))) < 2:
         report("all held-out clips are of one video: intervals say nothing of other videos")
     clusters = files if videos > 1 else [str(number) for number in range(len(files))]
@@ -113,9 +115,11 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Interval]]) -> str:
 
 
 def _measured(
-    pipe: VideoPipeline, module: nn.Module, shards: LatentShards, kinds: Sequence[str], *, seed: int
+    pipe: VideoPipeline, data: Path, kinds: Sequence[str], *, length: int, seed: int
 ) -> Iterator[dict[str, dict[str, float]]]:
     """Yield for each clip the figures of the codec and of every kind of unit."""
+    shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
+    module = text_module(pipe.prompt_encoder, data)
     stride, flow = pipe.codec.stride[0], trained_flow(pipe.meta, pipe.sampling)
     for index, about in enumerate(shards.clips):
         batch = shards.get([index], np.random.default_rng([seed, index]))
@@ -124,31 +128,24 @@ def _measured(
         decoded = to_frames(pipe.codec.decode(latents)[0])
         given = 1 + stride * (max(1, latents.shape[1] // 2) - 1)
 
-        def ahead(frames: Frames, *, source: Frames = source, given: int = given) -> float:
-            return min(psnr(source[given:], frames[given:]), LOSSLESS)
-
-        whole = {"PSNR": min(psnr(source, decoded), LOSSLESS), "SSIM": ssim(source, decoded)}
-        found = {"codec": {**whole, NEXT: ahead(decoded)}}
+        whole = {"PSNR": _psnr(source, decoded), "SSIM": ssim(source, decoded)}
+        found = {"codec": {**whole, NEXT: _psnr(source[given:], decoded[given:])}}
         how: Json = {"num_frames": len(source), "video": source[:given], "prompt_embeds": words}
         how |= {"height": source.shape[1], "width": source.shape[2], "seeds": [seed + index]}
-        clip = latents[:, : flow.clip_frames].expand(DRAWS, -1, -1, -1, -1)
-        text = pipe.transformer.encode_text(words.expand(DRAWS, -1, -1))
+        clip = latents[:, :length].expand(DRAWS, -1, -1, -1, -1)
+        text = pipe.encode([], before=words.expand(DRAWS, -1, -1))
+        error = functools.partial(finest_error, pipe.transformer, clip, text, seed=seed + index)
         for name in kinds:
-            errors = {
-                f"error at {sigma}": finest_error(
-                    pipe.transformer,
-                    clip,
-                    text,
-                    scheme=parse(name),
-                    sigma=sigma,
-                    context=flow.context,
-                    rng=torch.Generator().manual_seed(seed + index),
-                )
-                for sigma in SIGMAS
-            }
-            made = np.concatenate(list(pipe.generate([""], units=name, **how)), axis=1)[0]
-            found[name] = {**errors, NEXT: ahead(made)}
+            how |= {"units": name}
+            measure = functools.partial(error, scheme=parse(name), context=flow.context)
+            found[name] = {f"error at {sigma}": measure(sigma=sigma) for sigma in SIGMAS}
+            made = np.concatenate(list(pipe.generate([""], **how)), axis=1)[0]
+            found[name][NEXT] = _psnr(source[given:], made[given:])
         yield found
+
+
+def _psnr(reference: Frames, other: Frames) -> float:
+    return min(psnr(reference, other), LOSSLESS)
 
 
 def finest_error(
@@ -159,13 +156,14 @@ def finest_error(
     scheme: Scheme,
     sigma: float,
     context: str,
-    rng: torch.Generator,
+    seed: int,
 ) -> float:
     """Return the error of the velocity at one sigma, over the tokens that every scheme has.
 
     Their noise is the same whatever the scheme. What else is read is as in training: clean copies
     of the units before, these units as noisy, or everything, by `context`.
     """
+    rng = torch.Generator().manual_seed(seed)
     (batch, frames, _, height, width), patch = latents.shape, model.config.patch
     units = Units(scheme, frames, height // patch, width // patch)
     reads: Reads = "all" if context == "full" else "past"

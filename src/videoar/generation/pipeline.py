@@ -92,6 +92,7 @@ class VideoPipeline:
             ValueError: nothing of that name, or something is wrong with the files.
         """
         checkpoint = Checkpoint.find(name_or_path, base=base, lora=lora)
+        check("torch_dtype", torch_dtype, None in (dtype, torch_dtype), "it or dtype, not both")
         defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
@@ -202,6 +203,7 @@ class VideoPipeline:
             TypeError: there is no such keyword.
         """
         check("output_type", output_type, output_type in OUTPUTS, f"one of {', '.join(OUTPUTS)}")
+        check("num_frames", num_frames, num_frames is not None, "a number, or `stream` for no end")
         check_whole("num_videos_per_prompt", num_videos_per_prompt, least=1)
         given = {"units": units, "num_inference_steps": num_inference_steps}
         given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
