@@ -49,10 +49,11 @@ def check_positive(options: Any, *names: str) -> None:
         check(name, value, right, "a number above 0, such as 4", "{} is {:g}: use {}")
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless a value is a whole number, or None."""
+def check_whole(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Raise unless a value is a whole number that is not below the least, or None."""
     right = value is None or isinstance(value, numbers.Integral)
     check(name, repr(value), right, "a whole number")
+    check(name, value, value is None or value >= least, f"{least} or more")
 
 
 def check_same(old: Any, new: Any, *, held: str, other: str, free: Collection[str] = ()) -> None:

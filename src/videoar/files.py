@@ -56,7 +56,7 @@ def replaced_folder(folder: Path, *, marker: str, overwrite: bool) -> Iterator[P
         if not (folder / marker).is_file():
             raise ValueError(f"{folder} is no checkpoint, so it is left alone; choose another")
         if not overwrite:
-            raise ValueError(f"{folder} exists already; choose another folder or pass --force")
+            raise ValueError(f"{folder} exists already; choose another or pass overwrite=True")
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed

@@ -221,7 +221,7 @@ def test_a_checkpoint_tells_what_it_is(tmp_path: Path) -> None:
 def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path: Path) -> None:
     """Weights that took days are not lost to a name used twice, and no leftovers stay behind."""
     folder = _checkpoint(tmp_path / "toy", seed=1)
-    with pytest.raises(ValueError, match=r"exists already; .* --force"):
+    with pytest.raises(ValueError, match=r"exists already; .* overwrite=True"):
         _checkpoint(folder, seed=2)
     assert Checkpoint.find(folder).meta["seed"] == 1
     _checkpoint(folder, seed=2, overwrite=True)

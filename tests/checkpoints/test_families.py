@@ -154,7 +154,7 @@ def test_weights_alone_ask_for_their_preset(
         ["convert", words[0], str(tmp_path / "ours"), *words[1:]],
     ):
         assert main.main(command) == 2
-        assert "does not say how it is sampled: name its --preset" in capsys.readouterr().err
+        assert "does not say how it is sampled: name its preset" in capsys.readouterr().err
     assert not {"a.mp4", "ours"} & {path.name for path in tmp_path.iterdir()}
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_transformer_is_called_what_it_is(tmp_path: Path, capsys) -> 
     _longlive(tmp_path)
     torch.save({"decoder.conv1.weight": torch.zeros(2)}, tmp_path / "vae.pth")
     torch.save(_weights() | {"img_emb.proj.0.weight": torch.zeros(2)}, tmp_path / "i2v.pth")
-    says = {"lora.pt": "pass it as --lora", "vae.pth": "pass it as --codec", "i2v.pth": "a picture"}
+    says = {"lora.pt": "pass it as lora", "vae.pth": "pass it as codec", "i2v.pth": "a picture"}
     for name, word in says.items():
         assert main.main(["info", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err

@@ -417,6 +417,20 @@ def test_a_folder_of_the_original_is_the_same_model(
     assert torch.equal(found.codec.decode(latents), codec.decode(latents))
 
 
+def test_a_preset_without_effect_is_refused(
+    folder: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original's format says nothing of sampling, and a scheduler that is there is copied."""
+    for source, kind, says in (
+        (original, "wan", "the format wan says nothing of how it is sampled"),
+        (folder, "diffusers", "the format diffusers keeps the scheduler of the folder"),
+    ):
+        words = [str(source), str(tmp_path / kind), "--format", kind, "--preset", "self-forcing"]
+        assert main.main(["convert", *words]) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / kind).exists()
+
+
 def test_a_folder_of_the_original_generates_and_converts(original: Path, tmp_path: Path) -> None:
     """Through the commands: a video, and there and back to the same tensors."""
     words = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]

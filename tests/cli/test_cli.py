@@ -25,7 +25,6 @@ from torch import nn
 from videoar.cli import drawing
 from videoar.cli.generate import generate, make
 from videoar.cli.main import COMMANDS, main, parse
-from videoar.cli.progress import Progress, how_far
 from videoar.core import cache, schemes
 from videoar.core.schemes import Scheme
 from videoar.core.schemes import parse as parse_units
@@ -33,6 +32,7 @@ from videoar.core.units import Units, Visible
 from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
+from videoar.generation.progress import Paced, Progress, how_far
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig
@@ -43,9 +43,9 @@ Run = Callable[..., tuple[int, str, str]]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 FROZEN = {
-    "generate": "base lora preset dtype prompt units image video keep fit seconds num_frames seed "
-    "out model codec height width device offload num_inference_steps shift guidance_scale "
-    "negative_prompt window sink lag threads force",
+    "generate": "base lora preset dtype prompt prompts num_videos_per_prompt units image video "
+    "keep fit seconds num_frames seed out model codec height width device offload "
+    "num_inference_steps shift guidance_scale negative_prompt window sink lag threads force",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
@@ -57,7 +57,7 @@ FROZEN = {
     "repeats threads out",
     "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
     "seconds num_inference_steps shift guidance_scale",
-    "evaluate heldout": "checkpoint data units seed out",
+    "evaluate heldout": "checkpoints data units seed out",
     "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
     "seconds",
     "demo": "out model seconds",
@@ -296,14 +296,19 @@ def test_ctrl_c_leaves_a_playable_file(checkpoint: str, tmp_path: Path) -> None:
 
 def test_progress_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     """A long generation says how long it will take, in plain lines when no terminal reads them."""
-    progress, line = (
-        Progress(sys.stderr, every=5),
-        how_far(80, 8, total=160, fps=16),
-    )
-    progress.show(line)
-    assert capsys.readouterr().err == ""
-    progress.shown -= 8
-    progress.show(line)
+    line = how_far(80, 8, total=160, fps=16)
+    lines = list[str]()
+    paced = Paced(lines.append, every=0.2)
+    paced.hear("at once")
+    time.sleep(0.3)
+    paced.say("due")
+    paced.hear("too soon")
+    assert lines == ["due"]  # what else was said is no silence
+    with Progress(sys.stderr, every=0.2) as show:
+        show(line)
+        assert capsys.readouterr().err == ""
+        time.sleep(0.3)
+        show(line)
     assert capsys.readouterr().err == "5.0 of 10.0 s, 10.0 frames/s, 8 s left\n"
 
 
@@ -351,6 +356,8 @@ BAD = [
     (("train", "tyo"), "Did you mean toy?"),
     (("train", "nowhere.at.all:recipe"), "cannot be imported"),
     (("train", "toy", "--stepz", "3"), "did you mean --steps?"),
+    (("train", "finetune", "--data.pth", "3"), "did you mean --data.path?"),
+    (("train", "codec", "--siz", "96x96"), "did you mean --size?"),
     (("train", "toy", "--optimizer.learning-rat", "3"), "--optimizer.learning-rate?"),
     (("train", "toy", "--steps", "0"), "steps is 0"),
     (("train", "toy", "frame"), "unknown option 'frame'"),

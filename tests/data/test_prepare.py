@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -795,3 +796,20 @@ def test_toy_goes_on_with_own_videos_and_generates(
     words = ["--model", checkpoint, "--num-frames", "9", "--out", "a.mkv"]
     assert main(["generate", "number 3", *words]) == 0
     assert read_video("a.mkv").frames.shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize("table", ["NFC", "NFD"])
+def test_a_name_with_accents_is_found_however_it_is_written(tmp_path: Path, table: str) -> None:
+    """MacOS takes letters apart, most others do not; both look alike to who writes a table."""
+    disk = {"NFC": "NFD", "NFD": "NFC"}[table]
+    for number, name in enumerate(("caf\u00e9.mp4", "\u00fcber.mp4")):
+        (tmp_path / unicodedata.normalize(disk, name)).write_bytes(b"x")
+        written = unicodedata.normalize(table, name)
+        if number:
+            (tmp_path / f"{written[:-4]}.txt").write_text("beside")
+        else:
+            row = {"file_name": written, "text": "in a table"}
+            (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False))
+    found = list_sources(tmp_path, captions="auto")
+    assert not found.rejected
+    assert sorted(source.captions for source in found.sources) == [("beside",), ("in a table",)]

@@ -153,7 +153,7 @@ def test_an_existing_file_stays_until_force(tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
     old, new = _noise(1, 4, 4), _noise(2, 4, 4)
     Video(frames=old, fps=1).save(path)
-    with pytest.raises(ValueError, match=r"exists already.*--force"):
+    with pytest.raises(ValueError, match=r"exists already.*overwrite=True"):
         Video(frames=new, fps=1).save(path)
     assert np.array_equal(read_video(path).frames, old)
     Video(frames=new, fps=1).save(path, overwrite=True)

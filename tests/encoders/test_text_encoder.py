@@ -127,12 +127,14 @@ def test_capitals_are_small_letters(encoder: TextEncoder, prompt: str) -> None:
     prompts, plain = TinyPromptEncoder(TOKENIZER, encoder), "a small red ball"
     assert torch.equal(prompts.encode([prompt]), prompts.encode([plain]))
     assert torch.equal(prompts.tokenize([prompt]), prompts.tokenize([plain]))
+    assert torch.equal(prompts.tokenize(["\u00e9"]), prompts.tokenize(["e\u0301"]))
     short = TextEncoder(replace(CONFIG, max_tokens=4))
     assert not TinyPromptEncoder(TOKENIZER, short).too_long({prompt})
 
 
 def test_words_of_texts() -> None:
-    """Signs are no part of a word, and capitals make no other one."""
+    """Signs are no part of a word; capitals, and accents that stand apart, make no other one."""
+    assert words_of(["gro\u0308\u00dfer"]) == {"größer"}
     assert words_of(["A red ball.", "the BALL's 2, größer"]) == {
         *("a", "red", "ball", "the", "s", "2", "größer"),
     }

@@ -10,10 +10,14 @@ import pytest
 import torch
 from tiny import MODEL, tiny_pipeline, tiny_transformer
 
-from videoar.cli.main import main
+from videoar.cli.main import main, parse
+from videoar.core.loss import FlowMatchingConfig
+from videoar.core.schemes import parse as parse_units
 from videoar.data import world
 from videoar.data.video import Video
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig
+from videoar.evaluation.heldout import NEXT, finest_error
+from videoar.generation.config import GenerationConfig, trained_flow
 
 Run = Callable[..., tuple[int, str, str]]
 UNITS = ("--units", "frame", "chunk:2", "cube:1x2x2")
@@ -55,28 +59,80 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_every_held_out_clip_is_measured(run: Run, prepared: dict[str, Path], tmp_path) -> None:
-    """PSNR, SSIM and a loss per kind of unit for each clip; the table shows their means."""
+    """The codec, and per kind of unit what kinds have in common; the tables show the means."""
     file = tmp_path / "report.json"
     words = (prepared["lossy"], "--data", prepared["lossy-latents"], *UNITS, "--out", file)
     code, out, error = run(*words)
     assert code == 0, error
     report = json.loads(file.read_text())
     index = (prepared["lossy-latents"] / "heldout" / "index.jsonl").read_text().splitlines()
-    assert len(report["clips"]) == len(index) == 4  # two of each video
-    assert len({clip["file"] for clip in report["clips"]}) == 2
-    for clip in report["clips"]:
-        assert clip["psnr"] < 30
-        assert -1 <= clip["ssim"] < 1
-        assert clip["losses"].keys() == set(UNITS[1:])
-        assert all(0 < loss < 100 for loss in clip["losses"].values())
-    means = {name: np.mean([c["losses"][name] for c in report["clips"]]) for name in UNITS[1:]}
-    for name, mean in means.items():
-        assert report["losses"][name]["mean"] == pytest.approx(mean)
-        assert f"| {name} | {mean:.4g} [" in out
-    change = report["differences"]["chunk:2"]
-    assert change["mean"] == pytest.approx(means["chunk:2"] - means["frame"])
+    assert len(report["files"]) == len(index) == 4  # two of each video
+    assert len(set(report["files"])) == 2
+    scores = report["clips"]
+    assert scores.keys() == {"codec", *UNITS[1:]}
+    assert all(psnr < 30 for psnr in scores["codec"]["PSNR"])
+    assert all(-1 <= ssim < 1 for ssim in scores["codec"]["SSIM"])
+    for name in UNITS[1:]:
+        assert set(scores[name]) == {NEXT, *(f"error at {sigma}" for sigma in (0.9, 0.6, 0.3))}
+        assert f"| {name} | {np.mean(scores[name]['error at 0.9']):.4g} [" in out
+        assert report["means"][name][NEXT]["mean"] == pytest.approx(np.mean(scores[name][NEXT]))
+    change = report["differences"]["chunk:2"][NEXT]
+    mean = np.subtract(scores["chunk:2"][NEXT], scores["frame"][NEXT]).mean()
+    assert change["mean"] == pytest.approx(mean)
     assert change["low"] <= change["mean"] <= change["high"]
+    assert "| minus frame |" in out
     assert run(*words)[0] == 2  # the report of an evaluation is not lost to a second one
+
+
+def test_checkpoints_are_compared_on_the_same_clips(run: Run, prepared: dict[str, Path]) -> None:
+    """On own data, in pairs: a checkpoint minus itself under another name is exactly nothing."""
+    twin = tiny_pipeline().save_pretrained(prepared["lossy"].parent / "twin", overwrite=True)
+    words = ("--data", prepared["lossy-latents"], "--units", "frame")
+    code, out, error = run(prepared["lossy"], twin, *words)
+    assert code == 0, error
+    assert f"| frame of {twin} | 0 [0, 0] | 0 [0, 0] | 0 [0, 0] | 0 [0, 0] |" in out
+    assert run(twin, twin, *words)[0] == 2
+    with pytest.raises(ValueError, match="use `videoar evaluate heldout` with it"):
+        parse(["compare", "toy", "--data", "x"])
+
+
+@torch.no_grad()
+def test_all_kinds_of_unit_are_measured_by_the_same() -> None:
+    """A model that answers zero makes the same error at a sigma whatever the units: that of noise.
+
+    Were coarse tokens counted, or other noise drawn, kinds would differ where no model does.
+    """
+    model = tiny_transformer()
+    model.proj_out.weight.zero_()
+    model.proj_out.bias.zero_()
+    rng = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 8, 4, 8, 8, generator=rng)
+    text = model.encode_text(torch.zeros(2, 3, 16))
+    found = {
+        name: finest_error(
+            model,
+            latents,
+            text,
+            scheme=parse_units(name),
+            sigma=0.6,
+            context=context,
+            seed=1,
+        )
+        for name in ("frame", "chunk:3", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
+        for context in ("clean", "noisy", "full")
+    }
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    expected = float((noise - latents).square().mean())
+    assert list(found.values()) == pytest.approx([expected] * 5)
+
+
+def test_a_checkpoint_is_measured_as_it_was_trained() -> None:
+    """What its training read, and how long its clips were, says the checkpoint and no default."""
+    task = {"units": ["frame"], "flow": {"class": "Flow", "context": "noisy", "clip_frames": 4}}
+    flow = trained_flow({"config": {"task": task}}, GenerationConfig())
+    assert (flow.context, flow.clip_frames) == ("noisy", 4)
+    assert trained_flow({}, GenerationConfig(units="full")).context == "full"
+    assert trained_flow({}, GenerationConfig()) == FlowMatchingConfig()
 
 
 def test_a_codec_without_loss_is_measured_as_such(
@@ -85,15 +141,16 @@ def test_a_codec_without_loss_is_measured_as_such(
     """The frames kept aside are those that were encoded; else PSNR would mean nothing."""
     file = tmp_path / "report.json"
     words = (prepared["exact"], "--data", prepared["exact-latents"], *UNITS[:2], "--out", file)
-    code, _, error = run(*words)
+    code, out, error = run(*words)
     assert code == 0, error
     report = json.loads(file.read_text())
-    assert report["reconstruction"]["psnr"]["mean"] > 50  # stored with 11 bits
-    assert report["reconstruction"]["ssim"]["mean"] > 0.999
+    assert report["means"]["codec"]["PSNR"]["mean"] > 50  # stored with 11 bits
+    assert report["means"]["codec"]["SSIM"]["mean"] > 0.999
+    assert "0% is the codec's: the generator is the limit." in out
 
 
 @torch.no_grad()
-def test_the_loss_tells_a_trained_model_from_noise(
+def test_the_error_tells_a_trained_model_from_noise(
     run: Run, prepared: dict[str, Path], tmp_path
 ) -> None:
     """A model that answers zero is better than one with random weights; the report shows it."""
@@ -106,14 +163,14 @@ def test_the_loss_tells_a_trained_model_from_noise(
         file = tmp_path / f"{name}.json"
         words = (checkpoint, "--data", prepared["lossy-latents"], *UNITS[:2], "--out", file)
         assert run(*words)[0] == 0
-        found.append(json.loads(file.read_text())["losses"]["frame"]["mean"])
+        found.append(json.loads(file.read_text())["means"]["frame"]["error at 0.9"]["mean"])
     assert found[1] < found[0]
 
 
-def test_losses_are_those_of_the_trained_units_by_default(
+def test_figures_are_those_of_the_trained_units_by_default(
     run: Run, prepared: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What a model never learned has a loss, too, but says nothing; if it is asked for, say so."""
+    """What a model never learned has an error, too, and means nothing; asked for, it is said."""
     pipe = tiny_pipeline()
     pipe.meta = {"units": ["chunk:2"]}
     words = (pipe.save_pretrained(tmp_path / "one"), "--data", prepared["lossy-latents"])
@@ -129,7 +186,7 @@ def test_what_cannot_be_compared_is_said(run: Run, prepared: dict[str, Path], tm
     words = [str(videos), str(latents), "--codec", str(prepared["lossy"]), "--num-frames", "9"]
     assert main(["prepare", *words, "--held-out", "0", "--workers", "1"]) == 0
     for data, message in (
-        (prepared["exact-latents"], "prepare the videos with --codec"),
+        (prepared["exact-latents"], "as codec, or name a checkpoint"),
         (latents, "holds no clips out"),
         (tmp_path / "none", "holds no clips out"),
     ):

@@ -223,6 +223,7 @@ def test_what_cannot_begin_a_video_is_said(run: Run, words: tuple[str, ...], mes
 @pytest.mark.parametrize(
     "given",
     [
+        {"fit": "letterbox"},
         {"image": np.zeros((64, 64, 3), np.float32)},
         {"image": np.zeros((64, 64), np.uint8)},
         {"image": torch.zeros(64, 64, 3)},
@@ -235,3 +236,15 @@ def test_arrays_that_do_not_fit_are_refused(pipe: VideoPipeline, given: dict) ->
     """Floats would be taken for pixels, a batch for frames."""
     with pytest.raises(ValueError, match="give"):
         pipe("a ball", num_frames=17, **given)
+
+
+def test_pictures_and_videos_are_arrays(pipe: VideoPipeline) -> None:
+    """What the field hands round, PIL's pictures, one or a list, and what a call has given."""
+    first = pipe("a ball", num_frames=5)
+    pictures = list(map(Image.fromarray, first.frames))
+    how = {"num_frames": 9, "seed": 3}
+    expected = pipe("a ball", video=first.frames, **how).frames
+    for video in (first, pictures):
+        assert np.array_equal(pipe("a ball", video=video, **how).frames, expected)
+    clear = pictures[0].convert("RGBA")
+    assert np.array_equal(pipe("a ball", image=clear, **how).frames[0], first.frames[0])

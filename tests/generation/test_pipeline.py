@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Cells, Scheme, box, parse
 from videoar.core.tokens import to_latents, to_tokens
 from videoar.core.units import Units, Visible
+from videoar.encoders.codec import to_frames
 from videoar.encoders.text_encoder import TextEncoder
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Progress
 from videoar.training.objectives import FlowMatching, TextToVideo
 
 PROMPT = "a red ball"
@@ -39,13 +42,13 @@ def pipe() -> VideoPipeline:
 def test_a_stream_shows_what_a_clip_saves_bit_for_bit(pipe, units: str) -> None:
     """Frames arrive as they are finished, and never change afterwards."""
     segment = parse(units).frames
-    num_frames = 1 + 4 * (4 * segment - 1)  # whole segments
-    clip = pipe(PROMPT, num_frames=num_frames, seed=3, units=units).frames
-    assert len(clip) == num_frames
     endless = pipe.stream(PROMPT, seed=3, units=units)
     shown = np.concatenate(list(itertools.islice(endless, 4)))
-    assert len(shown) <= num_frames
-    assert np.array_equal(shown, clip[: len(shown)])
+    for num_frames in (1, 10, 1 + 4 * (4 * segment - 1)):  # also where the last unit is cut
+        clip = pipe(PROMPT, num_frames=num_frames, seed=3, units=units).frames
+        assert len(clip) == num_frames
+        both = min(len(shown), num_frames)
+        assert np.array_equal(shown[:both], clip[:both])
 
 
 @pytest.mark.parametrize("units", SCHEMES)
@@ -128,6 +131,108 @@ def test_frames_per_second_are_those_that_were_asked_for(pipe) -> None:
     """The rate is a field like the others, and goes into the file."""
     assert pipe(PROMPT, num_frames=1).fps == 16
     assert pipe(PROMPT, num_frames=1, fps=8).fps == 8
+
+
+def test_several_prompts_give_several_videos(pipe) -> None:
+    """Each is the video of its prompt and seed, in the order of the prompts."""
+    prompts, how = [PROMPT, "a blue square"], {"num_frames": 5, "seed": 4}
+    four = pipe(prompts, num_videos_per_prompt=2, **how)
+    assert [video.seed for video in four] == [4, 5, 6, 7]
+    for video, prompt in zip(four, [PROMPT, PROMPT, "a blue square", "a blue square"], strict=True):
+        alone = pipe(prompt, num_frames=5, seed=video.seed).frames
+        assert np.abs(alone.astype(int) - video.frames.astype(int)).max() <= 1
+    assert len(pipe([PROMPT], **how)) == 1
+    assert [v.seed for v in pipe(prompts, num_frames=1, seed=[9, 3])] == [9, 3]
+    for given, message in (
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0: use 1 or more"),
+        ({"seed": [1]}, "2 prompts and 1 seeds"),
+        ({"output_type": "mp4"}, "output_type is mp4: use one of video, np, pil, pt, latent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(prompts, num_frames=1, **given)
+
+
+def test_a_seed_may_be_drawn_and_is_reported(pipe) -> None:
+    """By a generator, whose state moves on as in diffusers, or by torch; a seed repeats it."""
+    rng = torch.Generator().manual_seed(0)
+    first, second = (pipe(PROMPT, num_frames=5, generator=rng) for _ in range(2))
+    assert first.seed != second.seed
+    again = pipe(PROMPT, num_frames=5, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(first.frames, again.frames)
+    drawn = pipe(PROMPT, num_frames=5, seed=None)
+    assert np.array_equal(pipe(PROMPT, num_frames=5, seed=drawn.seed).frames, drawn.frames)
+    with pytest.raises(ValueError, match="seed and generator both"):
+        pipe(PROMPT, generator=rng, seed=3)
+
+
+def test_the_output_has_the_type_that_was_asked_for(pipe) -> None:
+    """As diffusers' pipelines give it: floats in [0, 1], tensors with channels first, latents."""
+    video = pipe(PROMPT, num_frames=6)
+    floats, tensor, pictures, latents = (
+        pipe(PROMPT, num_frames=6, output_type=kind) for kind in ("np", "pt", "pil", "latent")
+    )
+    assert np.array_equal((floats * 255).round().astype(np.uint8), video.frames)
+    assert torch.equal(tensor, torch.from_numpy(floats).permute(0, 3, 1, 2))
+    assert np.array_equal(np.stack(list(map(np.asarray, pictures))), video.frames)
+    decoded = to_frames(pipe.codec.decode(latents[None]))[0]
+    assert np.array_equal(decoded[:6], video.frames)
+
+
+def test_a_callback_hears_and_may_change_every_step(pipe) -> None:
+    """It gets what diffusers gives it: pipeline, step, timestep, and a dict to change."""
+    heard = []
+
+    def callback(its_pipe, step, timestep, values):
+        heard.append((its_pipe is pipe, step, timestep, values["unit"]))
+        return {"latents": torch.zeros_like(values["latents"])}
+
+    how = {"num_frames": 5, "units": "frame", "output_type": "latent"}
+    assert not pipe(PROMPT, callback_on_step_end=callback, **how).any()
+    sigmas = sigma_steps(2, shift=5.0)
+    assert heard == [(True, k, 1000 * sigmas[k], unit) for unit in (0, 1) for k in (0, 1)]
+    plain = pipe(PROMPT, **how)
+    assert torch.equal(pipe(PROMPT, callback_on_step_end=lambda *_: None, **how), plain)
+
+
+def test_a_size_may_be_asked_for(pipe) -> None:
+    """The checkpoint's own is a default, and stays what it was."""
+    video = pipe(PROMPT, num_frames=5, height=32, width=48)
+    assert video.frames.shape == (5, 32, 48, 3)
+    assert (pipe.height, pipe.width) == (64, 64)
+    with pytest.raises(ValueError, match="height is 0 pixels"):
+        pipe(PROMPT, height=0)
+
+
+def test_a_pipeline_moves_and_says_what_it_is() -> None:
+    """On one screen; a video does, too, and shows itself in a notebook."""
+    pipe = tiny_pipeline()
+    assert pipe.to("cpu", torch.bfloat16) is pipe
+    assert pipe.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert pipe(PROMPT, num_frames=1).frames.shape == (1, 64, 64, 3)
+    pipe.to(torch.float32)
+    assert next(pipe.prompt_encoder.encoder.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="choose the dtype"):
+        pipe.to(torch.int8)
+    assert "prompt_encoder       TinyPromptEncoder" in repr(pipe)
+    assert len(repr(pipe).splitlines()) < 24
+    video = pipe(PROMPT, num_frames=8, seed=3)
+    assert repr(video) == "<Video: 8 frames of 64x64, 0.50 s at 16 fps, seed 3>"
+    assert video._repr_html_().startswith("<video")
+
+
+def test_a_call_shows_how_far_it_is_unless_it_is_told_not_to(pipe, capsys, monkeypatch) -> None:
+    """Minutes of silence look like a hang; a log of a thousand lines is no better."""
+    monkeypatch.setattr(Progress, "__init__", partialmethod(_eager, Progress.__init__))
+    pipe(PROMPT, num_frames=5, units="frame")
+    assert capsys.readouterr().err.splitlines()[0].startswith("1 of 4 steps, ")
+    quiet = replace(pipe)
+    quiet.set_progress_bar_config(disable=True)
+    quiet(PROMPT, num_frames=5)
+    assert capsys.readouterr().err == ""
+
+
+def _eager(self, init, file, *, every, disable=False):
+    init(self, file, every=0.0, disable=disable)
 
 
 def test_a_saved_pipeline_generates_the_same(pipe, tmp_path: Path) -> None:
@@ -220,10 +325,19 @@ def test_damaged_weights_do_not_make_a_video() -> None:
         pipe("a ball", num_frames=5)
 
 
-def test_an_unknown_argument_is_refused(pipe) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("heigth", "height"),
+        ("num_frame", "num_frames"),
+        ("guidance", "guidance_scale"),
+        ("Lag", "lag"),
+    ],
+)
+def test_an_unknown_keyword_is_refused_with_the_nearest(pipe, wrong: str, right: str) -> None:
     """A typing error must not pass as an option without effect."""
-    with pytest.raises(TypeError, match="num_steps"):
-        pipe(PROMPT, num_frames=1, num_steps=3)
+    with pytest.raises(TypeError, match=f"no keyword '{wrong}'; did you mean {right}\\?"):
+        pipe(PROMPT, **{wrong: 3})
 
 
 def test_a_stream_refuses_at_once(pipe) -> None:

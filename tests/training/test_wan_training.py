@@ -139,7 +139,7 @@ def test_latents_without_rows_are_refused(
         info.write_text(text)
     error = capsys.readouterr().err
     assert "captions encoded by nothing" in error
-    assert "prepare the videos again, with that checkpoint as --codec" in error
+    assert "prepare the videos again, with that checkpoint as codec" in error
 
 
 # ---------------------------------------------------------------- the recipe of the real size

@@ -199,7 +199,7 @@ class Checkpoint:
         if part not in self.named:
             return self.home
         name, inside = self.named[part], self.home / self.named[part]
-        says = f"{self.home / META} takes its {part} from {name!r}, unless --base names another"
+        says = f"{self.home / META} takes its {part} from {name!r}, unless base names another"
         try:
             below = inside.is_dir() and inside.resolve().is_relative_to(self.home.resolve())
             folder = inside if below else _published(name)
@@ -225,7 +225,7 @@ class Checkpoint:
         alone = bool(self.lora) or not found.file.is_dir()
         if preset is None and alone and not self.meta:
             raise ValueError(
-                f"{self.source} ({found.format}) does not say how it is sampled: name its --preset,"
+                f"{self.source} ({found.format}) does not say how it is sampled: name its preset,"
                 f" one of {', '.join(wan.PRESETS)}"
             )
 

@@ -32,7 +32,7 @@ def plain(found: TransformerWeights) -> Weights:
     if own:
         raise ValueError(
             f"{found.file} has {' and '.join(own)}, which no other program runs; write it with "
-            "--format videoar"
+            "the format videoar"
         )
     return weights
 
@@ -74,7 +74,14 @@ def convert(
 
     Returns:
         What was written, in sentences.
+
+    Raises:
+        ValueError: it cannot be written so, or the preset would have no effect.
     """
+    kept = format == "diffusers" and (checkpoint.home / "model_index.json").is_file()
+    if preset is not None and (format == "wan" or kept):
+        holds = "keeps the scheduler of the folder" if kept else "says nothing of how it is sampled"
+        raise ValueError(f"preset {preset} has no effect, as the format {format} {holds}: leave it")
     found = checkpoint.transformer()
     if dtype is not None:
         found = replace(found, weights=dict(found.build(dtype=as_dtype(dtype)).state_dict()))
@@ -115,7 +122,7 @@ def _write_diffusers(
         if part is not None and not isinstance(part, kind):
             raise ValueError(
                 f"{home} has a {type(part).__name__}, which diffusers does not know; write it with "
-                "--format videoar"
+                "the format videoar"
             )
     if isinstance(codec, wan_codec.WanCodec):
         index["vae"] = ["diffusers", "AutoencoderKLWan"]

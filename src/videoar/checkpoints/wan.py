@@ -69,8 +69,8 @@ FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_
 
 # What else is published beside transformers, by a part of its names.
 OTHERS = {
-    "lora_": "holds low-rank updates: pass it as --lora, beside the file of its base model",
-    "decoder.": "holds a codec: pass it as --codec, beside a transformer",
+    "lora_": "holds low-rank updates: pass it as lora, beside the file of its base model",
+    "decoder.": "holds a codec: pass it as codec, beside a transformer",
     "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
 }
 
@@ -189,7 +189,7 @@ def _config_of(
     if (bias := weights.get("patch_embedding.bias")) is not None and len(bias) % head_dim:
         raise ValueError(
             f"{file} has {len(bias)} channels, which are no whole number of heads of {head_dim}; "
-            "pass the folder of its base model, whose config states the heads, as --base"
+            "pass the folder of its base model, whose config states the heads, as base"
         )
     try:
         size, channels, _, patch, _ = weights["patch_embedding.weight"].shape
@@ -261,7 +261,7 @@ def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
         if found is None:
             raise ValueError(
                 f"{source} has no codec; pass a Wan folder with `vae/` or `Wan2.1_VAE.pth` as "
-                "--base, or a codec as --codec"
+                "base, or a codec"
             )
         source = found
     weights = {key: tensor.to(device) for key, tensor in read_weights(source).items()}

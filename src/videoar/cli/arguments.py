@@ -43,4 +43,6 @@ def _names(options: Any, prefix: str = "--") -> Iterator[str]:
     """Yield the options of a dataclass, those of nested ones after a dot."""
     for field in dataclasses.fields(options):
         name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name, None)
+        stated = [getattr(about, "name", None) for about in getattr(field.type, "__metadata__", ())]
+        name = next((f"--{other}" for other in stated if other), name)
         yield from _names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]

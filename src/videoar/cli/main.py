@@ -50,6 +50,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{error.strerror}: {error.filename}"
+        text = text.replace("overwrite=True", "--force")  # what is called so here
         print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
@@ -73,8 +74,9 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     if name not in COMMANDS:
         close = hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
-    if name == "evaluate" and any(word.partition("=")[0] == "--data" for word in words):
-        raise ValueError("`evaluate` reads no --data: use `videoar evaluate heldout` with it")
+    asked = [word.partition("=")[0] for word in words]
+    if name in ("evaluate", "compare") and "--data" in asked:
+        raise ValueError(f"`{name}` reads no --data: use `videoar evaluate heldout` with it")
     kind = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
         args = arguments.read(kind, words, prog=f"videoar {name}")

@@ -29,8 +29,12 @@ class CheckpointOptions:
 class Generate(CheckpointOptions):
     """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
 
-    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
     """What to show."""
+    prompts: Path | None = None
+    """Or a file of them, a line for each: .txt; .jsonl or .csv with prompt, name and seed."""
+    num_videos_per_prompt: int = 1
+    """How many videos of each prompt, with seeds of their own."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
     image: Path | None = None
@@ -46,9 +50,10 @@ class Generate(CheckpointOptions):
     num_frames: int | None = None
     """Length in frames, instead of seconds."""
     seed: int = 0
-    """Seed of the noise; the same seed gives the same video."""
+    """Seed of the noise; the same seed gives the same video. More videos count on from it."""
     out: Path = Path("video.mp4")
-    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet)."""
+    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
+    folder, in which those that are there are left as they are."""
     model: str = "toy"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     codec: str | None = None
@@ -82,7 +87,9 @@ class Generate(CheckpointOptions):
 
     def __post_init__(self) -> None:
         names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
-        check_positive(self, *names, "height", "width")
+        check_positive(self, *names, "height", "width", "num_videos_per_prompt")
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("name what to show, as PROMPT or as --prompts FILE, and not both")
         if self.seconds is not None and self.num_frames is not None:
             raise ValueError("--seconds and --num-frames both give the length: choose one of them")
         if self.image is not None and self.video is not None:
@@ -98,6 +105,11 @@ class Generate(CheckpointOptions):
                 f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
                 " too: use fewer sinks, or a longer window"
             )
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one video."""
+        return self.prompts is not None or self.num_videos_per_prompt > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 import shlex
 import sys
 
-from videoar.cli.progress import Progress, say
+from videoar.cli.progress import say
 from videoar.data import options
 from videoar.data import prepare as preparation
+from videoar.generation.progress import Progress
 
 
 def prepare(args: options.Prepare) -> None:

@@ -132,6 +132,8 @@ class Sampler:
         self._mask_of: tuple[tuple[int, ...], Mask | None] | None = None
         self.passes = 0
         """Forward passes so far."""
+        self.on_step: Callable[[int, int, Tensor], Tensor] | None = None
+        """Called with a unit, the step it took, and its tokens; returns those to go on with."""
 
     def __iter__(self) -> Iterator[Finished]:
         yield from self._deliver()
@@ -203,7 +205,8 @@ class Sampler:
         fresh = x
         if 0 < after and config.step is not euler_step:
             fresh = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=done + 1).to(x)
-        return self._hold(index, config.step(x, velocity, sigma, after, fresh))
+        x = config.step(x, velocity, sigma, after, fresh)
+        return self._hold(index, x if self.on_step is None else self.on_step(index, done, x))
 
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
         """Put in what is known of a unit."""

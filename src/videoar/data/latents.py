@@ -259,7 +259,7 @@ def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: s
     if theirs != ours:
         raise ValueError(
             f"{latents} was encoded with the codec {theirs}, but {checkpoint} has {ours}: prepare"
-            f" the videos with --codec {checkpoint}, or name a checkpoint with the codec {theirs}"
+            f" the videos with {checkpoint} as codec, or name a checkpoint with the codec {theirs}"
         )
 
 
@@ -275,7 +275,7 @@ def text_module(prompts: PromptEncoder, latents: Path) -> TextEncoder | StoredTe
     if stored != wanted:
         raise ValueError(
             f"{latents} has captions encoded by {stored or 'nothing'}, but the checkpoint's"
-            f" text encoder is {wanted}: prepare the videos again, with that checkpoint as --codec"
+            f" text encoder is {wanted}: prepare the videos again, with that checkpoint as codec"
         )
     return StoredText(read_weights(latents / EMPTY_TEXT)["rows"])
 

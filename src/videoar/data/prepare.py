@@ -89,7 +89,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     path = Path(config.codec)
     source = str(path.resolve()) if path.is_dir() else config.codec
     info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=source)
-    statistics = _join(folder, listing, info, about | sources, encoder)
+    statistics = _join(folder, listing, info, about | sources, encoder, show)
     shutil.rmtree(work)
     return statistics
 
@@ -195,7 +195,12 @@ def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tens
 
 
 def _join(
-    folder: Path, listing: Listing, info: LatentsInfo, about: Json, encoder: PromptEncoder | None
+    folder: Path,
+    listing: Listing,
+    info: LatentsInfo,
+    about: Json,
+    encoder: PromptEncoder | None,
+    show: Callable[[str], None],
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER
@@ -219,6 +224,7 @@ def _join(
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))
         texts = _rows(list(clips), encoder)
         for number, (source, rows) in enumerate(zip(clips, texts, strict=True)):
+            show(f"{number}/{len(clips)} videos put together")
             table, target = (kept_sizes, other) if source in out else (sizes, writer)
             for clip in read_parts(source, work):
                 extra = {"file": source.name, "start": clip.start}

@@ -12,6 +12,7 @@ import posixpath
 import re
 import stat
 import tarfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,8 @@ def list_sources(root: Path, *, captions: Literal["auto", "none"]) -> Listing:
     found = Listing(rejected=walk.rejected)
     for name, source in sorted(walk.videos.items()):
         beside = f"{name if source.pictures else posixpath.splitext(name)[0]}.txt"
-        said = [text for key in (name, beside) for _, text in walk.texts.get(key, []) if text]
+        keys = (_key(name), _key(beside))
+        said = [text for key in keys for _, text in walk.texts.get(key, []) if text]
         said = [""] if captions == "none" else said
         if source.size == 0:
             found.rejected[name] = "0 bytes"
@@ -82,7 +84,7 @@ def list_sources(root: Path, *, captions: Literal["auto", "none"]) -> Listing:
     # What is said of a rejected video needs no reason of its own.
     names = {*walk.videos, *found.rejected}
     names |= {f"{stem}.txt" for name in names for stem in (name, posixpath.splitext(name)[0])}
-    for key in walk.texts.keys() - names:
+    for key in walk.texts.keys() - set(map(_key, names)):
         found.rejected.update((name, "a caption of no video") for name, _ in walk.texts[key])
     return found
 
@@ -178,7 +180,10 @@ class _Walk:
                     raise ValueError("no file_name")
                 name = posixpath.join(posixpath.dirname(shown), row["file_name"])
                 name = posixpath.normpath(name)
-                self.texts[name] += [(name, text) for text in _captions_in(row)]
+                key = unicodedata.normalize(
+                    "NFC", name
+                )  # disks and tables write accents in two ways
+                self.texts[key] += [(name, text) for text in _captions_in(row)]
             except ValueError as error:
                 if line:
                     self.rejected[f"{shown}, row {number}"] = str(error)
@@ -227,9 +232,14 @@ class _Walk:
         try:
             text = _text(content)
             said = _captions_in(_parse(text)) if suffix == ".json" else [" ".join(text.split())]
-            self.texts[f"{stem}.txt"] += [(name, caption) for caption in said]
+            self.texts[_key(f"{stem}.txt")] += [(name, caption) for caption in said]
         except ValueError as error:
             self.rejected[name] = str(error)
+
+
+def _key(name: str) -> str:
+    """Return a name in one form: disks and tables write accents in two, which look alike."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _suffix(name: str) -> str:

@@ -3,7 +3,9 @@
 Frames are uint8 arrays, `frames height width 3`. Nothing here knows of tensors or models.
 """
 
+import base64
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,12 +35,27 @@ class Video:
 
     frames: Frames
     fps: float
+    seed: int | None = None
+    """Of its noise, if it was generated."""
 
     def __post_init__(self) -> None:
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}; it must be above 0")
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        noise = "" if self.seed is None else f", seed {self.seed}"
+        size = f"{count} frames of {width}x{height}, {count / self.fps:.2f} s at {self.fps:g} fps"
+        return f"<Video: {size}{noise}>"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = self.save(Path(folder) / "video.mp4").read_bytes()
+        url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+        return f'<video controls loop width="{max(256, self.frames.shape[2])}" src="{url}"></video>'
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a file of the kind that its suffix names.
@@ -144,7 +161,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
         raise ValueError(f"{target} is a folder; give the name of a file in it")
     check_place(target.parent)
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists already; choose another name or pass --force")
+        raise ValueError(f"{target} exists already; choose another name or pass overwrite=True")
     return target
 
 

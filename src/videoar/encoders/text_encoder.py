@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,14 @@ class Tokenizer:
         return torch.tensor([ids + [PAD] * (max_tokens - len(ids)) for ids in rows])
 
 
+def as_read(text: str) -> str:
+    """Return what a tiny encoder reads of a text: small letters, each in its one form."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
 def words_of(texts: Iterable[str]) -> set[str]:
     """Return the words of texts, in small letters."""
-    return {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    return {word for text in texts for word in re.findall(r"\w+", as_read(text))}
 
 
 def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
@@ -206,6 +212,9 @@ class PromptEncoder(Protocol):
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters: for counting."""
 
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move it to a device or a precision, where they are not None."""
+
 
 @dataclass(frozen=True)
 class TinyPromptEncoder:
@@ -238,7 +247,7 @@ class TinyPromptEncoder:
         return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text.lower())
+        return self.tokenizer.encode(as_read(text))
 
     def too_long(self, captions: set[str]) -> str:
         limit = self.encoder.config.max_tokens
@@ -256,7 +265,7 @@ class TinyPromptEncoder:
         Raises:
             ValueError: a prompt is longer.
         """
-        texts = [prompt.lower() for prompt in prompts]
+        texts = list(map(as_read, prompts))
         ids = self.tokenizer.encode_batch(texts, max_tokens=self.encoder.config.max_tokens)
         return self.encoder(ids.to(self.encoder.norm.weight.device))
 
@@ -273,6 +282,9 @@ class TinyPromptEncoder:
 
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.encoder.to(device, dtype)
 
 
 class StoredText(nn.Module):

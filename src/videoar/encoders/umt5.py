@@ -70,9 +70,8 @@ class UMT5PromptEncoder:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.encoder, self.tokenizer, self.device = encoder, tokenizer, device
-        # T5 overflows in float16.
-        self.dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        self.encoder, self.tokenizer, self.device, self.dtype = encoder, tokenizer, device, dtype
+        self.to(device, dtype)
         self.cache = Path.home() / ".cache" / "videoar" / "text"
         with _said(tokenizer / "tokenizer.json"):
             self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -88,8 +87,13 @@ class UMT5PromptEncoder:
                     return cls(encoder, folder / tokenizer, **options)
         raise ValueError(
             f"{folder} has no text encoder with its tokenizer; pass a Wan folder that has them, "
-            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, as --base"
+            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, as base"
         )
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.device = device or self.device
+        # T5 overflows in float16.
+        self.dtype = torch.bfloat16 if dtype == torch.float16 else dtype or self.dtype
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> Rows:

@@ -14,9 +14,9 @@ from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
-def distinct(units: tuple[str, ...]) -> bool:
-    """Say whether there are units, and none twice."""
-    return 0 < len(units) == len(set(units))
+def distinct(names: tuple[str, ...]) -> bool:
+    """Say whether there are names, and none twice."""
+    return 0 < len(names) == len(set(names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +136,10 @@ class Compare(StudyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Measure reconstruction and loss on the clips that prepared videos hold out."""
+    """Measure codec and generators, in pairs, on the clips that prepared videos hold out."""
 
-    checkpoint: Positional[Checkpoint] = "toy"
-    """A bundled name or a folder."""
+    checkpoints: Positional[tuple[Checkpoint, ...]] = ("toy",)
+    """Bundled names or folders, one or more of one codec."""
     data: Path
     """Folder of prepared videos."""
     units: tuple[str, ...] | None = None
@@ -153,5 +153,6 @@ class HeldOut:
         check_options(
             self,
             ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
+            ("checkpoints", distinct(self.checkpoints), "one or more, none twice"),
             ("seed", self.seed >= 0, "0 or more"),
         )

@@ -33,6 +33,7 @@ from videoar.evaluation.tables import CLEAN, CODEC, LONG, cells, markdown
 from videoar.files import Json, load, save, to_json
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Paced
 
 
 def generated(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
@@ -209,16 +210,16 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
         else:
             jobs[entry.name] = entry, sampling, settings
     total = sum(s["num_prompts"] * s["seeds"] * s["num_frames"] for *_, s in jobs.values())
-    done, started = 0, time.perf_counter()
+    done, started, paced = 0, time.perf_counter(), Paced(report)
     for name, (entry, sampling, settings) in jobs.items():
         pipe = replace(pipelines(entry.checkpoint)[0], sampling=sampling)
         frames, videos = settings["num_frames"], []
         for batch in _batches(entry, config):
-            blocks = entry.make(pipe, batch, num_frames=frames)
+            blocks = _heard(entry.make(pipe, batch, num_frames=frames), name, paced)
             videos += entry.judge(blocks, batch, fps=sampling.fps)
             done += len(batch) * frames
             left = (time.perf_counter() - started) * (total / done - 1)
-            report(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
+            paced.say(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
         found[name] = {"settings": settings, "videos": videos}
         if entry.make is generated:
             found[name]["passes_per_second"] = _passes(pipe)
@@ -231,6 +232,15 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
 def _load(checkpoint: str) -> tuple[VideoPipeline, str]:
     """Load a checkpoint, and take its fingerprint."""
     return VideoPipeline.from_pretrained(checkpoint), Checkpoint.find(checkpoint).fingerprint()
+
+
+def _heard(blocks: Iterator[Clips], name: str, paced: Paced) -> Iterator[Clips]:
+    """Pass on what comes, and say how much it was if nothing else is said."""
+    frames = 0
+    for block in blocks:
+        frames += block.shape[1]
+        paced.hear(f"{name}: {frames} frames of {len(block)} videos")
+        yield block
 
 
 def _batches(entry: Entry, config: StudyOptions) -> Iterator[list[Json]]:

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from videoar.checks import check
 from videoar.data.decode import Fit, Unusable, check_size, read, readable, upright
 from videoar.data.sources import Source, list_sources
-from videoar.data.video import Frames, Picture
+from videoar.data.video import Frames, Picture, Video
 
 
 def read_image(path: str | Path) -> Picture:
@@ -69,30 +70,33 @@ def fitted(
 
 
 def beginning(
-    image: Any, video: Any, *, batch: int, height: int, width: int, stride: int, fit: Fit
+    image: Any, video: Any, *, batch: int, height: int, width: int, stride: int, fit: Fit | None
 ) -> UInt8[np.ndarray, "videos frames height width 3"] | None:
     """Check what is given, and bring it to the model's size and whole latent frames.
 
     Args:
-        image: uint8, `height width 3`, or one such per video of the batch.
-        video: uint8, `frames height width 3`, or one such per video of the batch.
+        image: a picture, or uint8, `height width 3`, or one such per video of the batch.
+        video: a `Video`, or uint8, `frames height width 3`, or one such per video of the batch.
         batch: Videos that begin so.
         height: Of the model, as is the width.
         width: Of the model.
         stride: Frames per latent frame: `1 + stride * k` frames are kept, the rest is dropped.
-        fit: Whether the sides are cut, or bars added.
+        fit: Whether the sides are cut, as with None, or bars added.
 
     Returns:
         One beginning for all videos, or one for each; None if nothing is given.
     """
     if image is not None and video is not None:
         raise ValueError("image and video both say how the video begins: give one of them.")
+    check("fit", fit, fit in (None, "crop", "letterbox"), "crop or letterbox")
     if image is None and video is None:
+        if fit is not None:
+            raise ValueError("fit says how image or video is resized: give one of them too.")
         return None
     name, axes = "image", "height width 3"
     if image is None:
         name, axes = "video", f"frames {axes}"
-    given, single = np.asarray(video if image is None else image), len(axes.split())
+    given, single = _array(video if image is None else image), len(axes.split())
     if given.dtype != np.uint8 or given.ndim not in (single, single + 1) or given.shape[-1] != 3:
         raise ValueError(
             f"{name} is {given.dtype} of shape {given.shape}: give uint8 of `{axes}`, or one such "
@@ -107,8 +111,16 @@ def beginning(
             "videos are to be made: give one frame or more, for all of them or for each."
         )
     check_size(given.shape[3], given.shape[2])
-    if fit not in ("crop", "letterbox"):
-        raise ValueError(f"fit is {fit!r}: use crop or letterbox.")
     kept = 1 + (given.shape[1] - 1) // stride * stride
     whole = (frames[:kept] for frames in given)
-    return np.stack([fitted(frames, height=height, width=width, fit=fit) for frames in whole])
+    return np.stack(
+        [fitted(frames, height=height, width=width, fit=fit or "crop") for frames in whole]
+    )
+
+
+def _array(given: Any) -> np.ndarray:
+    """Return the pixels of pictures, videos, or lists of them."""
+    if isinstance(given, list | tuple):
+        given = [_array(each) for each in given]
+    given = upright(given) if isinstance(given, Image.Image) else given
+    return np.asarray(given.frames if isinstance(given, Video) else given)

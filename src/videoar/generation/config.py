@@ -2,12 +2,14 @@
 
 import math
 import numbers
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_whole
+from videoar.core.loss import FlowMatchingConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 
@@ -81,3 +83,13 @@ class GenerationConfig:
         sink = units.whole_segments(self.sink_frames, window=self.window_frames)
         window = (self.window_frames - sink) // segment * segment
         return Visible(window=units.units_of(window), sink=units.units_of(sink))
+
+
+def trained_flow(meta: Mapping[str, Any], sampling: GenerationConfig) -> FlowMatchingConfig:
+    """Return the objective that a checkpoint was trained by, as far as it says it itself."""
+    task = meta.get("config", {}).get("task", {})
+    known = [field.name for field in fields(FlowMatchingConfig)]
+    stated = {name: value for name, value in task.get("flow", {}).items() if name in known}
+    units = meta.get("units") or task.get("units") or names([sampling.units])
+    flow = FlowMatchingConfig(**stated)
+    return replace(flow, context="full") if list(units) == ["full"] else flow

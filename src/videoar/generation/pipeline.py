@@ -1,15 +1,16 @@
 """From a prompt to frames: text encoder, sampler and codec behind one object."""
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from videoar import weights
@@ -18,20 +19,25 @@ from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
-from videoar.core.tokens import known_tokens, to_tokens
+from videoar.core.tokens import Known, known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.decode import Fit
-from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig
+from videoar.generation.inputs import (
+    OUTPUTS,
+    OnStepEnd,
+    check_inputs,
+    check_names,
+    hearing,
+    seeds_of,
+)
+from videoar.generation.progress import Progress
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
-
-MAX_PROMPT_CHARACTERS = 2000
-MAX_SEED = 2**63 - 1
 
 
 @dataclass
@@ -51,6 +57,8 @@ class VideoPipeline:
     width: int = 64
     meta: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself."""
+    progress: bool = True
+    """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 
     @classmethod
     def from_pretrained(
@@ -62,6 +70,7 @@ class VideoPipeline:
         codec: str | Path | None = None,
         preset: str | None = None,
         dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         device: str = "cpu",
         offload: bool = False,
     ) -> "VideoPipeline":
@@ -74,6 +83,7 @@ class VideoPipeline:
             codec: another codec: a checkpoint, or a file such as `taew2_1.pth`.
             preset: how to sample, by the name of a family in `wan.PRESETS`.
             dtype: of transformer and text encoder; None: as they are stored.
+            torch_dtype: the same, under the name that diffusers gives it.
             device: where to compute.
             offload: keep the transformer on the host, but for the layer that computes, and run the
                 text encoder there.
@@ -82,10 +92,11 @@ class VideoPipeline:
             ValueError: nothing of that name, or something is wrong with the files.
         """
         checkpoint = Checkpoint.find(name_or_path, base=base, lora=lora)
+        check("torch_dtype", torch_dtype, None in (dtype, torch_dtype), "it or dtype, not both")
         defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
-        wanted, host = weights.as_dtype(dtype), "cpu" if offload else device
+        wanted, host = weights.as_dtype(dtype or torch_dtype), "cpu" if offload else device
         found = checkpoint.transformer()
         checkpoint.check_preset(found, preset)
         prompts = checkpoint.text_encoder(dtype=wanted, device=host)
@@ -110,19 +121,112 @@ class VideoPipeline:
         meta = {**self.meta, **size, "sampling": sampling}
         return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
 
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: Any = None
+    ) -> "VideoPipeline":
+        """Move it to a device, or transformer and text encoder to a precision, or both."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None:
+            check_device(str(device))
+            self.codec.to(device)
+        self.transformer.to(device, weights.as_dtype(dtype))
+        self.prompt_encoder.to(device, weights.as_dtype(dtype))
+        return self
+
+    def set_progress_bar_config(self, *, disable: bool) -> None:
+        """Show no progress, or show it again."""
+        self.progress = not disable
+
+    def __repr__(self) -> str:
+        names = ("transformer", "prompt_encoder", "codec")
+        about = {name: type(getattr(self, name)).__name__ for name in names}
+        about |= {"size": f"{self.width}x{self.height} pixels", "device": self.device}
+        lines = [f"  {name:<20} {value}" for name, value in (about | vars(self.sampling)).items()]
+        return "\n".join(["VideoPipeline", *lines])
+
+    @property
+    def device(self) -> torch.device:
+        """Where videos are computed."""
+        return self.transformer.proj_out.weight.device
+
     def __call__(
-        self, prompt: str, *, num_frames: int = 61, seed: int = 0, **sampling: Any
-    ) -> Video:
-        """Generate one video; further keywords override fields of `GenerationConfig`."""
-        frames = list(self.stream(prompt, num_frames=num_frames, seed=seed, **sampling))
-        fps = sampling.get("fps", self.sampling.fps)
-        return Video(frames=np.concatenate(frames), fps=float(fps))
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Any = None,
+        video: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 61,
+        units: str | Scheme | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        num_videos_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "video",
+        callback_on_step_end: OnStepEnd | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate a video, or several side by side.
+
+        Args:
+            prompt: what to show; a list of prompts gives a list of videos.
+            image: the first frame: see `generate`.
+            video: or the first frames.
+            height: rows of pixels; this and the next, and others that are None: the checkpoint's.
+            width: columns of pixels.
+            num_frames: pixel frames, those of `image` or `video` included.
+            units: scheme, or its name: what is generated next.
+            num_inference_steps: denoising steps per unit.
+            guidance_scale: of classifier-free guidance; 1 for none, which is twice as fast.
+            negative_prompt: what guidance leads away from.
+            num_videos_per_prompt: with noise of their own; more than 1 gives a list.
+            seed: of the noise of the first video, the next has the next; or one for each; None
+                draws them. The same seed gives the same video, whose `seed` it is.
+            generator: draws the seeds instead, as does one for each video.
+            output_type: "video": a `Video`, uint8; "np": float32 in [0, 1], frames x height x
+                width x 3; "pt": the same as a tensor, frames x 3 x height x width; "pil": a list of
+                pictures; "latent": frames x channels x height x width, not decoded.
+            callback_on_step_end: called after every step of a unit, with the pipeline, the step,
+                the sigma before it times 1000, and a dict: `latents`, the tokens of the unit, and
+                `unit`, its number. `latents` of a dict that it returns take their place.
+            options: further keywords of `generate`, and fields of `GenerationConfig`.
+
+        Returns:
+            One for one prompt, else a list: all videos of the first prompt, then of the next.
+
+        Raises:
+            ValueError: an argument is outside its limits; nothing has been computed then.
+            TypeError: there is no such keyword.
+        """
+        check("output_type", output_type, output_type in OUTPUTS, f"one of {', '.join(OUTPUTS)}")
+        check("num_frames", num_frames, num_frames is not None, "a number, or `stream` for no end")
+        check_whole("num_videos_per_prompt", num_videos_per_prompt, least=1)
+        given = {"units": units, "num_inference_steps": num_inference_steps}
+        given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        options |= {name: value for name, value in given.items() if value is not None}
+        options |= {"image": image, "video": video, "height": height, "width": width}
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
+        seeds = seeds_of(seed, generator, len(prompts))
+        generation = self.generate(prompts, num_frames=num_frames, seeds=seeds, **options)
+        with Progress(sys.stderr, every=5.0, disable=not self.progress) as show:
+            generation.sampler.on_step = hearing(self, generation, callback_on_step_end, show)
+            latent = output_type == "latent"
+            made = generation.latents() if latent else np.concatenate(list(generation), axis=1)
+        fps = float(options.get("fps", self.sampling.fps))
+        found = [OUTPUTS[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)]
+        return found[0] if isinstance(prompt, str) and num_videos_per_prompt == 1 else found
 
     def stream(
-        self, prompt: str, *, num_frames: int | None = None, seed: int = 0, **sampling: Any
+        self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
         """Generate newly finished frames as they come; endless without `num_frames`."""
-        generation = self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling)
+        seeds = seeds_of(seed, None, 1)
+        generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
         return (frames[0] for frames in generation)
 
     def generate(
@@ -131,50 +235,56 @@ class VideoPipeline:
         *,
         num_frames: int | None,
         seeds: Sequence[int],
+        height: int | None = None,
+        width: int | None = None,
         image: Any = None,
         video: Any = None,
-        fit: Fit = "crop",
+        fit: Fit | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Float[Tensor, "videos words channels"] | None = None,
         **sampling: Any,
     ) -> Generation:
         """Begin to generate a batch of videos, one per prompt and seed.
 
         Args:
             prompts: one per video.
-            num_frames: pixel frames, conditioning included; None for an endless stream.
+            num_frames: pixel frames, conditioning included; None for an endless stream. A clip is
+                the beginning of its stream: its last unit is made whole, and cut.
             seeds: one per video.
-            image: the first frame, as an array: see `conditioning.beginning`.
+            height: rows of pixels; None: the checkpoint's own, as for the width.
+            width: columns of pixels.
+            image: the first frame, as a picture or an array: see `conditioning.beginning`.
             video: or the first frames, at the model's rate. What does not fill a latent frame is
                 dropped: `kept_frames` of the result says how many are left.
-            fit: how they are brought to the model's size, by cropping or between bars.
+            fit: how they are brought to the model's size, by cropping (None, too) or between bars.
             latents: the noise to begin with, batch x frames x channels x height x width; by default
                 it is drawn from the seeds.
+            prompt_embeds: rows of the prompts, if they are encoded already.
             sampling: fields of `GenerationConfig` to override, such as `units`.
 
         Raises:
             ValueError: an argument is outside its limits; nothing has been computed then.
+            TypeError: there is no such keyword.
         """
-        started = time.perf_counter()
-        options, batch = self.sampling.replaced(**sampling), len(prompts)
-        _check(prompts, seeds, num_frames, options)
+        started, batch = time.perf_counter(), len(prompts)
+        check_names(sampling, self.generate, self.__call__)
+        options = self.sampling.replaced(**sampling)
+        check_inputs(prompts, seeds, num_frames, options, encoded=prompt_embeds is not None)
         if sampling.get("negative_prompt") and options.guidance_scale == 1:
             raise ValueError(
                 "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
                 " is none: raise it, or leave the negative prompt out."
             )
-        lattice = self.lattice(options.units, num_frames)
-        size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
+        given = {"height": height, "width": width}
+        pipe = replace(self, **{side: n for side, n in given.items() if n is not None})
+        lattice = pipe.lattice(options.units, num_frames)
+        size = {"height": pipe.height, "width": pipe.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
-        device, known = self.transformer.patch_embedding.weight.device, {}
-        if conditioning is not None:
-            if num_frames is not None and conditioning.shape[1] >= num_frames:
-                raise ValueError(
-                    f"{conditioning.shape[1]} frames are given of a video of {num_frames}:"
-                    " make it longer or keep less."
-                )
-            encoded = self.codec.encode(from_frames(conditioning).to(device))
-            encoded = encoded.expand(batch, *encoded.shape[1:])
-            known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
+        kept = 0 if conditioning is None else conditioning.shape[1]
+        if num_frames is not None and 0 < num_frames <= kept:
+            raise ValueError(
+                f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
+            )
         config = SamplerConfig(
             sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
             step=STEPS[options.step],
@@ -183,22 +293,38 @@ class VideoPipeline:
             context_noise=options.context_noise,
             moving_sinks=options.moving_sinks,
         )
-        network, texts = self.transformer, list(prompts)
+        network, texts = self.transformer, [] if prompt_embeds is not None else list(prompts)
         if options.guidance_scale != 1:
             network = Guided(self.transformer, options.guidance_scale)
             texts += [options.negative_prompt] * batch
         sampler = Sampler(
             network,
             lattice,
-            self.encode(texts),
+            self.encode(texts, before=prompt_embeds),
             config,
-            seeds=seeds,
-            known=known,
+            seeds=list(map(int, seeds)),
+            known=self._known(conditioning, batch, lattice),
             noise=None if latents is None else self._noise(latents, lattice, batch),
-            device=device,
+            device=self.device,
         )
         how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
         return Generation(sampler, self.codec, **how)
+
+    def _known(self, conditioning: Any, batch: int, lattice: Units) -> dict[int, Known]:
+        """Encode what a video begins with, by unit."""
+        if conditioning is None:
+            return {}
+        pixels = from_frames(conditioning).to(self.device)
+        encoded = self.codec.encode(pixels)
+        encoded = encoded.expand(batch, *encoded.shape[1:])
+        return known_tokens(encoded, lattice, patch=self.transformer.config.patch)
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str], *, before: Tensor | None = None) -> TextContext:
+        """Encode prompts, behind those of which there are rows, to what every pass reads."""
+        parts = [] if before is None else [before]
+        parts += [self.prompt_encoder.encode(prompts)] if prompts else []
+        return self.transformer.encode_text(torch.cat(parts).to(self.transformer.proj_out.bias))
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""
@@ -227,6 +353,8 @@ class VideoPipeline:
         scheme = parse(units) if isinstance(units, str) else units
         time_stride, *strides = self.codec.stride
         frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
+        if frames is not None and scheme.frames is not None:
+            frames = math.ceil(frames / scheme.frames) * scheme.frames
         lengths = []
         for name, stride in zip(("height", "width"), strides, strict=True):
             size, side = getattr(self, name), stride * self.transformer.config.patch
@@ -236,35 +364,3 @@ class VideoPipeline:
                 )
             lengths.append(size // side)
         return Units(scheme, frames, *lengths)
-
-    @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> TextContext:
-        """Encode prompts to what every pass reads."""
-        rows = self.prompt_encoder.encode(prompts)
-        return self.transformer.encode_text(rows.to(self.transformer.patch_embedding.bias))
-
-
-def _check(
-    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: GenerationConfig
-) -> None:
-    """Raise unless a video can be made of these arguments."""
-    for prompt in (*prompts, options.negative_prompt):
-        if not isinstance(prompt, str):
-            raise ValueError(f"A prompt is {prompt!r}: use a text.")
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise ValueError(
-                f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
-            )
-    if not any(prompt.strip() for prompt in prompts):
-        raise ValueError("The prompt is empty: describe the video in a few words.")
-    check_whole("num_frames", num_frames)
-    check("num_frames", num_frames, num_frames is None or num_frames >= 1, "1 or more")
-    for seed in seeds:
-        check_whole("seed", seed)
-        check("seed", seed, 0 <= seed <= MAX_SEED, f"0 to {MAX_SEED}")
-    scale = options.guidance_scale
-    check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
-    if len(prompts) != len(seeds):
-        raise ValueError(
-            f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
-        )

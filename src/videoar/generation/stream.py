@@ -1,12 +1,13 @@
 """A video in the making: units are sampled, decoded and written as they come."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from videoar.core.sampler import Sampler, part_of
@@ -39,7 +40,7 @@ class Generation:
         self.conditioning = conditioning
         """First frames; they come out as they are, not as the codec gives them back."""
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
-        self._decoder = codec.stream_decoder()
+        self._codec, self._decoder = codec, codec.stream_decoder()
         parts = {"sampler": sampler, "decoder": self._decoder, "assembler": self._assembler}
         self._parts: dict[str, Any] = parts
 
@@ -51,7 +52,7 @@ class Generation:
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
         sampler, stats, before = self.sampler, self.stats, time.perf_counter()
         steps = iter(sampler)
-        while True:
+        while self.num_frames is None or stats.frames < self.num_frames:
             with torch.inference_mode():
                 finished = next(steps, None)
             computed = time.perf_counter()
@@ -84,6 +85,14 @@ class Generation:
             stats.frames += frames.shape[1]
             yield frames
             before = time.perf_counter()
+
+    @torch.inference_mode()
+    def latents(self) -> Float[Tensor, "batch frames channels height width"]:
+        """Generate a clip to its end, and return what would be decoded to its frames."""
+        parts = (self._assembler.add(each.unit, each.tokens) for each in self.sampler)
+        latents = torch.cat([part for part in parts if part is not None], dim=1)
+        assert self.num_frames is not None, "an endless stream has no end"
+        return latents[:, : 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0])]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that is needed to go on with the stream later."""

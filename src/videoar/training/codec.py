@@ -67,13 +67,13 @@ class ReconstructionConfig:
 class FootageConfig:
     """Train a codec on a folder of videos, which are decoded once."""
 
-    videos: Annotated[Path, arg(aliases=["--data.path"])]
+    videos: Annotated[Path, arg(name="data.path", prefix_name=False)]
     """Folder of videos, as `videoar prepare` reads it; captions are not needed."""
     codec: TinyCodecConfig = field(default_factory=TinyCodecConfig.wide)
     """Shape of the codec."""
     init: str | None = None
     """Checkpoint whose codec is trained on, encoder and decoder: a bundled name or a folder."""
-    size: Annotated[str, arg(aliases=["--size"])] = "96x96"
+    size: Annotated[str, arg(name="size", prefix_name=False)] = "96x96"
     """Width and height of clips, to which videos are scaled and cropped."""
     fps: float = 16.0
     """Frames per second of the clips."""

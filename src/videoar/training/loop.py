@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from videoar import files, machine
 from videoar.checks import MUST_BE, check_options
 from videoar.data.batches import Batches
+from videoar.generation.progress import Paced
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective, seeded
@@ -151,6 +152,7 @@ def _loop(run: "_Run") -> None:
     ):
         while run.step < config.steps:
             run.advance()
+            run.paced.hear(f"step {run.step}/{config.steps}")
             last = run.step == config.steps
             if run.step % config.log_every == 0 or last:
                 row = run.row(peak)
@@ -176,7 +178,8 @@ class _Run:
     def __init__(self, config: TrainConfig, report: Report) -> None:
         self.config = config
         self.ranks, self.device = join(config.device)
-        self.report: Report = report if self.ranks.first else lambda line: None
+        self.paced = Paced(report if self.ranks.first else lambda line: None)
+        self.report: Report = self.paced.say
         self._share()
         if self.ranks.first:
             run_folder.claim(config.out, files.to_json(config))
@@ -221,7 +224,7 @@ class _Run:
         if count > 1 and config.optimizer.muon_learning_rate is not None:
             raise ValueError(
                 f"Muon moves whole matrices, which {count} processes split among them: set"
-                " --optimizer.muon-learning-rate None"
+                " optimizer.muon_learning_rate to None"
             )
 
     def advance(self) -> None:

@@ -340,7 +340,7 @@ def video() -> TrainConfig:
 
 
 def finetune() -> TrainConfig:
-    """Go on from a checkpoint with your own videos: `videoar train finetune --task.latents X`."""
+    """Go on from a checkpoint with your own videos: `videoar train finetune --data.path X`."""
     return TrainConfig(
         name="finetune",
         out=Path("runs/finetune"),

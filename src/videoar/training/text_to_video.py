@@ -21,6 +21,7 @@ from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, own_weights
 from videoar.training.run_folder import Report
@@ -52,11 +53,11 @@ class TextToVideoConfig:
 
     codec: Path | None = None
     """Checkpoint whose codec encodes the videos."""
-    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, drawn from at every step."""
-    size: Annotated[Literal["small", "medium"] | None, arg(aliases=["--size"])] = None
+    size: Annotated[Literal["small", "medium"] | None, arg(name="size", prefix_name=False)] = None
     """Size of a transformer trained from nothing, in place of `model`."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
@@ -82,8 +83,8 @@ class TextToVideoConfig:
         object.__setattr__(self, "units", stored)
         if self.init is None and self.size is None and self.model is None:
             raise ValueError(
-                "a run from nothing has to know the size of its transformer: say --size small or"
-                " medium, or name a checkpoint to go on from with --task.init"
+                "a run from nothing has to know the size of its transformer: say size small or"
+                " medium, or name a checkpoint to go on from as task.init"
             )
         if self.size and (self.init or self.model):
             raise ValueError(
@@ -95,7 +96,7 @@ class TextToVideoConfig:
         if not self.latents.is_dir() and not self.num_videos:
             raise ValueError(
                 f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
-                f" VIDEOS {self.latents}`, or name it with --task.latents"
+                f" VIDEOS {self.latents}`, or name another one (data.path)"
             )
         return TextToVideoTask(self, config, report)
 
@@ -120,8 +121,7 @@ def codec_of(task: TextToVideoConfig) -> Codec:
     source = task.codec or read_info(task.latents).checkpoint
     if source is None:
         raise ValueError(
-            f"{task.latents} does not say which codec made it: name its checkpoint with"
-            " --task.codec"
+            f"{task.latents} does not say which codec made it: name its checkpoint as task.codec"
         )
     return Checkpoint.find(str(source)).codec()
 
@@ -129,7 +129,7 @@ def codec_of(task: TextToVideoConfig) -> Codec:
 def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) -> VideoPipeline:
     """Make an untrained one, whose tokenizer knows the captions."""
     text = task.text or text_encoder.TextEncoderConfig()
-    captions = (caption.lower() for caption in shards.captions)
+    captions = map(text_encoder.as_read, shards.captions)
     tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
     model = task.model or SIZES[task.size or "small"]
@@ -185,6 +185,7 @@ class TextToVideoTask:
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.hear = Paced(report).hear
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         loaded = None if task.init is None else load_generator(task)
         codec = loaded.codec if loaded else codec_of(task)
@@ -251,6 +252,7 @@ class TextToVideoTask:
         for name, scheme in zip(self.units, schemes, strict=True) if count else ():
             rng, total = torch.Generator().manual_seed(0), 0.0
             for batch in self.held_out:
+                self.hear(f"validation: {name}")
                 latents = draw_clip(batch["latents"].to(device), scheme, flow, rng)
                 text = module.context(batch["text"].to(device))
                 loss = flow_matching_loss(model, latents, text, scheme=scheme, config=flow, rng=rng)

@@ -65,7 +65,9 @@ class DistillationConfig:
     critic_draws: int = 4
     """Noisy copies of each of the student's videos that the critic learns from: they cost less than
     a new video."""
-    critic_learning_rate: Annotated[float | None, arg(aliases=["--critic-learning-rate"])] = None
+    critic_learning_rate: Annotated[
+        float | None, arg(name="critic-learning-rate", prefix_name=False)
+    ] = None
     """Step size of the critic; None: that of the student. Muon's scales alike."""
     critic_warmup: int = 200
     """Steps of the critic before the first of the student."""

@@ -19,7 +19,10 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
+from videoar.generation.config import trained_flow
+from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.progress import Paced
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
@@ -40,7 +43,7 @@ class StudentConfig:
     """Checkpoint that the student begins with."""
     critic: str | None = None
     """Checkpoint that the critic begins with; None: the teacher."""
-    latents: Annotated[Path, arg(aliases=["--data.path"])]
+    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
     """Folder of latents with the prompts and the sizes of the videos."""
     units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...] = ()
     """Unit schemes, or their names, of the student, drawn from at every step; without any those
@@ -67,7 +70,7 @@ class StudentConfig:
         if not self.latents.is_dir():
             raise ValueError(
                 f"there is no folder {self.latents}: prepare one, train the teacher's recipe, which"
-                " makes it, or name it with --task.latents"
+                " makes it, or name another one (data.path)"
             )
         return StudentTask(self, config, report)
 
@@ -80,15 +83,6 @@ def load_role(name: str, role: str) -> VideoPipeline:
         raise ValueError(f"the {role}: {error}") from error
 
 
-def context_of(pipe: VideoPipeline) -> scores.Context:
-    """Return what a checkpoint was trained to read, as it says itself."""
-    task = pipe.meta.get("config", {}).get("task", {})
-    trained = pipe.meta.get("units") or task.get("units") or [pipe.sampling.units]
-    if list(trained) == ["full"]:
-        return "full"
-    return task.get("flow", {}).get("context", "clean")
-
-
 def check_roles(
     task: StudentConfig,
     units: tuple[str, ...],
@@ -96,7 +90,7 @@ def check_roles(
     others: dict[str, VideoPipeline],
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
-    context = context_of(teacher)
+    context = trained_flow(teacher.meta, teacher.sampling).context
     causal = f"reads the past alone (context {context})"
     if (task.teacher_mask == "full") != (context == "full"):
         says = "reads everything" if context == "full" else causal
@@ -171,6 +165,7 @@ class StudentTask:
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
         self.task, self.out = task, config.out
+        self.hear = Paced(lambda line: report(f"validation: {line}")).hear
         teacher = load_role(task.teacher, "teacher")
         self.student = load_role(task.student, "student")
         own = self.student.meta.get("units") or [self.student.sampling.units]
@@ -232,7 +227,7 @@ class StudentTask:
             if (size := (clip["height"], clip["width"])) != own:
                 raise ValueError(
                     f"{task.latents} has clips of {size[0]}x{size[1]} latents, but {task.teacher}"
-                    f" makes videos of {own[0]}x{own[1]}: prepare the videos with --sizes"
+                    f" makes videos of {own[0]}x{own[1]}: prepare the videos in the size"
                     f" {teacher.width}x{teacher.height}"
                 )
 
@@ -292,6 +287,7 @@ class StudentTask:
         every = max(1, frames // 6)
         for name in self.units:
             made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
+            made.sampler.on_step = hearing(pipe, made, None, self.hear)
             blocks = np.concatenate(list(made), axis=1)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             pixels = blocks.astype(np.float32) / 255

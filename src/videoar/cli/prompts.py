@@ -1,0 +1,90 @@
+"""What `videoar generate --prompts FILE` is to make: prompts, names of files, seeds. No torch."""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from videoar.checks import check_whole, hint
+from videoar.data.sources import name_problem
+from videoar.data.video import PICTURES, STREAMS
+
+KEYS = ("prompt", "name", "seed")
+MAX_NAME_BYTES = 200
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One video to make."""
+
+    prompt: str
+    name: str
+    """Of the file, without a folder."""
+    seed: int
+
+
+def wanted(prompt: str | Path, *, seed: int, count: int) -> list[Wanted]:
+    """Return what is to be made of a prompt, or of a file of them, `count` videos of each.
+
+    Lines of a text are prompts; rows of `.jsonl` and `.csv` have a `prompt`, and may have a `name`
+    and a `seed`. Other names are numbers, other seeds are counted from `seed`.
+
+    Raises:
+        ValueError: a line cannot be used, or two have one name; nothing has been made then.
+    """
+    rows = [(1, {"prompt": prompt})] if isinstance(prompt, str) else list(_rows(prompt))
+    found = dict[str, Wanted]()
+    for row, (line, values) in enumerate(rows):
+        try:
+            text, name, first = _read(values, default=f"{line:04d}", seed=seed + row * count)
+            for k in range(count):
+                stem, suffix = os.path.splitext(name)
+                file = f"{stem}-{k}{suffix}" if count > 1 else name
+                if file.casefold() in found:  # the same file, on some systems
+                    raise ValueError(f"{file} is the name of another video, too: change one")
+                found[file.casefold()] = Wanted(text, file, first + k)
+        except ValueError as error:
+            raise ValueError(f"{prompt}, line {line}: {error}") from error
+    if not found:
+        raise ValueError(f"{prompt} holds no prompt: write one in each line")
+    return list(found.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a file, those of JSON as they are written, and the lines they end in."""
+    kind = path.suffix.lower()
+    try:
+        text = path.read_text("utf-8-sig")
+        if kind == ".csv":
+            table = csv.DictReader(io.StringIO(text))
+            yield from ((table.line_num, {k: v for k, v in row.items() if v}) for row in table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({error}): save it as UTF-8") from error
+    for number, line in enumerate([] if kind == ".csv" else text.split("\n"), start=1):
+        if line.strip():
+            yield number, line if kind == ".jsonl" else {"prompt": line.strip()}
+
+
+def _read(values: Any, *, default: str, seed: int) -> tuple[str, str, int]:
+    """Read a row: its prompt, name and seed."""
+    values = json.loads(values) if isinstance(values, str) else values
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise ValueError('there is no prompt: write {"prompt": "..."}, or a column prompt')
+    for key in values:
+        if key not in KEYS:
+            raise ValueError(f"{key!r} is none of {', '.join(KEYS)}{hint(str(key), KEYS)}")
+    name = unicodedata.normalize("NFC", str(values.get("name", default)))
+    plain = 0 < len(os.fsencode(name)) <= MAX_NAME_BYTES and not set(name) & {"/", "\\"}
+    if not plain or name_problem(name):
+        raise ValueError(f"{name!r} cannot name a file in the folder: choose a short, plain one")
+    if os.path.splitext(name)[1].lower() not in STREAMS + PICTURES:
+        name += ".mp4"
+    first = values.get("seed", seed)
+    first = int(first) if isinstance(first, str) and first.isdecimal() else first
+    check_whole("seed", first, least=0)
+    return values["prompt"], name, first

@@ -1,0 +1,103 @@
+"""What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
+
+import dataclasses
+import itertools
+import math
+import numbers
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from videoar.checks import check, check_whole, hint
+from videoar.data.video import Video
+from videoar.generation.config import GenerationConfig
+from videoar.generation.stream import Generation
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**63 - 1
+OUTPUTS: dict[str, Callable[[Any, float, int], Any]] = {
+    "video": lambda frames, fps, seed: Video(frames=frames, fps=fps, seed=seed),
+    "np": lambda frames, *_: frames.astype(np.float32) / 255,
+    "pil": lambda frames, *_: [Image.fromarray(frame) for frame in frames],
+    "pt": lambda frames, *_: torch.from_numpy(frames).movedim(-1, 1).float() / 255,
+    "latent": lambda latents, *_: latents,
+}
+"""What `output_type` makes of frames (or latents), their rate and seed."""
+OnStepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
+"""(pipe, step, timestep, {"latents": ..., "unit": ...}) -> {"latents": ...}, or None."""
+
+
+def seeds_of(seed: Any, generator: Any, count: int) -> list[Any]:
+    """Return the seeds of videos: as given, counted from the first, or drawn."""
+    if generator is not None and seed:
+        raise ValueError("seed and generator both say which noise it is: give one of them.")
+    if generator is not None or seed is None:
+        several = isinstance(generator, Sequence)
+        draws = generator if several else [generator or torch.default_generator] * count
+        return [int(torch.randint(MAX_SEED, (), generator=g, device=g.device)) for g in draws]
+    if isinstance(seed, numbers.Integral):
+        return [int(seed) + number for number in range(count)]
+    return list(seed) if isinstance(seed, Sequence) else [seed]
+
+
+def hearing(
+    pipe: Any, generation: Generation, callback: OnStepEnd | None, show: Callable[[object], None]
+) -> Callable[[int, int, Tensor], Tensor]:
+    """Return what a sampler calls after a step of a unit: it says how far it is, and asks."""
+    sigmas, units = generation.sampler.config.sigmas, generation.sampler.units.count or 0
+    count, total = itertools.count(1), units * (len(sigmas) - 1)
+
+    def on_step(unit: int, step: int, tokens: Tensor) -> Tensor:
+        done, seconds = next(count), time.perf_counter() - generation.started
+        show(f"{done} of {total} steps, {seconds * (total / done - 1):.0f} s left")
+        values: Any = {"latents": tokens, "unit": unit}
+        changed = callback(pipe, step, 1000 * sigmas[step], values) if callback else None
+        return (changed or values).get("latents", tokens)
+
+    return on_step
+
+
+def check_names(given: Iterable[str], *functions: Callable[..., Any]) -> None:
+    """Raise for a keyword that no function and no field of the sampling has."""
+    fields = [field.name for field in dataclasses.fields(GenerationConfig)]
+    known = fields + [name for function in functions for name in signature(function).parameters]
+    for name in given:
+        if name not in fields:
+            raise TypeError(f"there is no keyword {name!r}{hint(name, known)}")
+
+
+def check_inputs(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_frames: int | None,
+    options: GenerationConfig,
+    *,
+    encoded: bool,
+) -> None:
+    """Raise unless a video can be made of these arguments."""
+    for prompt in (*prompts, options.negative_prompt):
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt is {prompt!r}: use a text.")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
+            )
+    if not encoded and not any(prompt.strip() for prompt in prompts):
+        raise ValueError("The prompt is empty: describe the video in a few words.")
+    check_whole("num_frames", num_frames, least=1)
+    for seed in seeds:
+        check_whole("seed", seed)
+        right = seed is not None and 0 <= seed <= MAX_SEED
+        check("seed", seed, right, f"0 to {MAX_SEED}")
+    scale = options.guidance_scale
+    check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
+        )
