@@ -494,6 +494,9 @@ class Line(Objective):
         loss = (self.module(batch["x"]) - 2 * batch["x"]).square().mean()
         return {"loss": loss * float("nan") if self.task.poisoned else loss}
 
+    def sources(self) -> dict[str, str]:
+        return {}
+
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         return {}
 

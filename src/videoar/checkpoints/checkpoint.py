@@ -34,7 +34,7 @@ from videoar.encoders.codec import Codec, PatchCodec
 from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
 from videoar.encoders.tiny_codec import TinyCodec
 from videoar.encoders.wan_codec import WanCodec
-from videoar.files import replaced_folder, write_json
+from videoar.files import contents, replaced_folder, write_json
 from videoar.weights import AGAIN, CONFIG, META
 
 FORMAT = 1
@@ -273,9 +273,13 @@ class Checkpoint:
         return {p: load() for p, load in loaders.items() if p in self.named or _holds(self.home, p)}
 
     def fingerprint(self) -> str:
-        """Return a hash of all weights and configs: a checkpoint may change under its name."""
-        below = "*/**/*" if self.meta else "**/*"
-        found = {file.relative_to(self.source): file for file in self.source.glob(below)}
+        """Return a hash of all weights and configs: a checkpoint may change under its name.
+
+        Of large files it is that of samples, see `files.contents`.
+        """
+        source, _ = weights.split_entry(self.source)
+        files = source.glob("*/**/*" if self.meta else "**/*") if source.is_dir() else [source]
+        found = {file.relative_to(source): file for file in files}
         for part in self.named:
             folder = self._place(part)
             part_folder = folder / part if (folder / part).is_dir() else folder
@@ -283,6 +287,14 @@ class Checkpoint:
                 found[Path(part) / file.relative_to(part_folder)] = file
         digest = hashlib.sha256()
         for name, file in sorted(found.items()):
-            if file.is_file():
-                digest.update(name.as_posix().encode() + file.read_bytes())
+            # Hidden files are what a download notes down.
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                digest.update(name.as_posix().encode())
+                for piece in contents(file):
+                    digest.update(piece)
         return digest.hexdigest()[:16]
+
+
+def fingerprints(*names: str | Path | None) -> dict[str, str]:
+    """Return the hashes of checkpoints, as far as there are any, by their names."""
+    return {str(name): Checkpoint.find(name).fingerprint() for name in names if name is not None}

@@ -3,6 +3,7 @@
 No training loop, no codec and no text encoder lives here.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +169,15 @@ class LatentShards:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def fingerprint(self) -> str:
+        """Name the clips: their index with its captions, means and deviations, and all sizes."""
+        shards = sorted((name, (self.folder / name).stat().st_size) for name in self._shards)
+        digest = hashlib.sha256(repr(shards).encode())
+        for name in (INFO_NAME, INDEX_NAME, EMPTY_TEXT):
+            if (file := self.folder / name).exists():
+                digest.update(file.read_bytes())
+        return f"{len(self)} clips {digest.hexdigest()[:12]}"
 
     @property
     def kinds(self) -> Int[np.ndarray, " samples"]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
 from videoar.checks import check_options
 from videoar.data import world
 from videoar.data.batches import Batches
@@ -25,7 +25,7 @@ from videoar.data.decode import duration
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
-from videoar.data.sources import list_sources
+from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
@@ -60,7 +60,7 @@ class ReconstructionConfig:
         codec.encoder.requires_grad_(self.init is None)
         clips = WorldClips(self, seed=config.seed)
         objective = Reconstruction(codec, plain_distance, latent_noise=self.latent_noise)
-        return ReconstructionTask(objective, clips, config)
+        return ReconstructionTask(objective, clips, config, init=self.init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,17 @@ class FootageConfig:
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
         lossless, clips = PatchCodec(PatchCodecConfig(stride=codec.stride)), config.out / FOOTAGE
-        if not checkpoints(config.out):  # later, what is there is trained on, whatever comes
+        if not checkpoints(config.out):
             self._prepare(clips, lossless, config, report)
+        elif _made_of(clips)[5:] != [source.key for source in self._list()]:
+            report(f"{self.videos} has changed; the clips in {clips} stay as they were decoded")
         footage = Footage(clips, lossless)
         report(f"{len(footage)} clips to train on, {len(footage.apart)} held out, are in {clips}")
         objective = Reconstruction(codec, footage_distance, latent_noise=self.latent_noise)
-        return ReconstructionTask(objective, footage, config)
+        return ReconstructionTask(objective, footage, config, init=self.init)
+
+    def _list(self) -> list[Source]:
+        return list_sources(self.videos, captions="none").sources
 
     def _prepare(
         self, folder: Path, codec: PatchCodec, config: TrainConfig, report: Report
@@ -120,7 +125,7 @@ class FootageConfig:
             held_out=self.held_out,
             workers=config.num_threads,
         )
-        sources = list_sources(self.videos, captions="none").sources
+        sources = self._list()
         length, said = self.num_frames, time.monotonic()
         after_first = [
             max(0, int(max(self.fps * duration(s), len(s.pictures))) - length) for s in sources
@@ -144,15 +149,21 @@ class FootageConfig:
 
         asked = [self.size, length, self.fps, self.held_out, stride]
         asked += [source.key for source in sources]
-        if where.exists() and Checkpoint.find(where).meta["footage"] != asked:
+        if _made_of(folder) != asked:
             shutil.rmtree(folder, ignore_errors=True)
-        save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
+            save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
         found = run(replace(prepare, stride=stride), show)
         if not found["held_out_clips"]:
             raise ValueError(
                 f"{self.videos} has {found['used']} video with a clip of {length} frames,"
                 " but one is trained on and another held out: add videos, or lower num_frames"
             )
+
+
+def _made_of(footage: Path) -> list[Any]:
+    """Return how clips were decoded, and the keys of their videos; nothing if there are none."""
+    codec = footage.with_suffix(".codec")
+    return Checkpoint.find(codec).meta["footage"] if codec.exists() else []
 
 
 def initial_codec(init: str | Path | None, wanted: TinyCodecConfig) -> TinyCodec:
@@ -218,6 +229,9 @@ class WorldClips:
         self.task, self.seed = task, seed
         self.shape = (task.num_frames, 3, 64, 64)
 
+    def fingerprint(self) -> str:
+        return "the procedural world"
+
     def __len__(self) -> int:
         return self.task.num_clips
 
@@ -244,6 +258,9 @@ class Footage:
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
         self.shape = next(self.some(1)).shape[1:]
 
+    def fingerprint(self) -> str:
+        return self.known.fingerprint()
+
     def __len__(self) -> int:
         return len(self.known)
 
@@ -267,8 +284,15 @@ class Footage:
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
-    def __init__(self, objective: Reconstruction, clips: WorldClips | Footage, config: TrainConfig):
-        self.objective, self.clips, self.out = objective, clips, config.out
+    def __init__(
+        self,
+        objective: Reconstruction,
+        clips: WorldClips | Footage,
+        config: TrainConfig,
+        *,
+        init: str | Path | None,
+    ):
+        self.objective, self.clips, self.out, self.init = objective, clips, config.out, init
         codec = objective.module
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
         num_frames, _, *size = clips.shape
@@ -276,6 +300,9 @@ class ReconstructionTask:
         batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
         self.tokens_per_batch = batch * places
         self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
+
+    def sources(self) -> dict[str, str]:
+        return {"clips": self.clips.fingerprint()} | fingerprints(self.init)
 
     def _flops_per_latent(self, height: int, width: int) -> float:
         """Count the multiply-adds of one latent frame, there and back, by shape."""

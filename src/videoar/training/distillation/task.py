@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
+from videoar.checkpoints.checkpoint import fingerprints
 from videoar.checks import check_options, import_extra
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.transformer import VideoTransformer
@@ -204,6 +205,10 @@ class StudentTask:
                 f"the student does not move: its first step is step {first} of {config.steps};"
                 " raise steps, or lower critic_warmup"
             )
+
+    def sources(self) -> dict[str, str]:
+        task, latents = self.task, {str(self.task.latents): self.shards.fingerprint()}
+        return latents | fingerprints(task.teacher, task.student, task.critic)
 
     def _check_clips(self, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
