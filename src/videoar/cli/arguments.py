@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import io
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
 
-from videoar.checks import hint
+from videoar import checks
 
 
 def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
@@ -34,13 +35,17 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
         raise ValueError(f"{text} (see `{prog} --help`)") from stop
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])
-        close = hint(name.partition("=")[0].replace("_", "-"), _names(default or kind))
+        close = checks.hint(name.partition("=")[0].replace("_", "-"), _names(default or kind))
         raise ValueError(f"unknown option {name!r}{close} (see `{prog} --help`)")
     return options
 
 
 def _names(options: Any, prefix: str = "--") -> Iterator[str]:
     """Yield the options of a dataclass, those of nested ones after a dot."""
-    for field in dataclasses.fields(options):
-        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name, None)
-        yield from _names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    kind = options if isinstance(options, type) else type(options)
+    for field, hint in typing.get_type_hints(kind).items():
+        name, value = prefix + field.replace("_", "-"), getattr(options, field, None)
+        if dataclasses.is_dataclass(value):
+            yield from _names(value, f"{name}.")
+        elif not any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            yield name  # of a nested one that is None there are no options

@@ -1,5 +1,6 @@
 """`videoar generate`."""
 
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,10 @@ def make(args: options.Generate) -> tuple[Timing, str]:
     begin = 0 if video is None else len(video) / fps
     num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
     given |= {"image": image, "video": video, "fit": size["fit"]}
-    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[args.seed], **given)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    if args.seed is None:
+        say(f"seed {seed}")
+    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[seed], **given)
     if video is not None and (kept := generation.kept_frames) < len(video):
         groups = f"1 + {pipe.codec.stride[0]} * k"
         say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")

@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from videoar.checks import checked
+
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """Move sigmas towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+@checked
 def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
     """The falling sigmas of one unit: 1 first, 0 last, `num_inference_steps + 1` values.
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from videoar.encoders.text_encoder import Rows, check_length
+from videoar.encoders.text_encoder import Rows, check_length, check_text
 from videoar.files import contents, written_whole
 from videoar.weights import (
     CONFIG,
@@ -184,7 +184,7 @@ def _said(file: Path) -> Iterator[None]:
 
 def clean(prompt: str) -> str:
     """Clean a prompt as Wan does: broken Unicode, HTML entities, white space."""
-    fixed = library("ftfy").fix_text(prompt)
+    fixed = library("ftfy").fix_text(check_text(prompt))
     return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()
 
 

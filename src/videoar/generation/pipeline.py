@@ -14,7 +14,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check, check_whole
+from videoar.checks import check, check_types, check_whole, checked
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
@@ -52,7 +52,11 @@ class VideoPipeline:
     meta: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         name_or_path: str | Path,
@@ -96,7 +100,7 @@ class VideoPipeline:
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=(checkpoint if codec is None else Checkpoint.find(codec)).codec(device=device),
-            sampling=GenerationConfig(**defaults),
+            sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
             **size,
         )
@@ -125,6 +129,7 @@ class VideoPipeline:
         generation = self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling)
         return (frames[0] for frames in generation)
 
+    @checked
     def generate(
         self,
         prompts: Sequence[str],
@@ -261,7 +266,8 @@ def _check(
     check("num_frames", num_frames, num_frames is None or num_frames >= 1, "1 or more")
     for seed in seeds:
         check_whole("seed", seed)
-        check("seed", seed, 0 <= seed <= MAX_SEED, f"0 to {MAX_SEED}")
+        right = seed is not None and 0 <= seed <= MAX_SEED
+        check("seed", seed, right, f"0 to {MAX_SEED}")
     scale = options.guidance_scale
     check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
     if len(prompts) != len(seeds):

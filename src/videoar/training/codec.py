@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
-from videoar.checks import check_options
+from videoar.checks import check_options, check_types
 from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.decode import duration
@@ -55,12 +55,15 @@ class ReconstructionConfig:
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
         codec.encoder.requires_grad_(self.init is None)
         clips = WorldClips(self, seed=config.seed)
         objective = Reconstruction(codec, plain_distance, latent_noise=self.latent_noise)
-        return ReconstructionTask(objective, clips, config, init=self.init)
+        return ReconstructionTask(objective, clips, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class FootageConfig:
     """Noise on the latents before decoding."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_options(
             self,
             ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
@@ -101,10 +105,10 @@ class FootageConfig:
             self._prepare(clips, lossless, config, report)
         elif _made_of(clips)[5:] != [source.key for source in self._list()]:
             report(f"{self.videos} has changed; the clips in {clips} stay as they were decoded")
-        footage = Footage(clips, lossless)
+        footage = Footage(clips, lossless, init=self.init)
         report(f"{len(footage)} clips to train on, {len(footage.apart)} held out, are in {clips}")
         objective = Reconstruction(codec, footage_distance, latent_noise=self.latent_noise)
-        return ReconstructionTask(objective, footage, config, init=self.init)
+        return ReconstructionTask(objective, footage, config)
 
     def _list(self) -> list[Source]:
         return list_sources(self.videos, captions="none").sources
@@ -229,8 +233,8 @@ class WorldClips:
         self.task, self.seed = task, seed
         self.shape = (task.num_frames, 3, 64, 64)
 
-    def fingerprint(self) -> str:
-        return "the procedural world"
+    def sources(self) -> dict[str, str]:
+        return fingerprints(self.task.init)
 
     def __len__(self) -> int:
         return self.task.num_clips
@@ -253,13 +257,13 @@ class WorldClips:
 class Footage:
     """Clips of own videos, decoded before."""
 
-    def __init__(self, folder: Path, lossless: PatchCodec) -> None:
-        self.lossless, self.known = lossless, LatentShards(folder)
+    def __init__(self, folder: Path, lossless: PatchCodec, *, init: str | None = None) -> None:
+        self.lossless, self.known, self.init = lossless, LatentShards(folder), init
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
         self.shape = next(self.some(1)).shape[1:]
 
-    def fingerprint(self) -> str:
-        return self.known.fingerprint()
+    def sources(self) -> dict[str, str]:
+        return {str(self.known.folder): self.known.fingerprint()} | fingerprints(self.init)
 
     def __len__(self) -> int:
         return len(self.known)
@@ -284,15 +288,9 @@ class Footage:
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
-    def __init__(
-        self,
-        objective: Reconstruction,
-        clips: WorldClips | Footage,
-        config: TrainConfig,
-        *,
-        init: str | Path | None,
-    ):
-        self.objective, self.clips, self.out, self.init = objective, clips, config.out, init
+    def __init__(self, objective: Reconstruction, clips: WorldClips | Footage, config: TrainConfig):
+        self.objective, self.clips, self.out = objective, clips, config.out
+        self.sources = clips.sources
         codec = objective.module
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
         num_frames, _, *size = clips.shape
@@ -300,9 +298,6 @@ class ReconstructionTask:
         batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
         self.tokens_per_batch = batch * places
         self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
-
-    def sources(self) -> dict[str, str]:
-        return {"clips": self.clips.fingerprint()} | fingerprints(self.init)
 
     def _flops_per_latent(self, height: int, width: int) -> float:
         """Count the multiply-adds of one latent frame, there and back, by shape."""

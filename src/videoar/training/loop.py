@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import MUST_BE, check_options, check_types
 from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
@@ -93,6 +93,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
         least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
         decay = ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")

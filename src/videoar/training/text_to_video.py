@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
+from videoar.checks import check_types
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -60,8 +61,8 @@ class TextToVideoConfig:
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
-        stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
-        object.__setattr__(self, "units", stored)
+        check_types(self)
+        object.__setattr__(self, "units", schemes.names(self.units))
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"
