@@ -77,7 +77,7 @@ WORDS = (
         "=",
         "#",
     ),
-    *("99999999999999999999", HUGE, "a" * 3000, "NO/SUCH", "toy", "tiny", "/dev/null", "/", "."),
+    *("99999999999999999999", HUGE, "a" * 3000, "NO/SUCH", "toy", "tiny", "/dev/null", "."),
 )
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3.5, 1e300, math.nan, math.inf, -math.inf, 10**30, int(HUGE)),
@@ -153,6 +153,10 @@ def prepare() -> None:
             writer.add(torch.randn(5, 4, 4, 4), captions=[f"a ball {number}"])
     for name, content in BYTES.items():
         Path(f"odd/{name}").write_bytes(content)
+
+
+class Late(BaseException):
+    """A call takes too long; no command may take it for an error of its own."""
 
 
 class Fuzz:
@@ -255,9 +259,8 @@ class Fuzz:
             "evaluate heldout": ["tiny", "--data", "latents"],
             "compare": ["tiny", "--num-prompts", "0"],
             "bench": ["tiny", "--repeats", "0"],
-            "demo": ["--model", "tiny", "--out", "NO/demo"],
         }
-        weights = [6, 5, 4, 3, 4, 4, 2, 2, 2, 2, 1, 1]
+        weights = [6, 5, 4, 3, 4, 4, 2, 2, 2, 2, 1]
         (name,) = rng.choices(list(lines), weights)
         words = lines[name]
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -375,7 +378,7 @@ class Fuzz:
         why = ""
 
         def late(*_: object) -> None:
-            raise TimeoutError(f"takes longer than {SECONDS} s")
+            raise Late(f"takes longer than {SECONDS} s")
 
         signal.signal(signal.SIGALRM, late)
         signal.alarm(SECONDS)
@@ -383,7 +386,7 @@ class Fuzz:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 call()
-        except Exception as error:
+        except (Exception, Late) as error:
             if not (strict and is_sentence(error)):
                 place = traceback.extract_tb(error.__traceback__)[-4:]
                 where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(place))
@@ -397,7 +400,7 @@ class Fuzz:
 DOCUMENTED = (ValueError, TypeError, OSError, FloatingPointError)
 
 
-def is_sentence(error: Exception) -> bool:
+def is_sentence(error: BaseException) -> bool:
     """Say whether an error is of a documented kind, and was raised on purpose, with a remedy."""
     if not isinstance(error, DOCUMENTED) or isinstance(error, UnicodeError) or not str(error):
         return False

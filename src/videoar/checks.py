@@ -89,7 +89,8 @@ def _as(value: Any, hint: Any) -> Any:
             return tuple(map(_as, value, each))
     elif origin in (int, float) and isinstance(value, numbers.Real):
         number: Any = value
-        if type(value) is not bool and (origin is float or number == int(number)):
+        whole = origin is float or (number == int(number) and abs(number) < 2**63)
+        if whole and type(value) is not bool:
             return origin(number)
     elif origin is Path and isinstance(value, str):
         return Path(value)

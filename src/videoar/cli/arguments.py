@@ -12,6 +12,8 @@ import tyro
 
 from videoar import checks
 
+(POSITIONAL,) = typing.get_args(tyro.conf.Positional[int])[1:]
+
 
 def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
     """Read options into a dataclass; tyro's boxes become sentences."""
@@ -29,8 +31,10 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = (line.strip(" │") for line in box.getvalue().splitlines()[1:-1])
-        text = re.split(r" ?(?:─{3,}|Got errors:)", " ".join(filter(None, lines)))[0].rstrip(".")
+        lines = (line.strip(" │|") for line in box.getvalue().splitlines()[1:-1])
+        # Where the terminal is not UTF-8, boxes are of hyphens.
+        text = " ".join(filter(None, lines)).lstrip("-─ ")
+        text = re.split(r" ?(?:[─-]{3,}|Got errors:)", text)[0].rstrip(".")
         text = re.sub(r"^Error parsing \w+: ", "", text)
         raise ValueError(f"{text} (see `{prog} --help`)") from stop
     if unknown:
@@ -43,9 +47,11 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
 def _names(options: Any, prefix: str = "--") -> Iterator[str]:
     """Yield the options of a dataclass, those of nested ones after a dot."""
     kind = options if isinstance(options, type) else type(options)
+    marked = typing.get_type_hints(kind, include_extras=True)
     for field, hint in typing.get_type_hints(kind).items():
         name, value = prefix + field.replace("_", "-"), getattr(options, field, None)
         if dataclasses.is_dataclass(value):
             yield from _names(value, f"{name}.")
+        # What is given by its place has no option, nor a nested one that is None.
         elif not any(map(dataclasses.is_dataclass, typing.get_args(hint))):
-            yield name  # of a nested one that is None there are no options
+            yield from [] if POSITIONAL in getattr(marked[field], "__metadata__", ()) else [name]

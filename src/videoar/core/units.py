@@ -139,7 +139,8 @@ class Units:
 
     @cached_property
     def clip(self) -> tuple[Unit, ...]:
-        assert self.frames is not None, "an endless stream has no last unit"
+        if self.frames is None:
+            raise ValueError("An endless stream has no last unit: give a number of frames.")
         if (count := self.frames * self.height * self.width) > MAX_CLIP:
             raise ValueError(f"A clip has {count} tokens of {MAX_CLIP}: make it smaller.")
         return tuple(self)

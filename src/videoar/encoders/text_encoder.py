@@ -275,7 +275,7 @@ class TinyPromptEncoder:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         encoder = load_component(folder, TextEncoder, device=device)
-        words = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        words = (folder / "tokenizer.json").read_text("utf-8", errors="surrogateescape")
         return cls(Tokenizer.from_json(words), encoder.float().eval())
 
     def save(self, folder: Path) -> None:

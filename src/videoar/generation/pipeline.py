@@ -114,6 +114,7 @@ class VideoPipeline:
         meta = {**self.meta, **size, "sampling": sampling}
         return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
 
+    @checked
     def __call__(
         self, prompt: str, *, num_frames: int = 61, seed: int = 0, **sampling: Any
     ) -> Video:
