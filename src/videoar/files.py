@@ -109,7 +109,7 @@ def load(path: Path | None, key: str, *, kind: str) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))[key])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no {kind}: name another file.") from error
 
 

@@ -134,7 +134,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError
         raise ValueError(f"{file} is not JSON ({error}); {AGAIN}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {AGAIN}")

@@ -255,7 +255,7 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
                 clips.append(json.loads(line))
                 typed(_Clip, {name: clips[-1][name] for name in _Clip.__annotations__})
                 _ = clips[-1]["captions"][0]
-            except (ValueError, KeyError, IndexError, TypeError) as error:
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"line {number} of {path} does not describe a clip with shard, row and"
                     " captions: prepare the latents again"
