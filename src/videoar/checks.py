@@ -1,14 +1,23 @@
 """One sentence for a wrong value. No torch."""
 
+import contextlib
 import difflib
+import functools
 import importlib
+import inspect
 import math
 import numbers
 import os
+import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 USE, MUST_BE = "{} is {}: use {}.", "{} is {}, but must be {}: change it"
 """Sentences of a name, its value, and what is right."""
 Rule = tuple[str, bool, str]
@@ -25,6 +34,69 @@ def check(name: str, value: Any, right: bool, remedy: str, says: str = USE) -> N
     """Raise unless a value is right, in a sentence that ends in what is."""
     if not right:
         raise ValueError(says.format(name, value, remedy))
+
+
+def check_types(options: Any) -> None:
+    """Give the fields of a dataclass the types of their annotations, or raise: see `typed`."""
+    for name, value in typed(type(options), vars(options)).items():
+        object.__setattr__(options, name, value)
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function take arguments of its types alone, and say in a sentence what is none."""
+    known = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        bound = known.bind(*args, **options)
+        bound.arguments.update(typed(function, bound.arguments))
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def typed(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for fields or arguments as their annotations say, or raise for the first.
+
+    What means the same is taken: a text for a path, a list for a tuple, a number of NumPy.
+    """
+    found, hints = dict[str, Any](), typing.get_type_hints(kind)
+    for name, value in values.items():
+        try:
+            found[name] = _as(value, hints.get(name, Any))
+        except (TypeError, ValueError, OverflowError) as error:  # of int(nan), float(10**400)
+            plain = type(hints[name]) is type
+            needed = hints[name].__name__ if plain else re.sub(r"\b[a-z]+\.", "", str(hints[name]))
+            raise ValueError(MUST_BE.format(name, f"{value!r:.80}", needed)) from error
+    return found
+
+
+def _as(value: Any, hint: Any) -> Any:
+    """Return a value as what an annotation says."""
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for choice in inner:
+            with contextlib.suppress(TypeError):
+                return _as(value, choice)
+    elif origin is typing.Literal:
+        if any(type(value) is type(each) and value == each for each in inner):
+            return value
+    elif origin is list and isinstance(value, list):
+        return [_as(item, *inner) for item in value]
+    elif origin is tuple and isinstance(value, list | tuple):
+        each = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(each) == len(value):
+            return tuple(map(_as, value, each))
+    elif origin in (int, float) and isinstance(value, numbers.Real):
+        number: Any = value
+        whole = origin is float or (number == int(number) and abs(number) < 2**63)
+        if whole and type(value) is not bool:
+            return origin(number)
+    elif origin is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is Any or isinstance(value, origin):
+        return value
+    raise TypeError
 
 
 def check_options(
@@ -45,8 +117,8 @@ def check_positive(options: Any, *names: str) -> None:
     """Raise for a field that is given and is no positive number."""
     for name in names:
         value = getattr(options, name)
-        right = value is None or (math.isfinite(value) and value > 0)
-        check(name, value, right, "a number above 0, such as 4", "{} is {:g}: use {}")
+        right = value is None or 0 < value < math.inf
+        check(name, value, right, "a number above 0, such as 4")
 
 
 def check_whole(name: str, value: Any, *, least: float = -math.inf) -> None:

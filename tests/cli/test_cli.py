@@ -214,6 +214,15 @@ def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> N
     assert "in no caption" not in run("generate", "A Red ball!", *words)[1]
 
 
+def test_a_seed_that_is_drawn_is_said(run: Run, checkpoint: str) -> None:
+    """The same video can be made again."""
+    line = ("generate", "ball", "--model", checkpoint, "--num-frames", "2", "--out")
+    code, out, _ = run(*line, "x.mkv", "--seed", "None")
+    (seed,) = re.findall(r"^seed (\d+)$", out, re.MULTILINE)
+    assert (code, run(*line, "y.mkv", "--seed", seed)[0]) == (0, 0)
+    assert Path("x.mkv").read_bytes() == Path("y.mkv").read_bytes()
+
+
 def test_generate_repeats_with_the_seed_and_differs_without(run: Run, checkpoint: str) -> None:
     """The seed decides the pixels; a video that cannot be made again cannot be discussed."""
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -344,11 +353,14 @@ BAD = [
     (("generate", "ball", "--out", "x.webp", "--num-frames", "4000"), "held in memory"),
     (("generate", "ball", "--report", "x.json"), "unknown option '--report'"),
     (("generate", "ball", "--secnds", "3"), "did you mean --seconds?"),
+    (("generate", "caf\udce9"), "is not UTF-8"),
     (("generate",), "PROMPT"),
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
     (("units",), "no scheme"),
     (("units", "frame", "--frames", "0"), "frames >= 1"),
+    (("units", "frame", "--frames", "99999999999"), "tokens of 4194304"),
+    (("units", "frame", "--height", "99999", "--width", "99999"), "tokens of 1048576"),
     (("units", "frame", "--steps", "0"), "steps is 0"),
     (("units", "frame", "--window", "0"), "smaller than one unit"),
     (("units", "frame", "--out", "missing/folder"), "missing does not exist"),
@@ -359,12 +371,16 @@ BAD = [
     (("train", "finetune", "--data.pth", "3"), "did you mean --data.path?"),
     (("train", "codec", "--siz", "96x96"), "did you mean --size?"),
     (("train", "toy", "--optimizer.learning-rat", "3"), "--optimizer.learning-rate?"),
+    (("train", "finetune", "--task.model.num-layer", "3"), "did you mean --task.num-latents?"),
+    (("train", "os:path"), "returns module: return a TrainConfig"),
+    (("train", "os:remove"), "cannot be imported"),
     (("train", "toy", "--steps", "0"), "steps is 0"),
     (("train", "toy", "frame"), "unknown option 'frame'"),
     (("train", "toy", "--device", "abacus"), "abacus"),
     (("train", "toy", "--export", "--out", "missing"), "no checkpoint"),
     (("info", "missing"), "missing"),
     (("info", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
+    (("info", "CHECKPOINT", "--seconds", "1e15"), "tokens of 4194304"),
     (("demo", "--out", "missing/demo"), "missing does not exist"),
     (("evaluate", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
     (("evaluate", "CHECKPOINT", "--data", "latents"), "videoar evaluate heldout"),
@@ -500,6 +516,9 @@ class Line(Objective):
     def loss(self, batch: dict[str, torch.Tensor], rng: torch.Generator, *, step: int) -> dict:
         loss = (self.module(batch["x"]) - 2 * batch["x"]).square().mean()
         return {"loss": loss * float("nan") if self.task.poisoned else loss}
+
+    def sources(self) -> dict[str, str]:
+        return {}
 
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         return {}

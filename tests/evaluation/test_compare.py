@@ -53,6 +53,9 @@ def test_entries_name_one_or_several_checkpoints() -> None:
     assert read_line("full=a,b") == ("full", ("a", "b"))
     assert read_line("toy?units=frame") == ("toy?units=frame", ("toy?units=frame",))
     assert read_line("runs/a/checkpoint") == ("runs/a/checkpoint", ("runs/a/checkpoint",))
+    commas = "toy?units=multiscale:4,2,1/frames=3", "toy?sigmas=[1,0.5,0]&shift=3"
+    assert read_line(commas[0]) == (commas[0], (commas[0],))
+    assert read_line(f"full={','.join(commas)},b") == ("full", (*commas, "b"))
     for bad in ("", "=a", "full=", "full=a,"):
         with pytest.raises(ValueError, match="names nothing"):
             read_line(bad)

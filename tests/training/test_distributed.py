@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import config, prepare
 from safetensors.torch import load_file
+from test_reconstruction import QUICK, SHAPE, write
 
 from videoar.training.loop import train
 from videoar.training.run_folder import checkpoints, read_log
@@ -76,3 +77,20 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(root: Path, alone:
     assert [folder.name for folder in checkpoints(out)] == ["step-2"]
     assert _torchrun(root, out, ranks=2).returncode == 0
     assert _losses(out) == pytest.approx(_losses(alone), rel=1e-4)
+
+
+def test_one_of_many_decodes_the_videos(tmp_path: Path) -> None:
+    """The others wait until the clips are there; else all would write into one folder."""
+    (tmp_path / "videos").mkdir()
+    for k in range(3):
+        write(tmp_path / "videos" / f"{k}.mkv", shade=50 * k)
+    words = ["--data.path", str(tmp_path / "videos"), "--out", str(tmp_path / "run")]
+    words += ["--accumulate", "2", "--optimizer.muon-learning-rate", "None", "--steps", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "videoar", "train", "codec", *words, *QUICK, *SHAPE]
+    path = os.pathsep.join(sys.path)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("4 clips to train on, 2 held out") == 1
+    assert (tmp_path / "run" / "checkpoint").is_dir()

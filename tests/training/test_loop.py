@@ -26,7 +26,7 @@ from videoar.machine import git_commit
 from videoar.training.loop import TrainConfig, export, train
 from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig, ema_decay_at, learning_rate
-from videoar.training.run_folder import checkpoints, claim, read_log
+from videoar.training.run_folder import check_owner, checkpoints, claim, read_log
 
 
 class _Points:
@@ -83,6 +83,9 @@ class _RegressionTask:
         self.points = _Points(task.poisoned)
         self.objective = _Regression(module, task)
         self.batches = Batches(self.points, batch_size=config.batch_size, seed=config.seed)
+
+    def sources(self):
+        return {"points": f"{self.points.inputs.sum():.6f}"}
 
     def validate(self, module, *, step):
         return {"spread": module(self.points.inputs).std().item()}
@@ -205,11 +208,13 @@ def test_interrupted_run_keeps_every_step(finished, tmp_path):
 def test_a_run_that_never_began_does_not_own_its_folder(tmp_path):
     """Who corrects the name of a folder of data must not have to delete that of the run."""
     out = tmp_path / "run"
-    claim(out, {"data": "latentz"})
-    claim(out, {"data": "latents"})
+    for name in ("latentz", "latents"):
+        check_owner(out, {"data": name})
+        with claim(out, {"data": name}):
+            pass
     (out / "log.jsonl").touch()
     with pytest.raises(ValueError, match="data = latents, but other is asked for"):
-        claim(out, {"data": "other"})
+        check_owner(out, {"data": "other"})
 
 
 def test_half_written_files_of_a_killed_run_are_passed_over(finished, tmp_path):

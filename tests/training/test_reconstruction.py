@@ -73,15 +73,30 @@ def test_a_codec_of_own_videos_goes_on_to_the_bit(train: Run, videos: Path, tmp_
     """What was decoded stays as it was: new videos, or none at all, change no run that began."""
     assert train(tmp_path / "whole", "--steps", 5)[0] == 0
     assert train(tmp_path / "parts", "--steps", 3)[0] == 0
+    assert "has changed" not in train(tmp_path / "parts", "--steps", 3)[1]
     shutil.rmtree(videos)
     videos.mkdir()
-    assert train(tmp_path / "parts", "--steps", 5)[0] == 0
+    code, said, _ = train(tmp_path / "parts", "--steps", 5)
+    assert code == 0
+    assert "has changed; the clips in" in said
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (
         load_file(tmp_path / name / "checkpoint" / "codec" / "model.safetensors")
         for name in ("whole", "parts")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_clips_that_changed_are_refused(train: Run, tmp_path: Path) -> None:
+    """What was decoded for the run is what it is made of."""
+    assert train(tmp_path / "run", "--steps", 1)[0] == 0
+    index = tmp_path / "run" / "footage" / "index.jsonl"
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[1:]))
+    code, _, error = train(tmp_path / "run", "--steps", 2)
+    assert code == 2
+    assert re.search(r"was begun with 10 clips \w+ in \S+footage, but there is 9 clips", error), (
+        error
+    )
 
 
 def test_training_lowers_the_error_and_says_so(train: Run, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of the Wan family in training: captions are encoded once, by their own encoder."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import numpy as np
 import pytest
 import tiny_wan
 import torch
+from safetensors.torch import load_file, save_file
 
 from videoar.cli.main import main
 from videoar.core.transformer import ModelConfig, VideoTransformer
-from videoar.data.latents import EMPTY_TEXT, LatentShards, read_info
+from videoar.data.latents import EMPTY_TEXT, LatentShards, read_info, text_module
 from videoar.data.video import Video
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
@@ -64,6 +67,25 @@ def test_captions_are_stored_as_the_rows_of_the_encoder(root: Path) -> None:
     torch.testing.assert_close(batch["text"], expected.float(), atol=2e-3, rtol=1e-3)
     assert read_info(root / "latents").text == prompts.fingerprint()
     assert (root / "latents" / EMPTY_TEXT).is_file()
+
+
+def test_an_encoder_of_the_same_size_is_another_one(root: Path, tmp_path: Path) -> None:
+    """Neither rows on disc nor those with latents are taken for its own; sizes and dates agree."""
+    wan = tmp_path / "wan"
+    shutil.copytree(root / "wan", wan)
+    before = VideoPipeline.from_pretrained(wan).prompt_encoder
+    rows = before.encode(["a ball"])
+    file = next((wan / "text_encoder").glob("*.safetensors"))
+    date = file.stat().st_mtime_ns
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    os.utime(file, ns=(date, date))
+    after = VideoPipeline.from_pretrained(wan).prompt_encoder
+    assert before.fingerprint() != after.fingerprint()
+    assert not torch.equal(rows, after.encode(["a ball"]))
+    with pytest.raises(ValueError, match=r"has captions encoded by umT5-.*, but .* umT5-"):
+        text_module(after, root / "latents")
+    words = [str(root / "videos"), str(root / "latents"), "--codec", str(wan), *QUICK]
+    assert main(["prepare", *words]) == 2
 
 
 def test_a_wan_folder_is_finetuned_and_generates(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -27,14 +27,14 @@ from torch import nn
 from videoar import __version__, weights
 from videoar.checkpoints import wan
 from videoar.checkpoints.lora import merge_lora, split_strength
-from videoar.checks import hint
+from videoar.checks import checked, hint, typed
 from videoar.core.transformer import VideoTransformer
 from videoar.encoders import umt5
 from videoar.encoders.codec import Codec, PatchCodec
 from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
 from videoar.encoders.tiny_codec import TinyCodec
 from videoar.encoders.wan_codec import WanCodec
-from videoar.files import replaced_folder, write_json
+from videoar.files import contents, replaced_folder, write_json
 from videoar.weights import AGAIN, CONFIG, META
 
 FORMAT = 1
@@ -71,6 +71,21 @@ def save_checkpoint(
     return folder
 
 
+class _Meta(TypedDict):
+    """What is read of `videoar.json` later, if it is there."""
+
+    components: list[str]
+    sampling: dict[str, Any]
+    units: list[str]
+    words: list[str]
+    height: int
+    width: int
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    seconds: float
+    loss_curve: list[tuple[int, float]]
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint of ours says of itself; nothing if it is another's."""
     file = folder / META
@@ -78,6 +93,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return {}
     meta = weights.read_json(file)
     version, parts = meta.get("format"), meta.get("parts", {})
+    known = {name: value for name, value in meta.items() if name in _Meta.__annotations__}
+    try:
+        typed(_Meta, known)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     if type(version) is not int or version < 1:
         raise ValueError(
             f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
@@ -163,6 +183,7 @@ class Checkpoint:
     """Parts that are not at home, and the names of the checkpoints that hold them."""
 
     @classmethod
+    @checked
     def find(
         cls,
         name: str | Path,
@@ -215,10 +236,7 @@ class Checkpoint:
         if preset is not None or not self.meta:
             return wan.sampling(self.home, preset)
         size = {side: self.meta.get(side, 64) for side in ("height", "width")}
-        stated = size | self.meta.get("sampling", {})
-        if stated.get("sigmas"):  # a list in JSON
-            stated["sigmas"] = tuple(stated["sigmas"])
-        return stated
+        return size | self.meta.get("sampling", {})
 
     def check_preset(self, found: wan.TransformerWeights, preset: str | None) -> None:
         """Raise if weights alone, which may be of any family, would be sampled like plain Wan."""
@@ -253,7 +271,8 @@ class Checkpoint:
         if not (ours := place / "codec" / CONFIG).is_file():
             return wan.read_codec(place, device=device).eval()
         kinds = (TinyCodec, PatchCodec, WanCodec)
-        return weights.load_component(ours.parent, *kinds, device=device).eval()
+        # Frames are float32, whatever the weights were stored in.
+        return weights.load_component(ours.parent, *kinds, device=device).float().eval()
 
     def text_encoder(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -273,9 +292,13 @@ class Checkpoint:
         return {p: load() for p, load in loaders.items() if p in self.named or _holds(self.home, p)}
 
     def fingerprint(self) -> str:
-        """Return a hash of all weights and configs: a checkpoint may change under its name."""
-        below = "*/**/*" if self.meta else "**/*"
-        found = {file.relative_to(self.source): file for file in self.source.glob(below)}
+        """Return a hash of all weights and configs: a checkpoint may change under its name.
+
+        Of large files it is that of samples, see `files.contents`.
+        """
+        source, _ = weights.split_entry(self.source)
+        files = source.glob("*/**/*" if self.meta else "**/*") if source.is_dir() else [source]
+        found = {file.relative_to(source): file for file in files}
         for part in self.named:
             folder = self._place(part)
             part_folder = folder / part if (folder / part).is_dir() else folder
@@ -283,6 +306,14 @@ class Checkpoint:
                 found[Path(part) / file.relative_to(part_folder)] = file
         digest = hashlib.sha256()
         for name, file in sorted(found.items()):
-            if file.is_file():
-                digest.update(name.as_posix().encode() + file.read_bytes())
+            # Hidden files are what a download notes down.
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                digest.update(name.as_posix().encode())
+                for piece in contents(file):
+                    digest.update(piece)
         return digest.hexdigest()[:16]
+
+
+def fingerprints(*names: str | Path | None) -> dict[str, str]:
+    """Return the hashes of checkpoints, as far as there are any, by their names."""
+    return {str(name): Checkpoint.find(name).fingerprint() for name in names if name is not None}

@@ -19,7 +19,7 @@ from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import columns
 from videoar.files import check_folder
 from videoar.generation.config import GenerationConfig
-from videoar.weights import as_dtype
+from videoar.weights import as_dtype, build_config
 
 MIB = 2**20
 
@@ -84,7 +84,7 @@ def _memory(
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
     config, dtype, stated = found.config, as_dtype(args.dtype), dict(meta["sampling"])
     height, width = stated.pop("height"), stated.pop("width")
-    sampling = GenerationConfig(**stated)
+    sampling = build_config(GenerationConfig, stated, file=found.file)
     if args.window is not None:
         sampling = replace(sampling, window_frames=args.window)
     weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())

@@ -1,6 +1,7 @@
 """`videoar generate`."""
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,9 @@ FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_p
 
 def generate(args: options.Generate) -> int:
     """Generate a video, and say what it took; or several."""
+    if args.seed is None:
+        args = replace(args, seed=secrets.randbelow(2**32))
+        say(f"seed {args.seed}")
     if args.several:
         return generate_several(args)
     timing, scheme = make(args)
@@ -40,7 +44,7 @@ def generate_several(args: options.Generate) -> int:
     if folder.suffix.lower() in STREAMS + PICTURES:
         raise ValueError(f"--out {folder} would be one file of several videos: name a folder")
     check_folder(folder)
-    todo = wanted(args.prompts or str(args.prompt), seed=args.seed, count=count)
+    todo = wanted(args.prompts or str(args.prompt), seed=args.seed or 0, count=count)
     for number, video in enumerate(todo, start=1):
         target, said = folder / video.name, f"{number}/{len(todo)}  {folder / video.name}"
         if target.exists() and not args.force:
@@ -113,7 +117,8 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str]:
     begin = 0 if video is None else len(video) / fps
     num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
     given |= {"image": image, "video": video, "fit": args.fit}
-    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=[args.seed], **given)
+    seeds = [args.seed or 0]
+    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=seeds, **given)
     if video is not None and (kept := generation.kept_frames) < len(video):
         groups = f"1 + {pipe.codec.stride[0]} * k"
         say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")

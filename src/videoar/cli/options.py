@@ -49,8 +49,9 @@ class Generate(CheckpointOptions):
     """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: int | None = None
     """Length in frames, instead of seconds."""
-    seed: int = 0
-    """Seed of the noise; the same seed gives the same video. More videos count on from it."""
+    seed: int | None = 0
+    """Seed of the noise; the same seed gives the same video. More videos count on from it. None
+    draws one, and says which."""
     out: Path = Path("video.mp4")
     """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
     folder, in which those that are there are left as they are."""

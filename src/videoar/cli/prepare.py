@@ -3,6 +3,7 @@
 import shlex
 import sys
 
+from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.cli.progress import say
 from videoar.data import options
 from videoar.data import prepare as preparation
@@ -25,5 +26,7 @@ def prepare(args: options.Prepare) -> None:
     for reason, count in statistics["rejected"].items():
         say(f"  {count} x {reason}")
     say(f"see {args.latents / 'contact-sheet.png'} and {args.latents / 'rejected.jsonl'}; then:")
-    words = ("--data.path", str(args.latents), "--task.init", args.codec)
-    say(f"videoar train finetune {shlex.join(words)}")
+    recipe, codec = "finetune", ["--task.init", args.codec]
+    if "transformer" not in Checkpoint.find(args.codec).meta.get("components", ["transformer"]):
+        recipe, codec = "video", []
+    say(shlex.join(["videoar", "train", recipe, "--data.path", str(args.latents), *codec]))

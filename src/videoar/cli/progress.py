@@ -3,4 +3,5 @@
 
 def say(line: object) -> None:
     """Print a line at once."""
-    print(line, flush=True)
+    text = str(line).encode("utf-8", "backslashreplace").decode()  # names of files may be no text
+    print(text, flush=True)

@@ -5,6 +5,8 @@ of positions only. The cache is read-only during a forward pass; `commit` is the
 it grows.
 """
 
+import itertools
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -133,14 +135,11 @@ class KVCache:
 
 def cached_tokens(units: Units, visible: Visible) -> int:
     """Return the most tokens that the cache holds while wave after wave is generated."""
-    count, waves = len(units.sizes), units.waves.tolist()
-    # The last whole segment and what follows it: by then the cache is as full as it gets.
-    last = range(max(0, count - 2 * units.units_per_segment), count)
-    return max(
-        sum(
-            size
-            for index, size in enumerate(units.sizes)
-            if waves[index] < waves[reader] and not visible.expired(index, reader)
-        )
-        for reader in last
-    )
+    before, waves = [0, *itertools.accumulate(units.sizes)], units.waves.tolist()
+    most = first = 0
+    for reader, wave in enumerate(waves):
+        first = reader if wave != waves[first] else first  # of the wave: it reads what is before
+        since = 0 if visible.window is None else max(0, reader - visible.window + 1)
+        sink = min(visible.sink, first, since)
+        most = max(most, before[sink] + before[first] - before[min(since, first)])
+    return most

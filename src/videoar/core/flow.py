@@ -15,20 +15,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from videoar.checks import checked
+
+MAX_STEPS = 10_000
+
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """Move sigmas towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+@checked
 def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
     """The falling sigmas of one unit: 1 first, 0 last, `num_inference_steps + 1` values.
 
     Raises:
         ValueError: fewer than one step, or a shift that is not a positive number.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is {num_inference_steps}: use 1 or more.")
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}: use 1 to {MAX_STEPS}.")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift is {shift}: use a number above 0, such as 3.0.")
     grid = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)

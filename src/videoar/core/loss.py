@@ -1,5 +1,6 @@
 """The loss of a training clip, whatever its partition: flow matching."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from videoar.checks import check_options, check_types
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.flow import add_noise, random_sigmas, velocity_of
 from videoar.core.schemes import Scheme
@@ -45,6 +47,15 @@ class FlowMatchingConfig:
     perfect."""
     text_dropout: float = 0.1
     """How often the prompt is empty, for guidance."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        shares = [name for name in vars(self) if name.endswith(("probability", "dropout"))]
+        right = [(name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in shares]
+        noise = ("context_noise", 0 <= self.context_noise < 1, "0 to below 1")
+        shift = ("shift", 0 < self.shift < math.inf, "a number above 0, as 5")
+        least = {"clip_frames": 1, "sink_frames": 0, "sigma_floor": 0}
+        check_options(self, *right, noise, shift, least=least)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-from videoar.checks import hint, import_named
+from videoar.checks import checked, hint, import_named
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
@@ -178,6 +178,7 @@ _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
 )
 
 
+@checked
 def parse(text: str) -> Scheme:
     """Read a scheme from its name, as `chunk:3`.
 

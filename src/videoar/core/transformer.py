@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from videoar.checks import check_options
+from videoar.checks import check_options, check_types
 from videoar.core.attention import Mask, attend, rope_table, rotate
 from videoar.core.cache import KeyValue, KVCache
 
@@ -55,6 +55,7 @@ class ModelConfig:
     """With `clean`, the smallest sigma that divides."""
 
     def __post_init__(self):
+        check_types(self)
         counts = ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels")
         check_options(self, least=dict.fromkeys(counts, 1))
         if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:

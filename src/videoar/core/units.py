@@ -31,9 +31,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from videoar.checks import check_types
 from videoar.core.schemes import Cells, Scheme, box
 
-MAX_SEGMENT = 2**20  # tokens of a segment, which are held as lists
+MAX_SEGMENT, MAX_CLIP = 2**20, 2**22  # tokens that are held as lists, of a segment and in all
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Units:
     width: int
 
     def __post_init__(self):
+        check_types(self)
         if self.frames is None and self.scheme.frames is None:
             raise ValueError("One unit cannot span an endless stream: give a number of frames.")
         for axis, size in (("frames", self.frames), ("height", self.height), ("width", self.width)):
@@ -137,7 +139,10 @@ class Units:
 
     @cached_property
     def clip(self) -> tuple[Unit, ...]:
-        assert self.frames is not None, "an endless stream has no last unit"
+        if self.frames is None:
+            raise ValueError("An endless stream has no last unit: give a number of frames.")
+        if (count := self.frames * self.height * self.width) > MAX_CLIP:
+            raise ValueError(f"A clip has {count} tokens of {MAX_CLIP}: make it smaller.")
         return tuple(self)
 
     @cached_property
@@ -171,7 +176,7 @@ class Units:
 def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Unit, ...]:
     """The units of one segment, counted from 0."""
     missing = {cell[:3] for cell in box(range(frames), range(height), range(width))}
-    units: list[Unit] = []
+    left, done, units = [height * width] * frames, 0, list[Unit]()
     for wave, blocks in enumerate(scheme.segment(frames, height, width)):
         for cells in blocks:
             finest = [cell[:3] for cell in cells if cell[3] == 0]
@@ -179,13 +184,17 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
             if not fresh:
                 raise ValueError(f"{scheme} is not a partition: unit {len(units)} repeats a cell.")
             missing.difference_update(finest)
+            for t, _, _ in finest:
+                left[t] -= 1
+            while done < frames and not left[done]:
+                done += 1
             units.append(
                 Unit(
                     index=len(units),
                     wave=wave,
                     cells=cells,
                     coords=_centres(cells, height, width),
-                    complete_frames=min((t for t, _, _ in missing), default=frames),
+                    complete_frames=done,
                     frame_start=min(cell[0] for cell in cells),
                 )
             )
@@ -217,6 +226,7 @@ class Visible:
     """First units of the stream that stay readable for ever."""
 
     def __post_init__(self):
+        check_types(self)
         if self.window is not None and self.window < 1:
             raise ValueError(f"A window holds at least one unit, got {self.window}: use 1 or more.")
         if self.sink < 0:

@@ -3,12 +3,13 @@
 No training loop, no codec and no text encoder lives here.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from videoar.checks import typed
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, StoredText, TextEncoder
 from videoar.files import write_json
-from videoar.weights import read_weights
+from videoar.weights import build_config, read_json, read_weights
 
 FORMAT, MAX_SHARD_BYTES, MAX_SHARD_CLIPS = 1, 256 << 20, 1024
 MAX_MEMORY_BYTES = 2 << 30  # larger folders are not read into memory, but stay mapped files
@@ -171,6 +173,15 @@ class LatentShards:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def fingerprint(self) -> str:
+        """Name the clips: their index with its captions, means and deviations, and all sizes."""
+        shards = sorted((name, (self.folder / name).stat().st_size) for name in self._shards)
+        digest = hashlib.sha256(repr(shards).encode())
+        for name in (INFO_NAME, INDEX_NAME, EMPTY_TEXT):
+            if (file := self.folder / name).exists():
+                digest.update(file.read_bytes())
+        return f"{len(self)} clips {digest.hexdigest()[:12]}"
+
     @property
     def kinds(self) -> Int[np.ndarray, " samples"]:
         """A number for each clip, the same for clips of the same size."""
@@ -218,24 +229,35 @@ def read_info(folder: Path) -> LatentsInfo:
     path = folder / INFO_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again, or name another folder")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     version = values.pop("format", None)
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, but {FORMAT} is read: prepare it again")
-    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return LatentsInfo(**(values | tuples))
+    return build_config(LatentsInfo, values, file=path)
+
+
+class _Clip(TypedDict):
+    """What a line of the index says at least."""
+
+    shard: str
+    row: int
+    captions: list[str]
+    frames: int
+    height: int
+    width: int
 
 
 def _read_index(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again")
     clips = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 clips.append(json.loads(line))
-                _ = clips[-1]["shard"], clips[-1]["row"], clips[-1]["captions"][0]
-            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+                typed(_Clip, {name: clips[-1][name] for name in _Clip.__annotations__})
+                _ = clips[-1]["captions"][0]
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"line {number} of {path} does not describe a clip with shard, row and"
                     " captions: prepare the latents again"
@@ -247,7 +269,7 @@ def _map_shard(path: Path) -> dict[str, Any]:
     try:
         shard = safe_open(path, framework="pt")
         return {key: shard.get_slice(key) for key in {"latents", *shard.keys()}}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"
         ) from error

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_options
+from videoar.checks import check_options, check_types
 
 ALL = "1/1"  # the whole share
 
@@ -52,6 +52,7 @@ class Prepare:
     done, the command without it puts the shares together."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_options(
             self,
             ("fps", 0 < self.fps <= 240, "a number above 0, up to 240"),

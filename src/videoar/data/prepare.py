@@ -66,7 +66,13 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
     digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
-    sources = {"sources": digest[:16]}
+    encoder = checkpoint.parts().get("text")
+    if encoder is None or encoder.trainable is not None:
+        encoder = None  # it is trained along
+    else:
+        encoder.device = config.device
+    text = None if encoder is None else encoder.fingerprint()
+    sources = {"sources": digest[:16], "text": text}
     if (folder / INFO_NAME).exists():
         _claim(folder / ABOUT, about | sources)
         shutil.rmtree(folder / WORK, ignore_errors=True)
@@ -80,12 +86,6 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         _make_parts(config, listing.sources[config.turns], todo, show)
     if config.share != ALL:
         return {}
-    encoder = checkpoint.parts().get("text")
-    if encoder is None or encoder.trainable is not None:
-        encoder = None  # it is trained along
-    else:
-        encoder.device = config.device
-    text = None if encoder is None else encoder.fingerprint()
     path = Path(config.codec)
     source = str(path.resolve()) if path.is_dir() else config.codec
     info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=source)

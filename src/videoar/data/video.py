@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from videoar.checks import check_types, checked
 from videoar.files import check_place
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -39,6 +40,7 @@ class Video:
     """Of its noise, if it was generated."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
         if not self.fps > 0:
@@ -77,6 +79,7 @@ class VideoWriter:
     sheets are written in one piece: until the end their frames are held in memory.
     """
 
+    @checked
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False) -> None:
         self.path = check_output(path, overwrite=overwrite)
         # Its suffix says of what kind it is.

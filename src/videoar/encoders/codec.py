@@ -19,6 +19,8 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from videoar.checks import check_types
+
 Memory = tuple[Tensor, ...]
 """What a network remembers of the frames before; None stands for the beginning of a clip."""
 
@@ -176,6 +178,7 @@ class PatchCodecConfig:
     image_channels: int = 3
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.stride) < 1:
             raise ValueError(f"The stride {self.stride} is below 1: raise it to at least 1.")
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from videoar.checks import check_types
 from videoar.weights import load_component, save_component
 
 PAD = 0
@@ -72,7 +73,7 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text).ids
+        return self._backend.encode(check_text(text)).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, which may end in padding."""
@@ -92,6 +93,15 @@ def as_read(text: str) -> str:
 def words_of(texts: Iterable[str]) -> set[str]:
     """Return the words of texts, in small letters."""
     return {word for text in texts for word in re.findall(r"\w+", as_read(text))}
+
+
+def check_text(text: str) -> str:
+    """Return a text; raise if it holds what is no character, as bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The prompt {text[:40]!a} is not UTF-8: encode it so.") from error
+    return text
 
 
 def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
@@ -117,6 +127,7 @@ class TextEncoderConfig:
     """Longest prompt, in tokens."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
         if min(sizes) < 1 or self.num_layers < 0:
             raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
@@ -273,8 +284,8 @@ class TinyPromptEncoder:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         encoder = load_component(folder, TextEncoder, device=device)
-        words = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        return cls(Tokenizer.from_json(words), encoder.eval())
+        words = (folder / "tokenizer.json").read_text("utf-8", errors="surrogateescape")
+        return cls(Tokenizer.from_json(words), encoder.float().eval())
 
     def save(self, folder: Path) -> None:
         save_component(folder, self.encoder)

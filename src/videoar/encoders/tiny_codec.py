@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from videoar.checks import check_types
 from videoar.encoders.codec import Codec, Latents, Memory, Padded, StreamEncoder, Video
 
 Frames = Float[Tensor, "time_batch _ _ _"]
@@ -195,6 +196,7 @@ class TinyCodecConfig:
     """Their standard deviation."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = (self.image_channels, self.latent_channels, self.num_blocks, self.patch_size)
         if min(*sizes, *self.encoder_channels, *self.decoder_channels) < 1:
             raise ValueError(f"A size of {self} is below 1: raise it to at least 1.")

@@ -4,10 +4,10 @@ transformers is imported where it is used, and nowhere else.
 """
 
 import contextlib
+import functools
 import hashlib
 import html
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from videoar.encoders.text_encoder import Rows, check_length
-from videoar.files import written_whole
+from videoar.encoders.text_encoder import Rows, check_length, check_text
+from videoar.files import contents, written_whole
 from videoar.weights import (
     CONFIG,
     Weights,
@@ -117,19 +117,21 @@ class UMT5PromptEncoder:
         found = [rows[prompt] for prompt in cleaned]
         return torch.stack([F.pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in found])
 
-    def _stats(self) -> dict[str, os.stat_result]:
-        parts = sorted(self.encoder.iterdir()) if self.encoder.is_dir() else [self.encoder]
-        return {part.name: part.stat() for part in parts}
-
     def fingerprint(self) -> str:
-        """Name what the rows mean: the sizes of the encoder's files, and its words."""
-        about = repr([(name, stat.st_size) for name, stat in self._stats().items()]).encode()
-        about += (self.tokenizer / "tokenizer.json").read_bytes()
-        return f"umT5-{hashlib.sha256(about).hexdigest()[:12]}"
+        """Name what the rows mean: a hash of the encoder's files and its words."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        parts = sorted(self.encoder.iterdir()) if self.encoder.is_dir() else [self.encoder]
+        digest = hashlib.sha256()
+        for part in (*filter(Path.is_file, parts), self.tokenizer / "tokenizer.json"):
+            for piece in contents(part):
+                digest.update(piece)
+        return f"umT5-{digest.hexdigest()[:12]}"
 
     def _file(self, prompt: str, ids: list[int]) -> Path:
-        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats().items()]
-        key = json.dumps([prompt, ids, stats, str(self.dtype)])
+        key = json.dumps([prompt, ids, self._fingerprint, str(self.dtype)])
         return self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def weights(self) -> Weights:
@@ -186,7 +188,7 @@ def _said(file: Path) -> Iterator[None]:
 
 def clean(prompt: str) -> str:
     """Clean a prompt as Wan does: broken Unicode, HTML entities, white space."""
-    fixed = library("ftfy").fix_text(prompt)
+    fixed = library("ftfy").fix_text(check_text(prompt))
     return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()
 
 

@@ -11,6 +11,7 @@ What the file of a study holds is kept and not computed again; of other settings
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -150,7 +151,9 @@ def read_line(text: str) -> tuple[str, tuple[str, ...]]:
     name, equals, paths = text.partition("=")
     if not equals or "?" in name:  # what follows a checkpoint's own name is no other one
         name = paths = text
-    checkpoints = tuple(paths.split(","))
+    # Commas of a changed field, as in units=multiscale:4,2,1 or sigmas=[1,0.5,0], part nothing.
+    comma = r",(?! ?[\d.]+\]?(?:[,/&]|$))" if "?" in paths else ","
+    checkpoints = tuple(re.split(comma, paths))
     if not name or not all(checkpoints):
         raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
     return name, checkpoints

@@ -1,14 +1,12 @@
 """How to generate: the options that a checkpoint carries and a user may override."""
 
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from videoar.checks import check, check_options, check_whole
+from videoar.checks import check, check_options, check_types
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
@@ -46,12 +44,8 @@ class GenerationConfig:
     """Frames per second of the model's videos."""
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "window_frames", "sink_frames", "lag"):
-            check_whole(name, getattr(self, name))
-        for name in ("shift", "guidance_scale", "context_noise", "fps"):
-            value = getattr(self, name)
-            check(name, repr(value), isinstance(value, numbers.Real), "a number")
-        check("fps", self.fps, 0 < self.fps < math.inf, "a number above 0, such as 16")
+        check_types(self)
+        check("fps", self.fps, 0 < self.fps <= 1000, "1 to 1000, such as 16")
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace."""

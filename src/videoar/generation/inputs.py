@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import numbers
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
@@ -37,10 +38,11 @@ def seeds_of(seed: Any, generator: Any, count: int) -> list[Any]:
     """Return the seeds of videos: as given, counted from the first, or drawn."""
     if generator is not None and seed:
         raise ValueError("seed and generator both say which noise it is: give one of them.")
-    if generator is not None or seed is None:
-        several = isinstance(generator, Sequence)
-        draws = generator if several else [generator or torch.default_generator] * count
+    if generator is not None:
+        draws = generator if isinstance(generator, Sequence) else [generator] * count
         return [int(torch.randint(MAX_SEED, (), generator=g, device=g.device)) for g in draws]
+    if seed is None:  # not by torch's own generator, which begins alike in every process
+        return [secrets.randbelow(MAX_SEED) for _ in range(count)]
     if isinstance(seed, numbers.Integral):
         return [int(seed) + number for number in range(count)]
     return list(seed) if isinstance(seed, Sequence) else [seed]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check, check_whole
+from videoar.checks import check, check_types, check_whole, checked
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
@@ -60,7 +60,11 @@ class VideoPipeline:
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         name_or_path: str | Path,
@@ -107,7 +111,7 @@ class VideoPipeline:
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=(checkpoint if codec is None else Checkpoint.find(codec)).codec(device=device),
-            sampling=GenerationConfig(**defaults),
+            sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
             **size,
         )
@@ -150,6 +154,7 @@ class VideoPipeline:
         """Where videos are computed."""
         return self.transformer.proj_out.weight.device
 
+    @checked
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -229,6 +234,7 @@ class VideoPipeline:
         generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
         return (frames[0] for frames in generation)
 
+    @checked
     def generate(
         self,
         prompts: Sequence[str],

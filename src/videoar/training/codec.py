@@ -17,15 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check_options
+from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
+from videoar.checks import check_options, check_types
 from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.decode import duration
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
-from videoar.data.sources import list_sources
+from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
@@ -54,6 +54,9 @@ class ReconstructionConfig:
     """Clips in an epoch."""
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
@@ -88,6 +91,7 @@ class FootageConfig:
     """Noise on the latents before decoding."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_options(
             self,
             ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
@@ -97,12 +101,17 @@ class FootageConfig:
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
         lossless, clips = PatchCodec(PatchCodecConfig(stride=codec.stride)), config.out / FOOTAGE
-        if not checkpoints(config.out):  # later, what is there is trained on, whatever comes
+        if not checkpoints(config.out):
             self._prepare(clips, lossless, config, report)
-        footage = Footage(clips, lossless)
+        elif _made_of(clips)[5:] != [source.key for source in self._list()]:
+            report(f"{self.videos} has changed; the clips in {clips} stay as they were decoded")
+        footage = Footage(clips, lossless, init=self.init)
         report(f"{len(footage)} clips to train on, {len(footage.apart)} held out, are in {clips}")
         objective = Reconstruction(codec, footage_distance, latent_noise=self.latent_noise)
         return ReconstructionTask(objective, footage, config)
+
+    def _list(self) -> list[Source]:
+        return list_sources(self.videos, captions="none").sources
 
     def _prepare(
         self, folder: Path, codec: PatchCodec, config: TrainConfig, report: Report
@@ -120,7 +129,7 @@ class FootageConfig:
             held_out=self.held_out,
             workers=config.num_threads,
         )
-        sources = list_sources(self.videos, captions="none").sources
+        sources = self._list()
         length, said = self.num_frames, time.monotonic()
         after_first = [
             max(0, int(max(self.fps * duration(s), len(s.pictures))) - length) for s in sources
@@ -144,15 +153,21 @@ class FootageConfig:
 
         asked = [self.size, length, self.fps, self.held_out, stride]
         asked += [source.key for source in sources]
-        if where.exists() and Checkpoint.find(where).meta["footage"] != asked:
+        if _made_of(folder) != asked:
             shutil.rmtree(folder, ignore_errors=True)
-        save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
+            save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
         found = run(replace(prepare, stride=stride), show)
         if not found["held_out_clips"]:
             raise ValueError(
                 f"{self.videos} has {found['used']} video with a clip of {length} frames,"
                 " but one is trained on and another held out: add videos, or lower num_frames"
             )
+
+
+def _made_of(footage: Path) -> list[Any]:
+    """Return how clips were decoded, and the keys of their videos; nothing if there are none."""
+    codec = footage.with_suffix(".codec")
+    return Checkpoint.find(codec).meta["footage"] if codec.exists() else []
 
 
 def initial_codec(init: str | Path | None, wanted: TinyCodecConfig) -> TinyCodec:
@@ -218,6 +233,9 @@ class WorldClips:
         self.task, self.seed = task, seed
         self.shape = (task.num_frames, 3, 64, 64)
 
+    def sources(self) -> dict[str, str]:
+        return fingerprints(self.task.init)
+
     def __len__(self) -> int:
         return self.task.num_clips
 
@@ -239,10 +257,13 @@ class WorldClips:
 class Footage:
     """Clips of own videos, decoded before."""
 
-    def __init__(self, folder: Path, lossless: PatchCodec) -> None:
-        self.lossless, self.known = lossless, LatentShards(folder)
+    def __init__(self, folder: Path, lossless: PatchCodec, *, init: str | None = None) -> None:
+        self.lossless, self.known, self.init = lossless, LatentShards(folder), init
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
         self.shape = next(self.some(1)).shape[1:]
+
+    def sources(self) -> dict[str, str]:
+        return {str(self.known.folder): self.known.fingerprint()} | fingerprints(self.init)
 
     def __len__(self) -> int:
         return len(self.known)
@@ -269,6 +290,7 @@ class ReconstructionTask:
 
     def __init__(self, objective: Reconstruction, clips: WorldClips | Footage, config: TrainConfig):
         self.objective, self.clips, self.out = objective, clips, config.out
+        self.sources = clips.sources
         codec = objective.module
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
         num_frames, _, *size = clips.shape

@@ -5,10 +5,11 @@ same. Weights, gradients, averages and moments are split by FSDP2 (Zhao et al. 2
 arXiv:2304.11277), block by block.
 """
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from videoar.core.transformer import VideoTransformer
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT, PATIENCE = timedelta(minutes=10), timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Ranks:
 
     index: int = 0
     count: int = 1
+    patient: Any = None
+    """A group in which one may wait for the first for days."""
 
     @property
     def first(self) -> bool:
@@ -44,6 +47,15 @@ class Ranks:
         """Wait until all are here."""
         if self.count > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the first go ahead: what it puts on disc, however long it takes, the others find."""
+        if self.count > 1 and not self.first:
+            dist.barrier(self.patient)
+        yield
+        if self.count > 1 and self.first:
+            dist.barrier(self.patient)
 
     def total(self, terms: Mapping[str, float]) -> dict[str, float]:
         """Sum numbers, which all ranks have under the same names."""
@@ -65,7 +77,8 @@ def join(device: str) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size()), place
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), dist.get_world_size(), patient), place
 
 
 def split(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -84,7 +97,9 @@ def _split(module: nn.Module, mesh: dist.DeviceMesh) -> None:
             register_fsdp_forward_method(block, "text")
         fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(module, "encode_text")
-    elif any(isinstance(each, VideoTransformer) for each in module.modules()):
+    elif isinstance(module, nn.Sequential) or any(
+        isinstance(each, VideoTransformer) for each in module.modules()
+    ):  # what is inside is called by itself
         for child in module.children():
             _split(child, mesh)
     elif any(True for _ in module.parameters()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import MUST_BE, check_options, check_types
 from videoar.data.batches import Batches
 from videoar.generation.progress import Paced
 from videoar.training import run_folder
@@ -37,6 +37,9 @@ class Task(Protocol):
     @property
     def batches(self) -> Batches:
         """What it is trained on."""
+
+    def sources(self) -> dict[str, str]:
+        """Fingerprints of the data and checkpoints it is made of, by name."""
 
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """Measure the averaged weights, with generators of its own; may return nothing."""
@@ -91,6 +94,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
         least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
         decay = ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
@@ -116,30 +120,31 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
             f"{config.out} is at step {step} already, past the {config.steps} steps asked for:"
             " raise steps, or name another folder"
         )
-    run = _Run(config, report)
-    if run.step:
-        run.report(f"going on from step {run.step} of {config.out}")
-    if run.step < config.steps:
-        try:
-            _loop(run)
-        except RuntimeError as error:
-            lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-            if run.ranks.count == 1 or not lost:
-                raise
-            kept = [folder.name for folder in run_folder.checkpoints(config.out)][-1:]
-            raise ConnectionError(
-                f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step"
-                f" {run.step}, and stops: the same command goes on from"
-                f" {kept[0] if kept else 'the start'}"
-            ) from error
-    return run.export()
+    with contextlib.ExitStack() as held:
+        run = _Run(config, report, held)
+        if run.step:
+            run.report(f"going on from step {run.step} of {config.out}")
+        if run.step < config.steps:
+            try:
+                _loop(run)
+            except RuntimeError as error:
+                lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+                if run.ranks.count == 1 or not lost:
+                    raise
+                kept = [folder.name for folder in run_folder.checkpoints(config.out)][-1:]
+                raise ConnectionError(
+                    f"rank {run.ranks.index} lost another rank of {run.ranks.count} after step"
+                    f" {run.step}, and stops: the same command goes on from"
+                    f" {kept[0] if kept else 'the start'}"
+                ) from error
+        return run.export()
 
 
 def export(config: TrainConfig) -> Path:
     """Export the newest checkpoint of a run that is not finished, and return the folder."""
     if not run_folder.checkpoints(config.out):
         raise ValueError(f"{config.out} holds no checkpoint of a run yet: train longer first")
-    return _Run(config, lambda line: None).export()
+    return _Run(config, lambda line: None).export()  # which may be trained meanwhile
 
 
 def _loop(run: "_Run") -> None:
@@ -175,19 +180,28 @@ def _loop(run: "_Run") -> None:
 class _Run:
     """Everything that a step changes, as the newest checkpoint has it, and how it is kept."""
 
-    def __init__(self, config: TrainConfig, report: Report) -> None:
+    def __init__(
+        self, config: TrainConfig, report: Report, held: contextlib.ExitStack | None = None
+    ) -> None:
         self.config = config
         self.ranks, self.device = join(config.device)
         self.paced = Paced(report if self.ranks.first else lambda line: None)
         self.report: Report = self.paced.say
         self._share()
         if self.ranks.first:
-            run_folder.claim(config.out, files.to_json(config))
+            described = files.to_json(config)
+            run_folder.check_owner(config.out, described)
+            if held is not None:
+                held.enter_context(run_folder.claim(config.out, described))
         self.ranks.wait()
         # Initial weights come from the global generator: seeded here, and given back as it was.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            self.task = config.task.build(config, self.report)
+            with self.ranks.in_turn():
+                self.task = config.task.build(config, self.report)
+        if self.ranks.first:
+            run_folder.check_sources(config.out, self.task.sources())
+        self.ranks.wait()
         objective = self.task.objective
         self.module, self.result = objective.module.train(), objective.result
         self.ema = copy.deepcopy(self.result).float().requires_grad_(False).eval()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import MUST_BE, check_options, check_types
 
 # A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -38,6 +38,7 @@ class OptimizerConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_options(
             self,
             ("learning_rate", self.learning_rate > 0, "above 0"),

@@ -3,12 +3,11 @@
 A name on the command line is a function here, or `package.module:function` anywhere.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from videoar.checks import hint
+from videoar.checks import hint, import_named
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.transformer import ModelConfig
 from videoar.encoders.text_encoder import TextEncoderConfig
@@ -379,11 +378,11 @@ def find(name: str) -> TrainConfig:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    module, colon, function = name.partition(":")
-    if colon:
+    if ":" in name:
         try:
-            config = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError) as error:
+            found = import_named(name)
+            config = found() if callable(found) else found
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"Recipe {name!r} cannot be imported ({error}): check both names."
             ) from error

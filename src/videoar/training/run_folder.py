@@ -3,6 +3,8 @@
 The folder of a run holds:
 
 out/run.json             the configuration that owns the folder
+out/sources.json         fingerprints of what the run is made of: latents and checkpoints
+out/.lock                the process that trains, while it does
 out/log.jsonl            one line per logged step
 out/tensorboard/         the same, if TensorBoard is installed
 out/checkpoints/step-N/  everything needed to go on from step N, exactly
@@ -14,10 +16,12 @@ A checkpoint appears under its name only when it is complete, so a run may be ki
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -44,26 +48,76 @@ LogLine = dict[str, int | float]
 # decay at the end of the schedule moves with `steps`.
 FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
 LOSS_CURVE_POINTS = 100
-FOOTAGE = "footage"
+FOOTAGE, SOURCES, LOCK = "footage", "sources.json", ".lock"
 
 
-def claim(out: Path, config: Json) -> None:
-    """Make `out` the folder of the run `config`, or raise if it belongs to anything else.
+def _begun(out: Path) -> bool:
+    return (out / "log.jsonl").exists() or (out / "checkpoints").exists()
+
+
+def check_owner(out: Path, config: Json) -> None:
+    """Raise if `out` belongs to anything but the run `config`.
 
     A run that ended before it began, for a wrong name say, keeps no folder.
     """
     owner = out / "run.json"
-    begun = (out / "log.jsonl").exists() or (out / "checkpoints").exists()
-    known = {"run.json", ".run.json.partial"}
+    known = {"run.json", ".run.json.partial", LOCK}
     if owner.is_file():  # footage may have been read before it failed, which takes long
-        known |= {FOOTAGE, f"{FOOTAGE}.codec"}
-    if owner.is_file() and begun:
+        known |= {FOOTAGE, f"{FOOTAGE}.codec", SOURCES}
+    if owner.is_file() and _begun(out):
         old, held = json.loads(owner.read_text(encoding="utf-8")), f"{out} holds a run"
         check_same(old, config, held=held, other="folder", free=FREE_FIELDS)
     elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - known):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
+
+
+@contextlib.contextmanager
+def claim(out: Path, config: Json) -> Iterator[None]:
+    """Make `out` the folder of the run `config`, and of this process alone while it trains.
+
+    A lock says whose it is; the system gives back those of processes that died.
+
+    Raises:
+        ValueError: it belongs to anything else, or another process is at work there.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    write_json(owner, config)
+    path, here, taken = out / LOCK, socket.gethostname(), False
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks: what is written there has to do
+            pass
+        file.seek(0)
+        process, _, host = file.read().partition(" on ")
+        if taken or host not in ("", here):
+            raise ValueError(
+                f"{out} is in use by {process} on {host or here}: wait for it, or name another"
+                " folder" + ("" if taken else f"; if it runs no more, remove {path}")
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {here}")
+        file.flush()
+        try:
+            write_json(out / "run.json", config)
+            yield
+        finally:
+            file.truncate(0)  # not removed: who has opened it would hold a lock of nothing
+
+
+def check_sources(out: Path, sources: Json) -> None:
+    """Raise unless a run is made of what it was begun with; note that down if it begins."""
+    path = out / SOURCES
+    if not (path.exists() and _begun(out)):
+        write_json(path, sources)
+    else:
+        for name, was in json.loads(path.read_text(encoding="utf-8")).items():
+            if (now := sources.get(name)) != was:
+                raise ValueError(
+                    f"{out} was begun with {was} in {name}, but there is {now} now: put back what"
+                    " there was, or begin anew in another folder"
+                )
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
-from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
+from videoar.checks import check_types
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -79,8 +80,8 @@ class TextToVideoConfig:
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
-        stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
-        object.__setattr__(self, "units", stored)
+        check_types(self)
+        object.__setattr__(self, "units", schemes.names(self.units))
         if self.init is None and self.size is None and self.model is None:
             raise ValueError(
                 "a run from nothing has to know the size of its transformer: say size small or"
@@ -190,7 +191,7 @@ class TextToVideoTask:
         loaded = None if task.init is None else load_generator(task)
         codec = loaded.codec if loaded else codec_of(task)
         shards = self._open(codec, report)
-        self.captions, self.words = shards.captions, loaded.meta.get("words") if loaded else ()
+        self.shards, self.words = shards, loaded.meta.get("words") if loaded else ()
         self.pipe = loaded or make_generator(task, codec, shards)
         transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
         height, width = shards.size
@@ -222,6 +223,10 @@ class TextToVideoTask:
         words = shards.get([0], np.random.default_rng(0))["text"].shape[1]
         flops = transformer.flops(tokens, keys=tokens, words=words)
         self.flops_per_batch = 3.0 * flops * batch_size
+
+    def sources(self) -> dict[str, str]:
+        latents = {str(self.task.latents): self.shards.fingerprint()}
+        return latents | fingerprints(self.task.init, self.task.codec)
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
@@ -262,5 +267,5 @@ class TextToVideoTask:
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         pipe = with_networks(self.pipe, module)
-        pipe.meta = {**learned(self.units, self.captions, self.words), **meta}
+        pipe.meta = {**learned(self.units, self.shards.captions, self.words), **meta}
         pipe.save_pretrained(folder, overwrite=True)

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checks import check_options
+from videoar.checks import check_options, check_types
 from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
 from videoar.core.loss import on
 from videoar.core.schemes import Scheme
@@ -83,6 +83,7 @@ class DistillationConfig:
     """Highest of them."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
         free = ("critic_warmup", "separate_weight", "guidance_scale")
         units = self.gradient_units

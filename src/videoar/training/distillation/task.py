@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checks import check_options, import_extra
+from videoar.checkpoints.checkpoint import fingerprints
+from videoar.checks import check_options, check_types, import_extra
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -62,8 +63,8 @@ class StudentConfig:
     """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
 
     def __post_init__(self) -> None:
-        stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
-        object.__setattr__(self, "units", stored)
+        check_types(self)
+        object.__setattr__(self, "units", names(self.units))
         check_options(self, least={"num_validation": 1, "lora_rank": 1})
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
@@ -205,6 +206,10 @@ class StudentTask:
                 f"the student does not move: its first step is step {first} of {config.steps};"
                 " raise steps, or lower critic_warmup"
             )
+
+    def sources(self) -> dict[str, str]:
+        task, latents = self.task, {str(self.task.latents): self.shards.fingerprint()}
+        return latents | fingerprints(task.teacher, task.student, task.critic)
 
     def _check_clips(self, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
