@@ -18,6 +18,7 @@ from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
 from videoar.weights import (
     CONFIG,
     META,
+    WEIGHT_FILES,
     Weights,
     assign_weights,
     build_config,
@@ -107,7 +108,7 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
     Weights do not show the size of the heads: a config beside them does, or else that of `base`.
     """
     source, entry = split_entry(source)
-    if source.is_dir() and not any(source.glob("*.json")) and not any(source.glob("*.safe*")):
+    if source.is_dir() and not any(any(source.glob(k)) for k in ("*.json", *WEIGHT_FILES)):
         raise ValueError(
             f"{source} has no {META}, no model_index.json and no weights, so it is no checkpoint; "
             "pass one that has them"

@@ -6,10 +6,12 @@ Nothing here imports torch before a command needs it: help and refusals are inst
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from videoar import __version__
-from videoar.checks import hint
+from videoar.checks import Note, hint
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
@@ -36,8 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command; say what is wrong in a sentence: 2 for bad input, 130 after Ctrl-C."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, kind: type[Warning], *place: Any, **file: Any) -> None:
+        if kind is not Note:
+            return others(message, kind, *place, **file)
+        return print(f"videoar: {message}", file=sys.stderr)
+
     try:
-        return command() or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", Note)
+            warnings.showwarning = show
+            return command() or 0
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
