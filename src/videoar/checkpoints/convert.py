@@ -87,7 +87,7 @@ def convert(
         save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
-            _write_diffusers(folder, found, parts, shift=sampling["shift"], home=checkpoint.home)
+            _write_diffusers(folder, found, parts, sampling=sampling, home=checkpoint.home)
     else:
         with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
             save_wan(folder, found)
@@ -96,10 +96,16 @@ def convert(
 
 
 def _write_diffusers(
-    folder: Path, found: TransformerWeights, parts: Mapping[str, Any], *, shift: float, home: Path
+    folder: Path,
+    found: TransformerWeights,
+    parts: Mapping[str, Any],
+    *,
+    sampling: Mapping[str, Any],
+    home: Path,
 ) -> None:
     """Write a folder that diffusers' `WanPipeline` loads, as far as there are its parts."""
     save_diffusers(folder / "transformer", found)
+    scheduler = wan.scheduler_of(sampling)
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": "0.42.1",
@@ -107,9 +113,8 @@ def _write_diffusers(
         "expand_timesteps": False,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    scheduler = {"_class_name": index["scheduler"][1], "num_train_timesteps": 1000, "shift": shift}
     codec, text = parts.get("codec"), parts.get("text")
     for part, kind in ((codec, wan_codec.WanCodec), (text, umt5.UMT5PromptEncoder)):
         if part is not None and not isinstance(part, kind):

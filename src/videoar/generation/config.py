@@ -8,8 +8,17 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_whole
+from videoar.core.flow import euler_step, renoise_step, sigma_steps
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
+from videoar.generation.unipc import UniPC
+
+STEPS = {
+    "euler": euler_step,
+    "renoise": renoise_step,
+    "flow-match-euler": euler_step,
+    "unipc": UniPC(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +33,9 @@ class GenerationConfig:
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
     """The sigmas themselves, from 1 to 0; None: those of the two fields above."""
-    step: Literal["euler", "renoise"] = "euler"
-    """How a sigma is left: along the flow, or, by distilled models, with fresh noise."""
+    step: Literal["euler", "renoise", "flow-match-euler", "unipc"] = "euler"
+    """How a sigma is left: along the flow, or, by distilled models, with fresh noise; or as
+    schedulers of diffusers do it, on their grids: FlowMatchEulerDiscrete, UniPCMultistep."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 runs no second, unconditional pass."""
     negative_prompt: str = ""
@@ -50,6 +60,12 @@ class GenerationConfig:
             value = getattr(self, name)
             check(name, repr(value), isinstance(value, numbers.Real), "a number")
         check("fps", self.fps, 0 < self.fps < math.inf, "a number above 0, such as 16")
+
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """The sigmas of a unit."""
+        how = {"shift": self.shift, "grid": self.step}
+        return self.sigmas or sigma_steps(self.num_inference_steps, **how)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_whole
-from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.tokens import known_tokens, to_tokens
@@ -26,7 +25,7 @@ from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import GenerationConfig
+from videoar.generation.config import STEPS, GenerationConfig
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
 
@@ -176,7 +175,7 @@ class VideoPipeline:
             encoded = encoded.expand(batch, *encoded.shape[1:])
             known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
         config = SamplerConfig(
-            sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
+            sigmas=options.schedule,
             step=STEPS[options.step],
             lag=options.lag,
             visible=options.visible(lattice),
