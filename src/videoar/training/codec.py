@@ -21,7 +21,7 @@ from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check_options
 from videoar.data import world
 from videoar.data.batches import Batches
-from videoar.data.decode import duration
+from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
@@ -123,7 +123,8 @@ class FootageConfig:
         sources = list_sources(self.videos, captions="none").sources
         length, said = self.num_frames, time.monotonic()
         after_first = [
-            max(0, int(max(self.fps * duration(s), len(s.pictures))) - length) for s in sources
+            max(0, int(max(self.fps * duration(*s.place), len(s.pictures))) - length)
+            for s in sources
         ]
         # Stored in 16 bits.
         numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)
