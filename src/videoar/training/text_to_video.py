@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checks import check_options
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
-from videoar.data.latents import LatentShards, check_codec, read_held_out, text_module
+from videoar.data.latents import LatentShards, check_codec, read_held_out
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import FlowMatching, TextToVideo, own_weights
+from videoar.training.low_rank import save_trained, trainable
+from videoar.training.objectives import FlowMatching, TextToVideo
 from videoar.training.run_folder import Report
 
 MAX_WORDS = 10_000
@@ -56,12 +58,20 @@ class TextToVideoConfig:
     """Latent frames per encoded video."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
+    lora_rank: int | None = None
+    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
     compile: bool = False
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
         stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
         object.__setattr__(self, "units", stored)
+        check_options(self, least={"lora_rank": 1})
+        if self.init is None and self.lora_rank is not None:
+            raise ValueError(
+                "lora_rank trains updates of a checkpoint, but init names none: name one with"
+                " --task.init, or leave lora_rank out"
+            )
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"
@@ -100,11 +110,6 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=task.text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(task.text))
     return VideoPipeline(VideoTransformer(task.model), prompts, codec)
-
-
-def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
-    """Return what of a pipeline reads a folder of latents."""
-    return TextToVideo(pipe.transformer, text_module(pipe.prompt_encoder, shards.folder))
 
 
 def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
@@ -158,8 +163,7 @@ class TextToVideoTask:
         height, width = shards.size
         self.pipe.sampling = trained_sampling(task, self.pipe.sampling, shards)
         self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
-        module = networks_of(self.pipe, shards)
-        own_weights(module)
+        module = trainable(self.pipe, shards, rank=task.lora_rank)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
@@ -221,6 +225,5 @@ class TextToVideoTask:
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        pipe = with_networks(self.pipe, module)
-        pipe.meta = {**learned(self.units, self.captions, self.words), **meta}
-        pipe.save_pretrained(folder, overwrite=True)
+        said = {**learned(self.units, self.captions, self.words), **meta}
+        save_trained(with_networks(self.pipe, module), folder, said)
