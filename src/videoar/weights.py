@@ -308,16 +308,11 @@ def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[st
             f"{file} holds no tensors at its top, only {', '.join(map(str, tree)) or 'nothing'}; "
             f"choose one with {file}#ENTRY"
         )
-    return _unscaled(_without_extras(tensors, file), file), path
-
-
-def _without_extras(weights: Weights, file: Path) -> Weights:
-    """Leave out what is no weight, and say so."""
-    if extra := [key for key in weights if NO_WEIGHTS.search(key)]:
-        warnings.warn(
-            Note(f"{file}: left out are tensors that are no weights{_list(extra)}"), stacklevel=2
-        )
-    return {key: tensor for key, tensor in weights.items() if key not in set(extra)}
+    if extra := [key for key in tensors if NO_WEIGHTS.search(key)]:
+        said = f"{file}: left out are tensors that are no weights{_list(extra)}"
+        warnings.warn(Note(said), stacklevel=2)
+    weights = {key: tensor for key, tensor in tensors.items() if key not in set(extra)}
+    return _unscaled(weights, file), path
 
 
 def _unscaled(weights: Weights, file: Path) -> Weights:

@@ -246,23 +246,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # Schedulers of diffusers: our step, the field of the shift, and what else they must state.
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "FlowMatchEulerDiscreteScheduler": ("flow-match-euler", "shift", {}),
-    "UniPCMultistepScheduler": (
-        "unipc",
-        "flow_shift",
-        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
-    ),
+    "UniPCMultistepScheduler": ("unipc", "flow_shift", FLOW),
 }
 # What they may state of the rest: what is so by default, and nothing that is off.
-SOLVER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "solver_order": 2,
-    "solver_type": "bh2",
-    "predict_x0": True,
-    "lower_order_final": True,
-    "final_sigmas_type": "zero",
-} | dict.fromkeys(
+SOLVER: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2"}
+SOLVER |= {"predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"}
+SOLVER |= dict.fromkeys(
     "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_dynamic_shifting shift_terminal"
     " invert_sigmas stochastic_sampling thresholding disable_corrector solver_p".split()
 )
@@ -283,16 +275,12 @@ def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
     shift = stated.get(name, stated.get("flow_shift", 1.0))
     if type(shift) not in (int, float) or not 0 < shift < math.inf:
         raise ValueError(f"{file} gives {name} {shift!r}, not a number above 0; correct it")
-    odd = {
-        key: stated.get(key)
-        for key, value in (SOLVER | needed).items()
-        if (stated.get(key, SOLVER.get(key)) or None) != value
-    }
-    if odd:
-        said = ", ".join(f"{key} {value!r}" for key, value in odd.items())
-        says = f"{file} gives {said}, which is not run: Euler steps of shift {shift:g} are taken"
-        warnings.warn(Note(says), stacklevel=2)
-    return PRESETS["wan"] | {"shift": float(shift), "step": "euler" if odd else step}
+    for key, value in (SOLVER | needed).items():
+        if (stated.get(key, SOLVER.get(key)) or None) != value:
+            said = f"{file} gives {key} {stated.get(key)!r}, which is not run:"
+            warnings.warn(Note(f"{said} Euler steps of shift {shift:g} are taken"), stacklevel=2)
+            step = "euler"
+    return PRESETS["wan"] | {"shift": float(shift), "step": step}
 
 
 def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:

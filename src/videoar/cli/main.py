@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from videoar import __version__
 from videoar.checks import Note, hint
@@ -38,17 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command; say what is wrong in a sentence: 2 for bad input, 130 after Ctrl-C."""
-    others = warnings.showwarning
-
-    def show(message: Warning | str, kind: type[Warning], *place: Any, **file: Any) -> None:
-        if kind is not Note:
-            return others(message, kind, *place, **file)
-        return print(f"videoar: {message}", file=sys.stderr)
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", Note)
-            warnings.showwarning = show
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"videoar: {message}", file=sys.stderr
+            )
             return command() or 0
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)

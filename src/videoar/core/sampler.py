@@ -31,26 +31,28 @@ from videoar.core.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
 """(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
+Memory = Tensor | None
+"""What a solver keeps of the steps before; None: there was none."""
 
 
 class Multistep(ABC):
     """How a sigma is left by a solver that needs the steps before."""
 
-    @abstractmethod
     def told(self, sigma: float) -> float:
         """Return the sigma as the model is told it."""
+        return sigma
 
     @abstractmethod
     def __call__(
-        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Memory
+    ) -> tuple[Tensor, Memory]:
         """Return tokens at the last of `sigmas`, and what the next step, if any, needs of this one.
 
         Args:
             x: tokens at the sigma before the last.
             velocity: what the model says of them.
             sigmas: all from the first on.
-            memory: what the step before returned; None: there was none.
+            memory: what the step before returned.
         """
 
 
@@ -94,13 +96,8 @@ class SamplerConfig:
         return self.sigmas
 
     def after(
-        self,
-        done: int,
-        x: Tensor,
-        velocity: Tensor,
-        memory: Tensor | None,
-        fresh: Callable[..., Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
+        self, done: int, x: Tensor, velocity: Tensor, memory: Memory, fresh: Callable[..., Tensor]
+    ) -> tuple[Tensor, Memory]:
         """Return tokens after one step more, and what the next step needs of this one.
 
         `fresh(draw=1)` is noise of a number.
@@ -108,8 +105,7 @@ class SamplerConfig:
         if isinstance(self.step, Multistep):
             return self.step(x, velocity, self.sigmas[: done + 2], memory)
         sigma, after = self.sigmas[done : done + 2]
-        drawn = after and self.step is not euler_step
-        noise = fresh(draw=done + 1).to(x) if drawn else x
+        noise = fresh(draw=done + 1).to(x) if after and self.step is not euler_step else x
         return self.step(x, velocity, sigma, after, noise), None
 
 

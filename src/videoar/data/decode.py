@@ -19,17 +19,9 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
+from videoar.data import containers
 from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map, without_unused
-from videoar.data.containers import (
-    MAX_PIXELS,
-    Unusable,
-    check_size,
-    first_bytes,
-    frames_of,
-    is_webp,
-    open_container,
-    pictured,
-)
+from videoar.data.containers import MAX_PIXELS, Unusable, check_size
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
 from videoar.files import mistaken
@@ -105,7 +97,7 @@ def read(
     """
     if source.pictures:
         raws = _sequence(source, _rate(picture_fps or fps))
-    elif is_webp(source.path, source.offset):
+    elif containers.is_webp(source.path, source.offset):
         raws = _animation(source)
     else:
         raws = _decode(source, [] if notes is None else notes)
@@ -219,13 +211,13 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
     """Yield the frames of a container."""
     seconds = 0.0
     try:
-        with open_container(*source.place) as container:
-            stream = pictured(container)
+        with containers.open_container(*source.place) as container:
+            stream = containers.pictured(container)
             rate, unit = stream.average_rate or stream.guessed_rate or 25, float(stream.time_base)
             step = 1 / float(rate)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
-            for frame, broken in frames_of(container, stream, notes):
+            for frame, broken in containers.frames_of(container, stream, notes):
                 at = math.nan if frame.pts is None else frame.pts * unit
                 # Farther back another recording begins; a little, and its stamp is wrong.
                 guessed = first is not None and not (at >= time or at < time - 1)
@@ -246,7 +238,7 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
                 raise Unusable(f"cut short: it ends after {seconds:.1f} of {declared:.1f} s")
     except av.FFmpegError as error:
         after = f"damaged after {seconds:.1f} s" if seconds else "not a video, or damaged"
-        other = mistaken(first_bytes(source.path, source.offset))
+        other = mistaken(containers.first_bytes(source.path, source.offset))
         raise Unusable(other or f"{after} ({error.strerror})") from error
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from error

@@ -8,17 +8,13 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_whole
-from videoar.core.flow import euler_step, renoise_step, sigma_steps
+from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.generation.unipc import UniPC
 
-STEPS = {
-    "euler": euler_step,
-    "renoise": renoise_step,
-    "flow-match-euler": euler_step,
-    "unipc": UniPC(),
-}
+# Others are Euler steps, on one grid or another.
+STEPS = {"renoise": renoise_step, "unipc": UniPC()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +60,8 @@ class GenerationConfig:
     @property
     def schedule(self) -> tuple[float, ...]:
         """The sigmas of a unit."""
-        how = {"shift": self.shift, "grid": self.step}
-        return self.sigmas or sigma_steps(self.num_inference_steps, **how)
+        steps, shift = self.num_inference_steps, self.shift
+        return self.sigmas or sigma_steps(steps, shift=shift, grid=self.step)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace."""

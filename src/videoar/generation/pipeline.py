@@ -15,6 +15,7 @@ from torch import Tensor
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_whole
+from videoar.core.flow import euler_step
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.tokens import known_tokens, to_tokens
@@ -176,7 +177,7 @@ class VideoPipeline:
             known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
         config = SamplerConfig(
             sigmas=options.schedule,
-            step=STEPS[options.step],
+            step=STEPS.get(options.step, euler_step),
             lag=options.lag,
             visible=options.visible(lattice),
             context_noise=options.context_noise,

@@ -66,12 +66,8 @@ class TextToVideoConfig:
     def __post_init__(self) -> None:
         stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
         object.__setattr__(self, "units", stored)
-        check_options(self, least={"lora_rank": 1})
-        if self.init is None and self.lora_rank is not None:
-            raise ValueError(
-                "lora_rank trains updates of a checkpoint, but init names none: name one with"
-                " --task.init, or leave lora_rank out"
-            )
+        own = self.init is not None or self.lora_rank is None
+        check_options(self, ("lora_rank", own, "none without --task.init"), least={"lora_rank": 1})
         if self.init is None and None in (self.codec, self.model, self.text, self.sampling):
             raise ValueError(
                 "a codec, model, text or sampling that is not said is that of init, but there is"
