@@ -203,11 +203,11 @@ def library(name: str) -> Any:
 
 Weights = dict[str, Tensor]
 # What trainers wrap around the weights; where there are several, the first is what is used.
-# Of a folder, in the order in which they are looked for.
-WEIGHT_FILES = ("*.safetensors", "*model*.bin")
 WRAPPERS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
 
 
+# Of a folder, in the order in which they are looked for.
+WEIGHT_FILES = ("*.safetensors", "*model*.bin")
 # What is saved beside weights and says nothing of them: states of libraries, tables of positions,
 # counters of trainers, samplers and tokenizers of ComfyUI, and scales of activations.
 NO_WEIGHTS = re.compile(
@@ -311,14 +311,14 @@ def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[st
     if extra := [key for key in tensors if NO_WEIGHTS.search(key)]:
         said = f"{file}: left out are tensors that are no weights{_list(extra)}"
         warnings.warn(Note(said), stacklevel=2)
-    weights = {key: tensor for key, tensor in tensors.items() if key not in set(extra)}
+    weights = {key: tensor for key, tensor in tensors.items() if not NO_WEIGHTS.search(key)}
     return _unscaled(weights, file), path
 
 
 def _unscaled(weights: Weights, file: Path) -> Weights:
     """Multiply weights by the scales beside them, as ComfyUI has them; float8 becomes bfloat16."""
     scales = {match[1]: key for key in weights if (match := SCALE.match(key))}
-    plain = {key: tensor for key, tensor in weights.items() if key not in set(scales.values())}
+    plain = {key: tensor for key, tensor in weights.items() if not SCALE.match(key)}
     for layer, key in scales.items():
         weight, scale = plain.get(f"{layer}.weight"), weights[key].float().flatten()
         if weight is None or not weight.is_floating_point() or len(scale) not in (1, len(weight)):
