@@ -24,7 +24,8 @@ from videoar.cli.progress import say
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data import prepare
 from videoar.data.batches import Batches
-from videoar.data.decode import Unusable, cut, read
+from videoar.data.containers import Unusable
+from videoar.data.decode import cut, read
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
 from videoar.data.sources import Source, list_sources

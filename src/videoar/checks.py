@@ -155,6 +155,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for part in parts for key, item in part.items()}
 
 
+class Note(UserWarning):
+    """What is read otherwise than it lies there, though rightly; commands print it as a line."""
+
+
 def import_named(name: str) -> Any:
     """Import `package.module:name`; the current folder is looked in last, whatever the entry point.
 

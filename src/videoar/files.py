@@ -26,6 +26,15 @@ def contents(file: Path) -> Iterator[bytes]:
             yield opened.read(PIECE_BYTES)
 
 
+# What lies where a file should be, by its first bytes.
+_PAGE = "is a page of a web site, not the file: download it again, signed in if need be"
+MISTAKEN = {
+    b"version https://git-lfs": "is a pointer of git-LFS, not the file: run `git lfs pull` there",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml", b"entry not found"), _PAGE),
+    b"gguf": "is a GGUF file, whose quantised weights are not read: use safetensors",
+}
+
+
 def to_json(value: Any) -> Any:
     """Return a configuration as plain JSON values; a dataclass also names its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -38,6 +47,23 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def mistaken(head: bytes) -> str:
+    """Say what a file is by its first bytes, if that is not what it should be; else nothing."""
+    if not head:
+        return "is empty (0 bytes): copy or download it again"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((says for kind, says in MISTAKEN.items() if start.startswith(kind)), "")
+
+
+def check_kind(file: Path) -> bytes:
+    """Return the first bytes of a file; raise if they are those of something else."""
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if says := mistaken(head):
+        raise ValueError(f"{file} {says}")
+    return head
 
 
 @contextlib.contextmanager

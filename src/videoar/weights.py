@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from videoar.checks import import_extra, typed
-from videoar.files import written_whole
+from videoar.checks import Note, import_extra, typed
+from videoar.files import check_kind, written_whole
 
 META = "videoar.json"
 CONFIG = "config.json"
@@ -72,6 +73,9 @@ def load_component(
 
 def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read a file; on the CPU its tensors are views of the mapped file and cost no memory."""
+    head = check_kind(file)  # the size of the header comes first, in 8 bytes
+    if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
+        raise ValueError(f"{file} is a pickle, not safetensors: let its name end in .pt")
     try:
         return load_file(file, device=str(device))
     except SafetensorError as error:
@@ -91,8 +95,14 @@ def assign_weights(module: ModuleT, weights: Mapping[str, Tensor], *, file: Path
     """Make tensors those of a module, strictly and without a copy; return it.
 
     Raises:
-        ValueError: in one sentence, which are missing, unexpected or wrongly shaped.
+        ValueError: in one sentence, which are missing, unexpected or wrongly shaped, or quantised.
     """
+    if packed := [k for k, x in weights.items() if x.ndim > 1 and not x.is_floating_point()]:
+        kind = str(weights[packed[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{file} is quantised to {kind}{_list(packed)}, which is not read; use the file in "
+            "bfloat16, float16 or float8"
+        )
     wanted, kind = module.state_dict(), type(module).__name__
     remedy = "configuration and weights must come from the same checkpoint"
     wrong = []
@@ -132,6 +142,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
+    check_kind(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError
@@ -170,7 +181,7 @@ def _is_config(kind: Any) -> bool:
 
 
 def _list(keys: list[str]) -> str:
-    """Write keys in brackets, those of several layers as one."""
+    """Write keys, after a space, in brackets, those of several layers as one."""
     alike: dict[str, list[str]] = {}
     for key in keys:
         alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key, count=1), []).append(key)
@@ -187,6 +198,17 @@ def library(name: str) -> Any:
 Weights = dict[str, Tensor]
 # What trainers wrap around the weights; where there are several, the first is what is used.
 WRAPPERS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
+
+
+# Of a folder, in the order in which they are looked for.
+WEIGHT_FILES = ("*.safetensors", "*model*.bin")
+# What is saved beside weights and says nothing of them: states of libraries, tables of positions,
+# counters of trainers, samplers and tokenizers of ComfyUI, and scales of activations.
+NO_WEIGHTS = re.compile(
+    r"(?:^|\.)(?:_extra_state|freqs(?:_\w+)?|accum_\w+|(?:model_sampling|pos_embedder)\..+"
+    r"|scaled_fp8|spiece_model|scale_input|input_scale|comfy_quant)$"
+)
+SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale)$")
 
 
 def split_entry(source: Path) -> tuple[Path, str | None]:
@@ -208,14 +230,14 @@ def _read_file(source: Path) -> dict[str, Any]:
         return _read_shards(source)
     if not source.is_file():
         raise ValueError(f"there is no file {source}; copy or download it")
-    if source.suffix == ".safetensors":
+    head = check_kind(source)
+    if source.suffix == ".safetensors" or head[8:9] == b"{":
         return dict(read_safetensors(source))
     damaged = (
         f"{source} ({source.stat().st_size} bytes) is truncated or damaged; "
         "copy or download it again"
     )
-    with source.open("rb") as file:
-        mapped = file.read(2) == b"PK"
+    mapped = head.startswith(b"PK")
     if mapped and not zipfile.is_zipfile(source):
         raise ValueError(damaged)
     try:
@@ -234,17 +256,24 @@ def _read_file(source: Path) -> dict[str, Any]:
 
 
 def _read_shards(folder: Path) -> Weights:
-    """Read the safetensors of a folder: those that the index names, or the only file."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if indices:
+    """Read what diffusers chooses of a folder: safetensors before pickles, plain before variants.
+
+    That is the file, or the files of an index; `model.fp16.safetensors` is a variant of `model`.
+    """
+    kinds = [kind for kind in WEIGHT_FILES if any(folder.glob(f"{kind}*"))]
+    kind = kinds[0] if kinds else WEIGHT_FILES[0]
+    indices = sorted(folder.glob(f"{kind}.index*.json"), key=lambda path: len(path.name))
+    found = sorted(folder.glob(kind))
+    stems = [file.stem for file in found]
+    files = [f for f in found if not any(f.stem.startswith(f"{stem}.") for stem in stems)]
+    if indices and (len(files) != 1 or indices[0].name.endswith(".index.json")):
         placed = read_json(indices[0]).get("weight_map")
         if not isinstance(placed, dict):
             raise ValueError(f"{indices[0]} names no files; copy or download it again")
         files = [folder / name for name in sorted(set(placed.values()))]
     if not files or (len(files) > 1 and not indices):
         raise ValueError(
-            f"{folder} has {len(files)} safetensors files and no index that says which belong "
+            f"{folder} has {len(files)} files {kind} and no index that says which belong "
             "together; pass one file, or a folder of one model"
         )
     if lost := [file.name for file in files if not file.is_file()]:
@@ -252,7 +281,7 @@ def _read_shards(folder: Path) -> Weights:
             f"{folder} lacks {len(lost)} of {len(files)} shards ({', '.join(lost)}); "
             "copy or download them"
         )
-    return {key: tensor for file in files for key, tensor in read_safetensors(file).items()}
+    return {key: tensor for file in files for key, tensor in _read_file(file).items()}
 
 
 def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[str]]:
@@ -273,7 +302,32 @@ def read_wrapped(file: Path, entry: str | None = None) -> tuple[Weights, list[st
             f"{file} holds no tensors at its top, only {', '.join(map(str, tree)) or 'nothing'}; "
             f"choose one with {file}#ENTRY"
         )
-    return tensors, path
+    if extra := [key for key in tensors if NO_WEIGHTS.search(key)]:
+        said = f"{file}: left out are tensors that are no weights{_list(extra)}"
+        warnings.warn(Note(said), stacklevel=2)
+    weights = {key: tensor for key, tensor in tensors.items() if not NO_WEIGHTS.search(key)}
+    return _unscaled(weights, file), path
+
+
+def _unscaled(weights: Weights, file: Path) -> Weights:
+    """Multiply weights by the scales beside them, as ComfyUI has them; float8 becomes bfloat16."""
+    scales = {match[1]: key for key in weights if (match := SCALE.match(key))}
+    plain = {key: tensor for key, tensor in weights.items() if not SCALE.match(key)}
+    for layer, key in scales.items():
+        weight, scale = plain.get(f"{layer}.weight"), weights[key].float().flatten()
+        if weight is None or not weight.is_floating_point() or len(scale) not in (1, len(weight)):
+            raise ValueError(
+                f"{file} is quantised: {key!r} is no scale of a float8 matrix or of its rows, which"
+                " alone are read; use the file in bfloat16, float16 or float8"
+            )
+        exact = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
+        plain[f"{layer}.weight"] = exact.to(
+            torch.bfloat16 if weight.itemsize == 1 else weight.dtype
+        )
+    if scales:
+        said = f"{file}: {len(scales)} matrices are scaled float8, and read as bfloat16"
+        warnings.warn(Note(said), stacklevel=2)
+    return plain
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -393,10 +393,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "truncated pt": (_cut("causvid"), ("truncated or damaged", "bytes")),
     "pt cut at its beginning": (_cut("causvid", 40), ("truncated or damaged",)),
     "truncated legacy": (_cut("legacy"), ("truncated or damaged",)),
-    "empty": (_cut("causvid", 0), ("0 bytes", "truncated or damaged")),
+    "empty": (_cut("causvid", 0), ("is empty (0 bytes)",)),
     "garbage": (_garbage, ("truncated or damaged",)),
     "lost shard": (_lost_shard, ("lacks 1 of 2 shards", "00002-of-00002")),
-    "two models": (_two_files, ("2 safetensors files and no index",)),
+    "two models": (_two_files, ("2 files *.safetensors and no index",)),
     "no weights": (_no_weights, ("no videoar.json, no model_index.json and no weights",)),
     "wrong shape": (
         _changed(lambda w: w.update({"blocks.1.ffn.0.bias": torch.ones(7)})),

@@ -17,14 +17,18 @@ from einops import rearrange
 from safetensors.torch import load, load_file, save
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checks import Note
 from videoar.cli import main
+from videoar.core.flow import euler_step
 from videoar.core.noise import unit_noise
+from videoar.core.sampler import SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_latents, to_tokens
 from videoar.core.units import Units
 from videoar.encoders import umt5
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
+from videoar.generation.config import STEPS, GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
 # Importing diffusers takes longer than all tests here: one worker does it.
@@ -282,17 +286,150 @@ def test_a_folder_of_diffusers_gives_the_video_of_diffusers(
     pipe = VideoPipeline.from_pretrained(folder, dtype=dtype)
     pipe.prompt_encoder = umt5.UMT5PromptEncoder.find(folder)
     pipe.height, pipe.width = SIZE["height"], SIZE["width"]
-    assert pipe.sampling.shift == 3.0
-    sigmas = tuple(reference.scheduler.sigmas.tolist())
-    decoded, frames = _sampled(pipe, latents=_latents(), sigmas=sigmas, **options)
+    options |= {"num_inference_steps": 4}
+    decoded, frames = _sampled(pipe, latents=_latents(), **options)
     assert frames.shape == (1, 9, 32, 32, 3)
     limit = 1e-5 if dtype == torch.float32 else 5e-3
     assert (decoded / 2 + 0.5 - expected).abs().max() <= limit
     pixels = (255 * rearrange(expected, "b t c h w -> b t h w c")).round().numpy()
     assert np.abs(frames - pixels).max() <= 1 + 255 * limit
-    moved, _ = _sampled(pipe, latents=_latents(), sigmas=sigmas, guidance_scale=1.0)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    moved, _ = _sampled(pipe, latents=_latents(), **options)
     if dtype == torch.float32:  # rounding to bfloat16 is as large as what guidance changes here
         assert (decoded - moved).abs().max() > 10 * limit
+
+
+EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS = {
+    "euler": (EULER, {"shift": 3.0}),
+    "euler, shift left out": (EULER, {}),
+    "unipc": (UNIPC, {"flow_shift": 3.0, **FLOW}),
+    "unipc, shift 5": (UNIPC, {"flow_shift": 5.0, **FLOW}),
+}
+
+
+def _scheduled(folder: Path, kind: str, stated: dict[str, Any], target: Path) -> Path:
+    """Write the folder again, with another scheduler as diffusers saves it."""
+    shutil.copytree(folder, target)
+    getattr(diffusers, kind)(**stated).save_pretrained(target / "scheduler")
+    index = json.loads((target / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", kind]
+    (target / "model_index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.mark.parametrize("case", SCHEDULERS)
+@torch.inference_mode()
+def test_a_folder_of_diffusers_gives_the_latents_of_diffusers(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
+    """From the same noise with the defaults of both: 50 steps, guidance 5, its own scheduler."""
+    source = _scheduled(folder, *SCHEDULERS[case], tmp_path / "wan")
+    reference = diffusers.WanPipeline.from_pretrained(source)
+    reference.set_progress_bar_config(disable=True)
+    noise = rearrange(_latents(), "b t c h w -> b c t h w")
+    expected = reference(PROMPT, num_frames=9, latents=noise, output_type="latent", **SIZE).frames
+    pipe = replace(VideoPipeline.from_pretrained(source), **SIZE)
+    sampler = pipe.generate([PROMPT], num_frames=9, seeds=[0], latents=_latents()).sampler
+    ours = to_latents(torch.cat([part.tokens for part in sampler], dim=1), sampler.units)
+    change = (rearrange(ours, "b t c h w -> b c t h w") - expected).abs().max()
+    assert change <= 1e-4 * expected.abs().max()
+    # The other solver, or another grid, is seen.
+    other = replace(pipe, sampling=pipe.sampling.replaced(step="euler"))
+    sampler = other.generate([PROMPT], num_frames=9, seeds=[0], latents=_latents()).sampler
+    moved = to_latents(torch.cat([part.tokens for part in sampler], dim=1), sampler.units)
+    assert (moved - ours).abs().max() > 10 * change
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.5])
+@pytest.mark.parametrize("case", ["euler", "unipc"])
+def test_the_grids_are_those_of_diffusers(case: str, shift: float) -> None:
+    """Sigmas, and the timesteps that the model is told, which UniPC cuts off to whole ones."""
+    kind, stated = SCHEDULERS[case]
+    theirs = getattr(diffusers, kind)(**stated | {key: shift for key in stated if "shift" in key})
+    options = GenerationConfig(step="flow-match-euler" if case == "euler" else case, shift=shift)
+    for steps in range(1, 61):
+        theirs.set_timesteps(steps)
+        schedule = options.replaced(num_inference_steps=steps).schedule
+        config = SamplerConfig(sigmas=schedule, step=STEPS.get(options.step, euler_step))
+        assert torch.allclose(torch.tensor(schedule), theirs.sigmas, atol=2e-6)
+        assert torch.allclose(1000 * torch.tensor(config.told[:-1]), 1.0 * theirs.timesteps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+@torch.inference_mode()
+def test_unipc_samples_units_as_diffusers_would(folder: Path, tmp_path: Path, steps: int) -> None:
+    """Frame after frame, each by a scheduler of its own, in a plain loop without a cache."""
+    source = _scheduled(folder, *SCHEDULERS["unipc"], tmp_path / "wan")
+    pipe = replace(VideoPipeline.from_pretrained(source), **SIZE)
+    frames, cells = 3, 4
+    options = {"units": "frame", "num_inference_steps": steps, "guidance_scale": 1.0}
+    sampler = pipe.generate(["a ball"], num_frames=9, seeds=[5], **options).sampler
+    model, text = pipe.transformer, pipe.encode(["a ball"])
+    frame = torch.arange(frames).repeat_interleave(cells)
+    where = torch.cartesian_prod(torch.arange(frames), torch.arange(2), torch.arange(2))
+    coords = torch.cat([where, torch.zeros(len(where), 1)], dim=1).float()
+    past = torch.zeros(1, 0, 64)
+    for number, part in enumerate(sampler):
+        x, until = unit_noise((5,), number, (cells, 64)), (number + 1) * cells
+        scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(source / "scheduler")
+        scheduler.set_timesteps(steps)
+        for timestep in scheduler.timesteps:
+            levels = torch.cat([torch.zeros(past.shape[1]), torch.full((cells,), timestep / 1000)])
+            velocity = model(
+                torch.cat([past, x], dim=1),
+                coords=coords[:until],
+                sigma=levels[None],
+                unit=torch.arange(until),
+                text=text,
+                mask=frame[:until, None] >= frame[None, :until],
+            ).velocity[:, -cells:]
+            x = scheduler.step(velocity, timestep, x).prev_sample
+        torch.testing.assert_close(part.tokens, x, atol=2e-4, rtol=1e-3)
+        past = torch.cat([past, x], dim=1)
+
+
+ODD_SCHEDULERS = {
+    "_class_name 'DPMSolverMultistepScheduler'": {"_class_name": "DPMSolverMultistepScheduler"},
+    "use_karras_sigmas True": {"_class_name": UNIPC, **FLOW, "use_karras_sigmas": True},
+    "solver_order 3": {"_class_name": UNIPC, **FLOW, "solver_order": 3},
+    "prediction_type None": {"_class_name": UNIPC, "use_flow_sigmas": True},
+    "stochastic_sampling True": {"_class_name": EULER, "stochastic_sampling": True},
+}
+
+
+@pytest.mark.parametrize("said", ODD_SCHEDULERS)
+def test_a_scheduler_that_is_not_run_is_said(tmp_path: Path, said: str) -> None:
+    """What is done instead is one line; an absent field has the default of diffusers."""
+    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(ODD_SCHEDULERS[said] | {"flow_shift": 2.0, "shift": 2.0}))
+    with pytest.warns(Note, match=f"gives {said}, which is not run: Euler steps of shift 2 are"):
+        assert Checkpoint.find(tmp_path).sampling()["step"] == "euler"
+
+
+@pytest.mark.parametrize("shift", ["3.0", 0, None, -1, True])
+def test_a_shift_that_is_no_number_is_refused(tmp_path: Path, shift: Any) -> None:
+    """It would be replaced silently, or fail in the middle of loading."""
+    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": EULER, "shift": shift}))
+    with pytest.raises(ValueError, match=f"gives shift {shift!r}, not a number above 0"):
+        Checkpoint.find(tmp_path).sampling()
+
+
+@pytest.mark.parametrize("case", ["euler", "unipc"])
+def test_a_scheduler_survives_conversion(folder: Path, tmp_path: Path, case: str) -> None:
+    """Through our format and back, where the folder is not there any more."""
+    source = _scheduled(folder, *SCHEDULERS[case], tmp_path / "wan")
+    expected, ours, back = Checkpoint.find(source).sampling(), tmp_path / "ours", tmp_path / "back"
+    assert main.main(["convert", str(source), str(ours)]) == 0
+    assert main.main(["convert", str(ours), str(back), "--format", "diffusers"]) == 0
+    assert Checkpoint.find(ours).sampling() == expected
+    assert Checkpoint.find(back).sampling() == expected
+    theirs = diffusers.WanPipeline.from_pretrained(back).scheduler
+    assert type(theirs).__name__ == SCHEDULERS[case][0]
 
 
 def test_latents_take_the_place_of_seeded_noise(pipe: VideoPipeline) -> None:

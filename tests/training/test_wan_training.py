@@ -20,6 +20,7 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
 from videoar.training.distillation.task import forecast
 from videoar.training.loop import train
+from videoar.training.low_rank import ADAPTER
 from videoar.training.run_folder import read_log
 
 CAPTIONS = ("a red ball moves left", "nothing happens", "a red ball moves right")
@@ -102,6 +103,45 @@ def test_a_wan_folder_is_finetuned_and_generates(root: Path, tmp_path: Path) -> 
     )
     video = trained("a red ball moves left", num_frames=5, num_inference_steps=1)
     assert video.frames.shape == (5, 32, 32, 3)
+
+
+def test_low_rank_updates_of_a_wan_folder_are_for_diffusers_too(root: Path, tmp_path: Path) -> None:
+    """Trained alone, merged into the checkpoint, and a file that both programs add to the base."""
+    pytest.importorskip("peft")
+    out, wan = tmp_path / "run", root / "wan"
+    assert main(_finetune(root, out, "--steps", "3", "--task.lora-rank", "2")) == 0
+    file = out / "checkpoint" / ADAPTER
+    trained = VideoPipeline.from_pretrained(out / "checkpoint").transformer.state_dict()
+    base = VideoPipeline.from_pretrained(wan).transformer.state_dict()
+    moved = {name for name in base if not torch.equal(base[name], trained[name])}
+    layers = {key.split(".lora_")[0].removeprefix("transformer.") for key in load_file(file)}
+    assert moved == {f"{layer}.weight" for layer in layers}
+    assert len(layers) == 2 * (4 + 4 + 2)
+
+    merged = VideoPipeline.from_pretrained(wan, lora=file, preset="wan").transformer.state_dict()
+    reference = tiny_wan.diffusers.WanPipeline.from_pretrained(wan)
+    reference.load_lora_weights(out / "checkpoint")
+    reference.fuse_lora()
+    reference.unload_lora_weights()
+    theirs = reference.transformer.state_dict()
+    for name in base:
+        torch.testing.assert_close(merged[name], trained[name], atol=1e-7, rtol=1e-6)
+        if name in theirs:
+            torch.testing.assert_close(theirs[name], trained[name], atol=1e-7, rtol=1e-6)
+
+    words = [str(wan), str(tmp_path / "merged"), "--lora", str(file), "--preset", "wan"]
+    assert main(["convert", *words]) == 0
+    converted = VideoPipeline.from_pretrained(tmp_path / "merged").transformer.state_dict()
+    assert all(torch.equal(converted[name], merged[name]) for name in base)
+
+
+def test_a_rank_that_trains_nothing_is_refused() -> None:
+    """Updates of no rank, and of weights that were never trained."""
+    task = recipes.finetune().task
+    with pytest.raises(ValueError, match="lora_rank is 0: use 1 or more"):
+        replace(task, lora_rank=0)
+    with pytest.raises(ValueError, match=r"lora_rank is 2: use none without --task\.init"):
+        replace(task, lora_rank=2, init=None)
 
 
 def test_an_interrupted_finetune_goes_on_exactly(root: Path, tmp_path: Path) -> None:

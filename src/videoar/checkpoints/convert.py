@@ -1,10 +1,9 @@
 """Checkpoints written in another format, with every tensor accounted for."""
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +12,7 @@ from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checkpoints.wan import FIELDS, FILE, FIXED, TransformerWeights, wan_names
 from videoar.core.transformer import ModelConfig
 from videoar.encoders import umt5, wan_codec
-from videoar.files import replaced_folder, write_json
+from videoar.files import Json, replaced_folder, write_json
 from videoar.weights import CONFIG, Weights, as_dtype, read_json, save_weights
 
 
@@ -93,8 +92,9 @@ def convert(
         meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
         save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
+        how = {"scheduler": wan.scheduler_of(sampling), "home": checkpoint.home}
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
-            _write_diffusers(folder, found, parts, shift=sampling["shift"], home=checkpoint.home)
+            _write_diffusers(folder, found, parts, **how)
     else:
         with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
             save_wan(folder, found)
@@ -103,7 +103,7 @@ def convert(
 
 
 def _write_diffusers(
-    folder: Path, found: TransformerWeights, parts: Mapping[str, Any], *, shift: float, home: Path
+    folder: Path, found: TransformerWeights, parts: Json, *, scheduler: Json, home: Path
 ) -> None:
     """Write a folder that diffusers' `WanPipeline` loads, as far as there are its parts."""
     save_diffusers(folder / "transformer", found)
@@ -114,9 +114,8 @@ def _write_diffusers(
         "expand_timesteps": False,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    scheduler = {"_class_name": index["scheduler"][1], "num_train_timesteps": 1000, "shift": shift}
     codec, text = parts.get("codec"), parts.get("text")
     for part, kind in ((codec, wan_codec.WanCodec), (text, umt5.UMT5PromptEncoder)):
         if part is not None and not isinstance(part, kind):
@@ -135,7 +134,8 @@ def _write_diffusers(
         index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
     if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
         shutil.copytree(home / "scheduler", folder / "scheduler")
-        index |= {key: read_json(stated)[key] for key in ("tokenizer", "scheduler")}
+        theirs = read_json(stated)
+        index |= {key: theirs[key] for key in ("tokenizer", "scheduler") if key in theirs}
     else:
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -3,7 +3,9 @@
 Everything becomes a dictionary of tensors under our names, which are those of diffusers.
 """
 
+import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from videoar.checks import Note
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders.codec import Codec
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
@@ -18,6 +21,7 @@ from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
 from videoar.weights import (
     CONFIG,
     META,
+    WEIGHT_FILES,
     Weights,
     assign_weights,
     build_config,
@@ -107,7 +111,7 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
     Weights do not show the size of the heads: a config beside them does, or else that of `base`.
     """
     source, entry = split_entry(source)
-    if source.is_dir() and not any(source.glob("*.json")) and not any(source.glob("*.safe*")):
+    if source.is_dir() and not any(any(source.glob(k)) for k in ("*.json", *WEIGHT_FILES)):
         raise ValueError(
             f"{source} has no {META}, no model_index.json and no weights, so it is no checkpoint; "
             "pass one that has them"
@@ -241,17 +245,49 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Schedulers of diffusers: our step, the field of the shift, and what else they must state.
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "FlowMatchEulerDiscreteScheduler": ("flow-match-euler", "shift", {}),
+    "UniPCMultistepScheduler": ("unipc", "flow_shift", FLOW),
+}
+# What they may state of the rest: what is so by default, and nothing that is off.
+SOLVER: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2"}
+SOLVER |= {"predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"}
+SOLVER |= dict.fromkeys(
+    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_dynamic_shifting shift_terminal"
+    " invert_sigmas stochastic_sampling thresholding disable_corrector solver_p".split()
+)
+
+
 def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
-    """Return how a family is sampled, or else plain Wan with the shift of a folder's scheduler."""
+    """Return how a family is sampled, or else plain Wan as the scheduler of a folder says."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"no preset is called {preset!r}: use one of {', '.join(PRESETS)}")
     if preset is not None:
         return dict(PRESETS[preset])
     file = folder / "scheduler" / "scheduler_config.json"
-    stated = read_json(file) if file.is_file() else {}
-    shifts = (stated.get("flow_shift"), stated.get("shift"), PRESETS["wan"]["shift"])
-    shift = next(value for value in shifts if isinstance(value, float | int) and value > 0)
-    return PRESETS["wan"] | {"shift": float(shift)}
+    if not file.is_file():
+        return dict(PRESETS["wan"])
+    stated = read_json(file)
+    unknown = "euler", "shift", {"_class_name": ""}
+    step, name, needed = SCHEDULERS.get(str(stated.get("_class_name")), unknown)
+    shift = stated.get(name, stated.get("flow_shift", 1.0))
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
+        raise ValueError(f"{file} gives {name} {shift!r}, not a number above 0; correct it")
+    for key, value in (SOLVER | needed).items():
+        if (stated.get(key, SOLVER.get(key)) or None) != value:
+            said = f"{file} gives {key} {stated.get(key)!r}, which is not run:"
+            warnings.warn(Note(f"{said} Euler steps of shift {shift:g} are taken"), stacklevel=2)
+            step = "euler"
+    return PRESETS["wan"] | {"shift": float(shift), "step": step}
+
+
+def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the scheduler of diffusers that samples so, or nearly."""
+    ours = {step: (kind, name, needed) for kind, (step, name, needed) in SCHEDULERS.items()}
+    kind, name, needed = ours.get(sampling.get("step", ""), ours["flow-match-euler"])
+    return {"_class_name": kind, name: sampling["shift"], "num_train_timesteps": 1000, **needed}
 
 
 def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:

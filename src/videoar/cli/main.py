@@ -6,10 +6,11 @@ Nothing here imports torch before a command needs it: help and refusals are inst
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from videoar import __version__
-from videoar.checks import hint
+from videoar.checks import Note, hint
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command; say what is wrong in a sentence: 2 for bad input, 130 after Ctrl-C."""
     try:
-        return command() or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", Note)
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"videoar: {message}", file=sys.stderr
+            )
+            return command() or 0
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:

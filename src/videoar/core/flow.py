@@ -11,6 +11,7 @@ matrix of sigmas, rows x waves of units; `step_of` evaluates it, for a clip as f
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,8 +27,13 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 @checked
-def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
+def sigma_steps(
+    num_inference_steps: int, *, shift: float = 1.0, grid: str = "even"
+) -> tuple[float, ...]:
     """The falling sigmas of one unit: 1 first, 0 last, `num_inference_steps + 1` values.
+
+    Grids of diffusers end above 0 at the least sigma of training, 0.001: that of `unipc` without
+    it, that of `flow-match-euler` with it, but shifted twice.
 
     Raises:
         ValueError: fewer than one step, or a shift that is not a positive number.
@@ -36,8 +42,11 @@ def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float,
         raise ValueError(f"num_inference_steps is {num_inference_steps}: use 1 to {MAX_STEPS}.")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift is {shift}: use a number above 0, such as 3.0.")
-    grid = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-    return tuple(shifted(grid, shift).tolist())
+    sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    if least := {"unipc": 0.001, "flow-match-euler": shift / (999 + shift)}.get(grid):
+        count = num_inference_steps + (grid == "unipc")
+        sigmas[:-1] = torch.from_numpy(np.linspace(1, least, count)[:num_inference_steps])
+    return tuple(shifted(sigmas, shift).tolist())
 
 
 def step_of(row: int, wave: int, *, steps: int, lag: int) -> int:
@@ -92,6 +101,3 @@ def renoise_step(
 def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: float) -> Tensor:
     """Draw training sigmas, uniform before the shift."""
     return shifted(torch.rand(shape, generator=generator, device=generator.device), shift)
-
-
-STEPS = {"euler": euler_step, "renoise": renoise_step}

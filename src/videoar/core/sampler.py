@@ -12,9 +12,10 @@ model is told so: noised like the others they say little at high sigmas, where f
 (19 against 23 dB in the frames after a picture, `docs/image-and-video.md`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 
 import torch
@@ -30,6 +31,29 @@ from videoar.core.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
 """(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
+Memory = Tensor | None
+"""What a solver keeps of the steps before; None: there was none."""
+
+
+class Multistep(ABC):
+    """How a sigma is left by a solver that needs the steps before."""
+
+    def told(self, sigma: float) -> float:
+        """Return the sigma as the model is told it."""
+        return sigma
+
+    @abstractmethod
+    def __call__(
+        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """Return tokens at the last of `sigmas`, and what the next step, if any, needs of this one.
+
+        Args:
+            x: tokens at the sigma before the last.
+            velocity: what the model says of them.
+            sigmas: all from the first on.
+            memory: what the step before returned.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +72,7 @@ class SamplerConfig:
     """Sigma at which finished units are written to the cache."""
     moving_sinks: bool = True
     """Whether sinks follow the window, so that no distance is longer than in training."""
-    step: Step = euler_step
+    step: Step | Multistep = euler_step
     """How a sigma is left."""
 
     def __post_init__(self):
@@ -63,6 +87,26 @@ class SamplerConfig:
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @cached_property
+    def told(self) -> tuple[float, ...]:
+        """The sigmas as the model is told them."""
+        if isinstance(self.step, Multistep):
+            return tuple(map(self.step.told, self.sigmas))
+        return self.sigmas
+
+    def after(
+        self, done: int, x: Tensor, velocity: Tensor, memory: Memory, fresh: Callable[..., Tensor]
+    ) -> tuple[Tensor, Memory]:
+        """Return tokens after one step more, and what the next step needs of this one.
+
+        `fresh(draw=1)` is noise of a number.
+        """
+        if isinstance(self.step, Multistep):
+            return self.step(x, velocity, self.sigmas[: done + 2], memory)
+        sigma, after = self.sigmas[done : done + 2]
+        noise = fresh(draw=done + 1).to(x) if after and self.step is not euler_step else x
+        return self.step(x, velocity, sigma, after, noise), None
 
 
 @dataclass(frozen=True)
@@ -129,6 +173,7 @@ class Sampler:
         self.active: dict[int, Tensor] = {}
         """Tokens of the units in flight, the finished but uncommitted ones included."""
         self._before: dict[int, Tensor] = {}
+        self._memory: dict[int, Tensor] = {}
         self._mask_of: tuple[tuple[int, ...], Mask | None] | None = None
         self.passes = 0
         """Forward passes so far."""
@@ -201,12 +246,12 @@ class Sampler:
         x, config = self.active[index], self.config
         if done == config.num_steps - 1:
             self._before[index] = x
-        sigma, after = config.sigmas[done], config.sigmas[done + 1]
-        fresh = x
-        if 0 < after and config.step is not euler_step:
-            fresh = unit_noise(self.seeds, index, tuple(x.shape[1:]), draw=done + 1).to(x)
-        x = config.step(x, velocity, sigma, after, fresh)
-        return self._hold(index, x if self.on_step is None else self.on_step(index, done, x))
+        fresh = partial(unit_noise, self.seeds, index, tuple(x.shape[1:]))
+        after, memory = config.after(done, x, velocity, self._memory.pop(index, None), fresh)
+        if memory is not None:
+            self._memory[index] = memory
+        heard = after if self.on_step is None else self.on_step(index, done, after)
+        return self._hold(index, heard)
 
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
         """Put in what is known of a unit."""
@@ -218,7 +263,7 @@ class Sampler:
         self._place_sinks(group[-1].index)
         tokens, sigmas, rows = [], [], []
         for unit, done in zip(group, steps_done, strict=True):
-            x, sigma = self.active[unit.index], config.sigmas[done]
+            x, sigma = self.active[unit.index], config.told[done]
             if done == config.num_steps and config.context_noise:
                 sigma = config.context_noise
                 noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=done + 1)
@@ -297,6 +342,7 @@ class Sampler:
         """Tensors that are enough to go on in another process."""
         state = {f"cache.{name}": value for name, value in self.cache.state_dict().items()}
         state |= {f"active.{index}": value for index, value in self.active.items()}
+        state |= {f"memory.{index}": value for index, value in self._memory.items()}
         position = [self.row, self.entered, self.delivered, self.passes]
         return state | {"position": torch.tensor(position)}
 
@@ -307,6 +353,8 @@ class Sampler:
         self.cache.load_state_dict(part_of(state, "cache", device=self.device))
         active = part_of(state, "active", device=self.device)
         self.active = {int(index): x.to(self.dtype) for index, x in active.items()}
+        memory = part_of(state, "memory", device=self.device)
+        self._memory = {int(index): x for index, x in memory.items()}
 
 
 def part_of(

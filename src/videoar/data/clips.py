@@ -25,7 +25,8 @@ from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
-from videoar.data.decode import Unusable, cut, duration, read
+from videoar.data.containers import Unusable, duration
+from videoar.data.decode import cut, read
 from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
 from videoar.data.sources import Source
@@ -63,7 +64,7 @@ def make_parts(
 
     The next clip is decoded while one is encoded, and no more than two are in memory.
     """
-    stem, length, count, note = str(work / source.key), duration(source), 0, ""
+    stem, length, count, note = str(work / source.key), duration(*source.place), 0, ""
     notes = list[str]()
     held_out = os.path.exists(f"{stem}.heldout")
     frames = read(

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,13 +19,13 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
+from videoar.data import containers
 from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map, without_unused
+from videoar.data.containers import MAX_PIXELS, Unusable, check_size
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
+from videoar.files import mistaken
 
-# Playlists name other files and addresses, and a text may pass for a film: neither is opened.
-DEMUXERS = "mov,matroska,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg"
-MIN_SIDE, MAX_PIXELS = 16, 2**26
 MIN_KEPT = 0.25  # share of the picture that a crop must leave
 # To shrink, means over areas alias as little as the bicubic filter and take half the time. Without
 # the flag everything grey comes out darker by up to 2 of 255 levels.
@@ -44,10 +43,6 @@ Fit = Literal["crop", "letterbox"]
 """How another shape is brought to a size: cut at the sides, or shown whole between bars."""
 
 
-class Unusable(ValueError):
-    """Why a source, or what is left of it, cannot be used; never a fault of the program."""
-
-
 class _Raw(NamedTuple):
     """A frame as it is decoded; most are never looked at, so all else is found out later."""
 
@@ -56,6 +51,8 @@ class _Raw(NamedTuple):
     frame: av.VideoFrame
     aspect: float
     """Width of a sample on the screen, of its height."""
+    reach: float = MAX_GAP
+    """Seconds after the frame before in which it goes on from it; below 0 where some are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +97,7 @@ def read(
     """
     if source.pictures:
         raws = _sequence(source, _rate(picture_fps or fps))
-    elif source.name.lower().endswith(".webp"):
+    elif containers.is_webp(source.path, source.offset):
         raws = _animation(source)
     else:
         raws = _decode(source, [] if notes is None else notes)
@@ -128,7 +125,7 @@ def _resample(
     begin = start = 0.0  # of the source, and of what goes on without a jump
     held, slot, count = None, 0, 0
     for raw in itertools.chain(raws, [None]):
-        jump = held is None or raw is None or not -1 <= raw.time - held.time <= MAX_GAP
+        jump = held is None or raw is None or not -1 <= raw.time - held.time <= raw.reach
         if raw is None and count < 2:
             raise Unusable("a single frame" if count else "no frame that can be decoded")
         if raw is not None and count and raw.time - begin > max_seconds:
@@ -210,37 +207,17 @@ def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Pictur
     return np.rot90(seen, turns)[top : top + height, left : left + width]
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise if a picture is too small to show anything or too large to be read."""
-    if not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
-        raise Unusable(
-            f"absurd size: {width}x{height}, but sides of {MIN_SIDE} or more and at most"
-            f" {MAX_PIXELS / 1e6:.0f} million pixels are read"
-        )
-
-
-def _open(source: Source) -> Any:
-    path, end = source.path, source.offset + source.size
-    if source.offset:  # a member of a tar
-        path = f"subfile,,start,{source.offset},end,{end},,:{path}"
-    return av.open(path, options={"format_whitelist": DEMUXERS})
-
-
 def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
     """Yield the frames of a container."""
     seconds = 0.0
     try:
-        with _open(source) as container:
-            stream = _pictured(container)
+        with containers.open_container(*source.place) as container:
+            stream = containers.pictured(container)
             rate, unit = stream.average_rate or stream.guessed_rate or 25, float(stream.time_base)
             step = 1 / float(rate)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
-            for frame in _frames(container, stream):
-                if frame.is_corrupt:
-                    if first is not None:
-                        raise Unusable(f"damaged after {time:.1f} s (a frame is incomplete)")
-                    continue  # a recording may begin between two key frames
+            for frame, broken in containers.frames_of(container, stream, notes):
                 at = math.nan if frame.pts is None else frame.pts * unit
                 # Farther back another recording begins; a little, and its stamp is wrong.
                 guessed = first is not None and not (at >= time or at < time - 1)
@@ -253,7 +230,7 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
                 check_size(frame.width, frame.height)
                 if container.format.name == "avi":
                     frame = without_unused(frame)
-                yield _Raw(time, duration, frame, aspect)
+                yield _Raw(time, duration, frame, aspect, -math.inf if broken else MAX_GAP)
             alone = len(container.streams) == 1  # else the length may be that of the sound
             declared = (stream.duration or 0) * unit
             declared = declared or (container.duration or 0) * alone / av.time_base
@@ -261,49 +238,10 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
                 raise Unusable(f"cut short: it ends after {seconds:.1f} of {declared:.1f} s")
     except av.FFmpegError as error:
         after = f"damaged after {seconds:.1f} s" if seconds else "not a video, or damaged"
-        raise Unusable(f"{after} ({error.strerror})") from error
+        other = mistaken(containers.first_bytes(source.path, source.offset))
+        raise Unusable(other or f"{after} ({error.strerror})") from error
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from error
-
-
-def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    """Yield the frames of a stream in the order in which they are shown, with their moments.
-
-    Where packets are stamped as they lie in the file though frames change places, as in AVI, the
-    stamps are of the frames in their order; elsewhere that comes to the same.
-    """
-    decoder = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1":  # which FFmpeg's own decoders leave out
-        name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name, decoder.name)
-        decoder = av.CodecContext.create(name, "r")
-        decoder.thread_count = 1
-    waiting, latest, rising = deque[int](), -math.inf, True
-    for packet in container.demux(stream):
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is not None:
-            rising = rising and stamp > latest
-            latest = stamp
-            waiting.append(stamp)
-        for frame in decoder.decode(packet):
-            while waiting and frame.key_frame and waiting[0] < (frame.pts or 0):
-                waiting.popleft()  # of packets that gave no frame
-            due = waiting.popleft() if waiting else None
-            if rising and due is not None and decoder.has_b_frames:
-                frame.pts = due
-            yield frame
-
-
-def _pictured(container: Any) -> Any:
-    """Return the stream of pictures, ready to be decoded."""
-    cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    if not streams:
-        raise Unusable("audio only" if container.streams.audio else "not a video")
-    if streams[0].codec_context is None:
-        raise Unusable("its codec is not known")
-    check_size(streams[0].codec_context.width, streams[0].codec_context.height)
-    streams[0].codec_context.thread_count = 1  # one process per core decodes
-    return streams[0]
 
 
 def upright(image: Image.Image) -> Picture:
@@ -386,12 +324,3 @@ def cut(
         if len(kept) == longest:
             yield clip(longest)
             kept, skip = kept[stride:], max(0, stride - longest)
-
-
-def duration(source: Source) -> float:
-    """Return the seconds that the header of a source promises; 0 if it does not say."""
-    try:
-        with _open(source) as container:
-            return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError):
-        return 0.0

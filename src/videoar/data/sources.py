@@ -19,6 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from videoar.data.containers import is_video
+
+# So named, a file is tried even where it does not look like a video; all others if they do.
 VIDEOS = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .gif .webp .ts .m2ts .mpg .mpeg .flv .wmv .ogv .3gp".split()
 )
@@ -44,6 +47,11 @@ class Source:
     """Where the bytes begin in the file."""
     modified: int = 0
     """Of the file, in nanoseconds."""
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Where the bytes are: file, first of them, and how many."""
+        return self.path, self.offset, self.size
 
     @property
     def key(self) -> str:
@@ -108,8 +116,8 @@ class _Walk:
                     folders.remove(name)
             # Pictures beside a video are posters of it, and not a video of their own.
             posters = any(_suffix(name) in VIDEOS for name in files)
-            sequence = []
-            for path in sorted(os.path.join(folder, name) for name in files):
+            sequence, paths = [], sorted(os.path.join(folder, name) for name in files)
+            for path in sorted(paths, key=lambda path: _suffix(path) in PICTURES):
                 try:
                     if problem := self._problem(path):
                         self.rejected[self._name(path)] = problem
@@ -117,6 +125,7 @@ class _Walk:
                         sequence.append(os.path.basename(path))
                     else:
                         self._add(path)
+                        posters = posters or self._name(path) in self.videos
                 except OSError as error:
                     self._unreadable(error)
                 except (ValueError, csv.Error) as error:
@@ -151,10 +160,10 @@ class _Walk:
             self._add_text(posixpath.splitext(name)[0], name, Path(path).read_bytes(), suffix)
         elif suffix == ".tar":
             self._add_tar(path, name)
-        elif suffix in VIDEOS:
-            self._add_video(name, path)
         elif suffix in PICTURES:
             self.rejected[name] = "a picture beside videos: put sequences into own folders"
+        elif suffix in VIDEOS or is_video(path, 0, os.stat(path).st_size):
+            self._add_video(name, path)
         else:
             self.rejected[name] = f"not a video: its name ends in {suffix or 'no suffix'}"
 
@@ -217,7 +226,7 @@ class _Walk:
                         content = tar.extractfile(member)
                         assert content is not None
                         self._add_text(posixpath.join(head, stem), name, content.read(), suffix)
-                    elif suffix in VIDEOS:
+                    elif suffix in VIDEOS or is_video(path, member.offset_data, member.size):
                         place = {"size": member.size, "offset": member.offset_data}
                         about = {"name": name, "path": path, "modified": modified}
                         self.videos[name] = Source(captions=(), **about, **place)

@@ -5,7 +5,6 @@ real one. What a figure includes stands in the report, and so does what a cache 
 sampling with the prefix recomputed in every pass.
 """
 
-import itertools
 import multiprocessing
 import signal
 import statistics
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,8 +328,8 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
         row = units.unit[units.unit < count]
         mask = token_mask(visible[:count, :count], row, row)
         shape = size, sampler.network.config.token_dim
-        x = unit_noise(sampler.seeds, unit.index, shape)
-        for at, (sigma, after) in enumerate(itertools.pairwise(config.sigmas)):
+        x, memory = unit_noise(sampler.seeds, unit.index, shape), None
+        for at, sigma in enumerate(config.told[:-1]):
             output = sampler.network(
                 torch.cat([*tokens, x], dim=1),
                 coords=units.coords[: len(row)],
@@ -338,7 +338,8 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
                 text=sampler.text,
                 mask=mask,
             )
-            fresh = unit_noise(sampler.seeds, unit.index, shape, draw=at + 1)
-            x = config.step(x, output.velocity[:, -size:], sigma, after, fresh)
+            fresh = partial(unit_noise, sampler.seeds, unit.index, shape)
+            velocity = output.velocity[:, -size:]
+            x, memory = config.after(at, x, velocity, memory, fresh)
         tokens.append(x)
     return torch.cat(tokens, dim=1)

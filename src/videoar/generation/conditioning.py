@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from videoar.checks import check
-from videoar.data.decode import Fit, Unusable, check_size, read, readable, upright
+from videoar.data.containers import Unusable, check_size
+from videoar.data.decode import Fit, read, readable, upright
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames, Picture, Video
 

@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from videoar.checks import check, check_options, check_types
+from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
+from videoar.generation.unipc import UniPC
+
+# Others are Euler steps, on one grid or another.
+STEPS = {"renoise": renoise_step, "unipc": UniPC()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,9 @@ class GenerationConfig:
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
     """The sigmas themselves, from 1 to 0; None: those of the two fields above."""
-    step: Literal["euler", "renoise"] = "euler"
-    """How a sigma is left: along the flow, or, by distilled models, with fresh noise."""
+    step: Literal["euler", "renoise", "flow-match-euler", "unipc"] = "euler"
+    """How a sigma is left: along the flow, or, by distilled models, with fresh noise; or as
+    schedulers of diffusers do it, on their grids: FlowMatchEulerDiscrete, UniPCMultistep."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 runs no second, unconditional pass."""
     negative_prompt: str = ""
@@ -46,6 +52,12 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check("fps", self.fps, 0 < self.fps <= 1000, "1 to 1000, such as 16")
+
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """The sigmas of a unit."""
+        steps, shift = self.num_inference_steps, self.shift
+        return self.sigmas or sigma_steps(steps, shift=shift, grid=self.step)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_types, check_whole, checked
-from videoar.core.flow import STEPS, sigma_steps
+from videoar.core.flow import euler_step
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.tokens import Known, known_tokens, to_tokens
@@ -26,7 +26,7 @@ from videoar.data.decode import Fit
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import GenerationConfig
+from videoar.generation.config import STEPS, GenerationConfig
 from videoar.generation.inputs import (
     OUTPUTS,
     OnStepEnd,
@@ -292,8 +292,8 @@ class VideoPipeline:
                 f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
             )
         config = SamplerConfig(
-            sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
-            step=STEPS[options.step],
+            sigmas=options.schedule,
+            step=STEPS.get(options.step, euler_step),
             lag=options.lag,
             visible=options.visible(lattice),
             context_noise=options.context_noise,

@@ -21,7 +21,7 @@ from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkp
 from videoar.checks import check_options, check_types
 from videoar.data import world
 from videoar.data.batches import Batches
-from videoar.data.decode import duration
+from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
@@ -132,7 +132,8 @@ class FootageConfig:
         sources = self._list()
         length, said = self.num_frames, time.monotonic()
         after_first = [
-            max(0, int(max(self.fps * duration(s), len(s.pictures))) - length) for s in sources
+            max(0, int(max(self.fps * duration(*s.place), len(s.pictures))) - length)
+            for s in sources
         ]
         # Stored in 16 bits.
         numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
-from videoar.checks import check_types
+from videoar.checks import check_options, check_types
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
-from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info, text_module
+from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info
 from videoar.data.world import FIRST_HELD_OUT
 from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
@@ -24,7 +24,8 @@ from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, own_weights
+from videoar.training.low_rank import save_trained, trainable
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
 from videoar.training.run_folder import Report
 
 SIZES = {
@@ -76,12 +77,16 @@ class TextToVideoConfig:
     """Latent frames per encoded video."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
+    lora_rank: int | None = None
+    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
     compile: bool = False
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
         check_types(self)
         object.__setattr__(self, "units", schemes.names(self.units))
+        own = self.init is not None or self.lora_rank is None
+        check_options(self, ("lora_rank", own, "none without task.init"), least={"lora_rank": 1})
         if self.init is None and self.size is None and self.model is None:
             raise ValueError(
                 "a run from nothing has to know the size of its transformer: say size small or"
@@ -140,11 +145,6 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     return pipe
 
 
-def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
-    """Return what of a pipeline reads a folder of latents."""
-    return TextToVideo(pipe.transformer, text_module(pipe.prompt_encoder, shards.folder))
-
-
 def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
     """Return a pipeline with what was trained of it."""
     assert isinstance(module, TextToVideo)
@@ -197,8 +197,7 @@ class TextToVideoTask:
         height, width = shards.size
         self.pipe.sampling = trained_sampling(task, self.pipe.sampling, shards)
         self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
-        module = networks_of(self.pipe, shards)
-        own_weights(module)
+        module = trainable(self.pipe, shards, rank=task.lora_rank)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             for block in transformer.blocks:
                 block.compile(dynamic=False)
@@ -266,6 +265,5 @@ class TextToVideoTask:
         return losses
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        pipe = with_networks(self.pipe, module)
-        pipe.meta = {**learned(self.units, self.shards.captions, self.words), **meta}
-        pipe.save_pretrained(folder, overwrite=True)
+        said = {**learned(self.units, self.shards.captions, self.words), **meta}
+        save_trained(with_networks(self.pipe, module), folder, said)

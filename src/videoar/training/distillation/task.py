@@ -12,7 +12,7 @@ from torch import nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import fingerprints
-from videoar.checks import check_options, check_types, import_extra
+from videoar.checks import check_options, check_types
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.batches import Batches
@@ -27,11 +27,10 @@ from videoar.generation.progress import Paced
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import TextToVideo, own_weights
+from videoar.training.low_rank import networks_of, save_trained, trainable
+from videoar.training.objectives import TextToVideo
 from videoar.training.run_folder import Report
-from videoar.training.text_to_video import learned, networks_of, with_networks
-
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+from videoar.training.text_to_video import learned, with_networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class StudentConfig:
     )
     """The objective."""
     lora_rank: int | None = None
-    """Train low-rank updates of this rank, merged at the end; None: all weights."""
+    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
     num_validation: int = 32
@@ -142,23 +141,6 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in counts.items())
     splits = ", ".join(f"{total / 2**30 / gpus:.1f} on {gpus}" for gpus in (1, 2, 4, 8))
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
-
-
-def add_low_rank(model: VideoTransformer, rank: int) -> None:
-    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
-    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
-    peft = import_extra("peft", missing)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
-    peft.inject_adapter_in_model(config, model)
-
-
-def merge_low_rank(model: nn.Module) -> None:
-    """Put low-rank updates into the weights beside which they were trained."""
-    layers: list[tuple[str, Any]] = list(model.named_modules())
-    for name, module in layers:
-        if hasattr(module, "get_base_layer"):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
 
 
 class StudentTask:
@@ -253,11 +235,7 @@ class StudentTask:
         student.height, student.width = height * stride[1], width * stride[2]
 
     def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
-        module = networks_of(pipe, self.shards).requires_grad_(True)
-        own_weights(module)
-        module.text.requires_grad_(self.task.lora_rank is None)
-        if (rank := self.task.lora_rank) is not None:
-            add_low_rank(pipe.transformer, rank)
+        module = trainable(pipe, self.shards, rank=self.task.lora_rank)
         if self.task.recompute:
             recompute_activations(pipe.transformer)
         return module
@@ -316,8 +294,6 @@ class StudentTask:
         return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        pipe = with_networks(self.student, module)
-        merge_low_rank(pipe.transformer)
         words = self.student.meta.get("words")
-        pipe.meta = {**learned(self.units, self.shards.captions, words), **meta}
-        pipe.save_pretrained(folder, overwrite=True)
+        said = {**learned(self.units, self.shards.captions, words), **meta}
+        save_trained(with_networks(self.student, module), folder, said)

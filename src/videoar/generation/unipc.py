@@ -1,0 +1,57 @@
+"""UniPC of order 2, as diffusers' `UniPCMultistepScheduler` samples Wan.
+
+A predictor goes to the next sigma; what the model then says there corrects that step before the
+next one is made (Zhao et al. 2023, arXiv:2302.04867, the variant B_2(h) that predicts clean data).
+It works along lambda = log((1 - sigma) / sigma), which is infinite at the ends.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from videoar.core.sampler import Multistep
+
+MOST = 1 - 1e-6  # of a sigma, there too
+
+
+class UniPC(Multistep):
+    """The solver; between steps it keeps corrected tokens and two estimates of the clean data."""
+
+    def told(self, sigma: float) -> float:
+        return int(1000 * min(sigma, MOST)) / 1000  # whole timesteps, cut off
+
+    def __call__(
+        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        sigmas = tuple(torch.tensor(sigmas[-4:]).clamp(max=MOST).tolist())  # in float32
+        clean = x - sigmas[-2] * velocity
+        before = [] if memory is None else list(memory)
+        if not sigmas[-1]:
+            return clean, None
+        if before:
+            x = _update(before[0], sigmas[:-1], before[1:], clean)
+        known = [clean, *before[1:2]]
+        return _update(x, sigmas, known), torch.stack([x, *known])
+
+
+def _update(
+    x: Tensor, sigmas: tuple[float, ...], known: list[Tensor], new: Tensor | None = None
+) -> Tensor:
+    """Go from the sigma before the last to the last, by the clean data known at it and before.
+
+    With `new`, the clean data at the last sigma itself, it is the corrector.
+    """
+    end, start, *earlier = (math.log((1 - sigma) / sigma) for sigma in sigmas[::-1])
+    h = end - start
+    phi = math.expm1(-h)
+    first = (phi / -h - 1) / phi
+    second = 2 * ((phi / -h - 1) / -h - 0.5) / phi
+    mean, last = known[0], 0.5
+    if known[1:]:
+        ratio = (earlier[0] - start) / h
+        weight = 0.5 if new is None else (first - second) / (1 - ratio)
+        mean, last = mean + weight / ratio * (known[1] - known[0]), first - weight
+    if new is not None:
+        mean = mean + last * (new - known[0])
+    return sigmas[-1] / sigmas[-2] * x - (1 - sigmas[-1]) * phi * mean

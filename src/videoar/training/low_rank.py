@@ -1,0 +1,67 @@
+"""Low-rank updates: trained beside frozen weights, merged into them, and written for others."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from videoar.checks import import_extra
+from videoar.core.transformer import VideoTransformer
+from videoar.data.latents import LatentShards, text_module
+from videoar.files import written_whole
+from videoar.generation.pipeline import VideoPipeline
+from videoar.training.objectives import TextToVideo, own_weights
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+ADAPTER = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` of diffusers looks
+
+
+def networks_of(pipe: VideoPipeline, shards: LatentShards) -> TextToVideo:
+    """Return what of a pipeline reads a folder of latents."""
+    return TextToVideo(pipe.transformer, text_module(pipe.prompt_encoder, shards.folder))
+
+
+def trainable(pipe: VideoPipeline, shards: LatentShards, *, rank: int | None) -> TextToVideo:
+    """Return it with weights of its own, of which all are trained, or low-rank updates alone."""
+    module = networks_of(pipe, shards).requires_grad_(True)
+    own_weights(module)
+    if rank is not None:
+        module.text.requires_grad_(False)
+        add_low_rank(pipe.transformer, rank)
+    return module
+
+
+def add_low_rank(model: VideoTransformer, rank: int) -> None:
+    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
+    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+    peft = import_extra("peft", missing)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+    peft.inject_adapter_in_model(config, model)
+
+
+def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:
+    """Put low-rank updates into the weights beside which they were trained, and return them.
+
+    Their names are those of diffusers, and alpha is their rank, as it is where nothing states it.
+    """
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    updates = {}
+    for name, module in layers:
+        if hasattr(module, "get_base_layer"):
+            for side in ("lora_A", "lora_B"):
+                update = getattr(module, side)["default"].weight
+                updates[f"transformer.{name}.{side}.weight"] = update.detach().contiguous()
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    return updates
+
+
+def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> None:
+    """Write a checkpoint in which low-rank updates are merged, and beside it what they are."""
+    updates = merge_low_rank(pipe.transformer)
+    pipe.meta = meta
+    pipe.save_pretrained(folder, overwrite=True)
+    if updates:
+        with written_whole(folder / ADAPTER) as partial:
+            save_file(updates, partial, metadata={"format": "pt"})
