@@ -267,8 +267,6 @@ class StudentTask:
         config, student = self.task.distillation, self.student.transformer
         one = student.flops(tokens, keys=tokens // 2)
         asked = teacher.flops(tokens, keys=tokens) * (1 if config.guidance_scale == 1 else 2)
-        if config.stage == "trajectories":
-            return asked * config.path_steps + 6.0 * one
         if config.stage == "consistency":
             return asked + 8.0 * one
         rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
