@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from benchmarks.cache import BenchCache, measure, with_cache, without_cache
 
 from videoar.core.schemes import parse
 from videoar.core.units import Visible
@@ -17,12 +18,8 @@ from videoar.evaluation.speed import (
     cost_at,
     flat_cells,
     generate,
-    measure_uncached,
     speed_cells,
     tables,
-    uncached_cells,
-    with_cache,
-    without_cache,
 )
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.timing import Timing
@@ -49,7 +46,6 @@ def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Ben
         prompt=PROMPT,
         seconds=5.0,
         long_seconds=30.0,
-        uncached_seconds=4.0,
         num_inference_steps=2,
         repeats=2,
         threads=1,
@@ -107,10 +103,10 @@ def test_the_file_reloads(rows: list[Row], config: Bench) -> None:
 
 
 def test_the_tables_have_all_parts(rows: list[Row], config: Bench) -> None:
-    """Three tables of one line each, and the words that say what is included."""
+    """Two tables of one line each, and the words that say what is included."""
     text = tables(config, rows)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 9
+    assert len(lines) == 6
     assert "end to end" in text
     assert "1 threads" in text
 
@@ -132,10 +128,11 @@ def test_without_a_cache_comes_the_same_video(pipe: VideoPipeline, scheme: str, 
 
 def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: Bench) -> None:
     """Both times are positive and the difference of tokens is rounding."""
-    both = measure_uncached(pipe, config)
-    assert both["cached_seconds"] > 0
-    assert both["uncached_seconds"] > 0
-    assert both["max_difference"] < 1e-4
+    options = BenchCache(checkpoint=config.checkpoint, prompt=PROMPT, seconds=4.0, repeats=1)
+    found = measure(pipe, options, "cube:1x2x2")
+    assert float(found["with cache (s)"]) >= 0
+    assert float(found["prefix recomputed (s)"]) > 0
+    assert float(found["largest difference"]) < 1e-4
 
 
 @pytest.mark.parametrize("scheme", ["frame", "chunk:2", "cube:1x2x2"])
@@ -193,12 +190,6 @@ def _made_up() -> Row:
         window_frames=None,
         matmul_rate=1.6e10,
         hardware="abacus",
-        uncached={
-            "seconds": 2.0,
-            "cached_seconds": 0.5,
-            "uncached_seconds": 3.0,
-            "max_difference": 1e-6,
-        },
         flat={"seconds": [10, 20], "cost": [0.2, 0.3], "early_bytes": 2**28, "late_bytes": 2**29},
     )
 
@@ -215,10 +206,8 @@ def test_cells_follow_from_the_measurements() -> None:
     unknown = replace(row, runs=(replace(row.runs[0], start_seconds=None),))
     assert speed_cells(unknown)["from start (s)"] == "unknown"
     assert row.flat is not None
-    assert row.uncached is not None
     assert flat_cells("frame", row.flat)["last / first"] == "1.500"
     assert flat_cells("frame", row.flat)["end / 20 s"] == "2.000"
-    assert uncached_cells("frame", row.uncached)["ratio"] == "6.0"
 
 
 def test_bad_requests_are_one_sentence(config: Bench, tmp_path: Path) -> None:
