@@ -3,15 +3,12 @@
 A name on the command line is a function here, or `package.module:function` anywhere.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from videoar.checks import hint
+from videoar.checks import hint, import_named
 from videoar.core.loss import FlowMatchingConfig
-from videoar.core.transformer import ModelConfig
-from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.training.codec import FootageConfig, ReconstructionConfig
@@ -32,33 +29,28 @@ TOY_UNITS = (
     "cube:2x2x2",
 )
 SAMPLING = GenerationConfig(guidance_scale=3.0)
+# What a thing looks like is learned 20 times as fast from pictures as from clips.
+PICTURES = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)
+# Where to go is then said by the prompt alone: in longer clips the context shows it, and what the
+# words for it mean is not learned.
+PAIRS = FlowMatchingConfig(clip_frames=2, far_probability=0.0)
 TOY_TASK = TextToVideoConfig(
     codec=Path("runs/codec-toy-decoder/checkpoint"),
     latents=Path("runs/world-64"),
     num_videos=10_000,
     num_latents=12,
     units=TOY_UNITS,
-    model=ModelConfig(
-        num_layers=6,
-        num_heads=4,
-        head_dim=32,
-        ffn_dim=512,
-        text_dim=128,
-        freq_dim=64,
-        rope_theta=100.0,
-        prediction="clean",
-    ),
-    text=TextEncoderConfig(),
+    size="tiny",
     flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
     sampling=SAMPLING,
-    init=Path("runs/toy-short/checkpoint"),
-)
-SHORT_TASK = replace(
-    TOY_TASK, latents=Path("runs/world-64-short"), num_videos=20_000, num_latents=4, init=None
+    stages=(
+        StageConfig(steps=2500, flow=PICTURES, draws=8, units=("frame",)),
+        StageConfig(steps=1000, flow=PAIRS, draws=4, units=("frame",)),
+        StageConfig(steps=900, flow=FlowMatchingConfig(clip_frames=4), draws=2),
+    ),
 )
 TOY_STUDENT = StudentConfig(
     teacher="toy-base",
-    teacher_mask="same",
     student="toy-base",
     latents=TOY_TASK.latents,
     units=TOY_UNITS,
@@ -118,19 +110,18 @@ def codec() -> TrainConfig:
     )
 
 
-def _toy(
-    name: str, task: TextToVideoConfig, *, steps: int, batch_size: int, decay_fraction: float = 0.0
-) -> TrainConfig:
-    """Train the generator of the embedded checkpoints a stage further."""
+def toy() -> TrainConfig:
+    """The bundled `toy-base`, for every kind of unit, in stages: `videoar train toy`.
+
+    First pictures, then two latent frames, then the first second, then clips.
+    """
     return TrainConfig(
-        name=name,
-        out=Path("runs") / name,
-        task=task,
-        steps=steps,
-        batch_size=batch_size,
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=decay_fraction
-        ),
+        name="toy",
+        out=Path("runs/toy"),
+        task=TOY_TASK,
+        steps=5900,
+        batch_size=32,
+        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.1),
         ema_decay=0.998,
         precision="bfloat16",
         log_every=20,
@@ -139,65 +130,33 @@ def _toy(
     )
 
 
-def toy_images() -> TrainConfig:
-    """First pictures from text: `videoar train toy-images`.
-
-    What a thing looks like is learned 20 times as fast from pictures as from clips.
-    """
-    task = replace(
-        SHORT_TASK,
-        units=("frame",),
-        flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
-        sampling=replace(SAMPLING, units="frame", window_frames=1, sink_frames=0),
-    )
-    return _toy("toy-images", task, steps=2500, batch_size=256)
-
-
-def toy_pairs() -> TrainConfig:
-    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
-
-    In longer clips the context shows it, and what the words for it mean is not learned.
-    """
-    task = replace(
-        SHORT_TASK,
-        units=("frame",),
-        flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
-        sampling=replace(SAMPLING, units="frame", window_frames=2),
-        init=Path("runs/toy-images/checkpoint"),
-    )
-    return _toy("toy-pairs", task, steps=1000, batch_size=128)
-
-
-def toy_short() -> TrainConfig:
-    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
-    task = replace(
-        SHORT_TASK,
-        flow=FlowMatchingConfig(clip_frames=4),
-        sampling=replace(SAMPLING, window_frames=4),
-        init=Path("runs/toy-pairs/checkpoint"),
-    )
-    return _toy("toy-short", task, steps=900, batch_size=64)
-
-
-def toy() -> TrainConfig:
-    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
-    return _toy("toy", TOY_TASK, steps=1500, batch_size=32, decay_fraction=0.4)
-
-
 def toy_teacher() -> TrainConfig:
     """A teacher that reads everything, from `toy-base`: `videoar train toy-teacher`.
 
     It learns the lattice of multiscale units, too, so that it can teach them.
     """
+    first = toy()
     task = replace(
         TOY_TASK,
-        codec=Path("toy-base"),
+        codec=None,
         units=("full", "full", "full", "multiscale:4,2,1"),
+        size=None,
         flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+        stages=(),
         sampling=replace(SAMPLING, units="full", num_inference_steps=24, sink_frames=0),
         init=Path("toy-base"),
     )
-    return _toy("toy-teacher", task, steps=2400, batch_size=64, decay_fraction=0.4)
+    optimizer = replace(first.optimizer, decay_fraction=0.4)
+    out = Path("runs/toy-teacher")
+    return replace(
+        first,
+        name="toy-teacher",
+        out=out,
+        task=task,
+        steps=2400,
+        batch_size=64,
+        optimizer=optimizer,
+    )
 
 
 def _toy_distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
@@ -241,7 +200,6 @@ def few_step() -> TrainConfig:
     path = DistillationConfig(stage="consistency", num_inference_steps=2, guidance_scale=2.0)
     task = StudentConfig(
         teacher=made,
-        teacher_mask="same",
         student=made,
         latents=Path("latents"),
         distillation=path,
@@ -261,7 +219,6 @@ def toy_dmd() -> TrainConfig:
     task = replace(
         TOY_STUDENT,
         teacher="runs/toy-teacher/checkpoint",
-        teacher_mask="full",
         student="runs/toy-same/checkpoint",
         distillation=replace(TOY_STUDENT.distillation, critic="symmetric"),
     )
@@ -313,9 +270,8 @@ def video() -> TrainConfig:
 
     First pictures, then two latent frames, in which the prompt alone says where to go, then clips.
     """
-    pictures = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)
-    pairs = FlowMatchingConfig(clip_frames=2, far_probability=0.0)
-    return TrainConfig(
+    return replace(
+        toy(),
         name="video",
         out=Path("runs/video"),
         task=TextToVideoConfig(
@@ -324,16 +280,13 @@ def video() -> TrainConfig:
             size="small",
             flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.2),
             stages=(
-                StageConfig(steps=500, flow=pictures, draws=8, units=("frame",)),
-                StageConfig(steps=300, flow=pairs, draws=2, units=("frame",)),
+                StageConfig(steps=500, flow=PICTURES, draws=8, units=("frame",)),
+                StageConfig(steps=300, flow=PAIRS, draws=2, units=("frame",)),
             ),
         ),
         steps=6000,
         batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.3),
-        ema_decay=0.998,
-        precision="bfloat16",
-        log_every=20,
+        optimizer=replace(toy().optimizer, decay_fraction=0.3),
         save_every=100,
         sample_every=500,
     )
@@ -364,7 +317,7 @@ def distils(config: TrainConfig) -> bool:
 
 ALL = (
     *(codec_toy, codec_toy_decoder, codec),
-    *(toy_images, toy_pairs, toy_short, toy, toy_teacher, video, finetune),
+    *(toy, toy_teacher, video, finetune),
     *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}
@@ -379,10 +332,9 @@ def find(name: str) -> TrainConfig:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    module, colon, function = name.partition(":")
-    if colon:
+    if ":" in name:
         try:
-            config = getattr(importlib.import_module(module), function)()
+            config = import_named(name)()
         except (ImportError, AttributeError) as error:
             raise ValueError(
                 f"Recipe {name!r} cannot be imported ({error}): check both names."

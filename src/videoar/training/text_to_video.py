@@ -35,9 +35,9 @@ SIZES = {
         rope_theta=100.0,
         prediction="clean",
     )
-    for name, layers, heads in (("small", 6, 5), ("medium", 8, 8))
+    for name, layers, heads in (("tiny", 6, 4), ("small", 6, 5), ("medium", 8, 8))
 }
-"""Transformers of 2.7 and 8.9 million parameters."""
+"""Transformers of 1.8, 2.7 and 8.9 million parameters."""
 MAX_WORDS = 10_000
 """A checkpoint lists no more words than that."""
 
@@ -56,7 +56,7 @@ class TextToVideoConfig:
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, drawn from at every step."""
-    size: Annotated[Literal["small", "medium"] | None, arg(aliases=["--size"])] = None
+    size: Annotated[Literal["tiny", "small", "medium"] | None, arg(aliases=["--size"])] = None
     """Size of a transformer trained from nothing, in place of `model`."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """Size of the transformer."""
