@@ -197,7 +197,7 @@ class _Run:
         for name, optimizer in objective.optimizers(config.optimizer).items():
             named = self.module.get_submodule(name).named_parameters(prefix=name)
             trained = {n: p for n, p in named if p.requires_grad}
-            self.groups[name] = ParameterGroup(optimizer, trained, config.precision)
+            self.groups[name] = ParameterGroup(optimizer, trained)
         self.step = 0
         self.window: list[LogLine] = []
         """What steps computed and took since the last line of the log; part of a checkpoint."""
