@@ -379,7 +379,7 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         if key.startswith("distillation."):
             field = {key.removeprefix("distillation."): value}
             changed = {"distillation": dataclasses.replace(task.distillation, **field)}
-        elif key in ("teacher_mask", "lora_rank", "num_validation"):
+        elif key in ("lora_rank", "num_validation"):
             changed = {key: value}
         else:
             changed = {key: root / value if key == "latents" else str(root / value)}
@@ -390,8 +390,7 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "student"}, "teacher_mask is full, but .*student reads the past alone"),
-        ({"teacher_mask": "same"}, "teacher_mask is same, but .*teacher reads everything"),
+        ({"teacher": "student"}, "critic is symmetric, but the teacher reads the past alone"),
         ({"teacher": "nobody"}, "the teacher: .*nobody"),
         ({"critic": "other"}, "the critic has the codec .*name checkpoints that share it"),
         ({"latents": "nothing"}, "there is no folder .*nothing"),

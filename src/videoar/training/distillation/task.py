@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class StudentConfig:
     """Distil a teacher into a causal student of few steps."""
 
     teacher: str
-    """Checkpoint that says what videos should be."""
+    """Checkpoint that says what videos should be; it reads everything, or the past alone, as it was
+    trained to."""
     student: str
     """Checkpoint that the student begins with."""
     critic: str | None = None
@@ -45,8 +46,6 @@ class StudentConfig:
     units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...] = ()
     """Unit schemes, or their names, of the student, drawn from at every step; without any those
     that it was trained on."""
-    teacher_mask: Literal["full", "same"] = "full"
-    """What the teacher reads: everything, or what the student reads."""
     distillation: objectives.DistillationConfig = field(
         default_factory=objectives.DistillationConfig
     )
@@ -96,17 +95,8 @@ def check_roles(
     others: dict[str, VideoPipeline],
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
-    context = context_of(teacher)
-    causal = f"reads the past alone (context {context})"
-    if (task.teacher_mask == "full") != (context == "full"):
-        says = "reads everything" if context == "full" else causal
-        other = "same" if task.teacher_mask == "full" else "full"
-        raise ValueError(
-            f"teacher_mask is {task.teacher_mask}, but {task.teacher} {says}: name another"
-            f" teacher, or use teacher_mask {other}"
-        )
-    known = teacher.meta.get("units", ())
-    if task.teacher_mask == "same" and known and (new := set(units) - set(known)):
+    context, known = context_of(teacher), teacher.meta.get("units", ())
+    if context != "full" and known and (new := set(units) - set(known)):
         raise ValueError(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
