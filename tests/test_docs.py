@@ -11,6 +11,7 @@ import pytest
 from benchmarks.cache import BenchCache
 from benchmarks.distill import BenchDistill
 from benchmarks.prepare import BenchPrepare
+from examples.draw_units import DrawUnits
 from tiny import TEXT, tiny_pipeline
 
 from videoar.checkpoints.checkpoint import bundled
@@ -22,10 +23,11 @@ from videoar.generation.pipeline import VideoPipeline
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BENCHMARKS = {
+PROGRAMS = {
     "benchmarks/cache.py": BenchCache,
     "benchmarks/distill.py": BenchDistill,
     "benchmarks/prepare.py": BenchPrepare,
+    "examples/draw_units.py": DrawUnits,
 }
 
 
@@ -98,11 +100,11 @@ def test_files_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("words", commands("python"), ids=" ".join)
 def test_programs_parse(words: list[str]) -> None:
-    """Benchmarks take the options that a page gives them, and examples are where it says."""
+    """Programs take the options that a page gives them, and are where it says."""
     program, *rest = words
     assert (ROOT / program).exists()
-    if program in BENCHMARKS:
-        arguments.read(BENCHMARKS[program], rest, prog=program)
+    if program in PROGRAMS:
+        arguments.read(PROGRAMS[program], rest, prog=program)
 
 
 @pytest.mark.parametrize("words", commands("videoar"), ids=" ".join)

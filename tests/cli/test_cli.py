@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 import os
 import re
@@ -22,14 +21,10 @@ from PIL import Image
 from tiny import SCHEMES, TEXT, tiny_pipeline
 from torch import nn
 
-from videoar.cli import drawing
 from videoar.cli.generate import generate, make
 from videoar.cli.main import COMMANDS, main, parse
 from videoar.cli.progress import Progress, how_far
 from videoar.core import cache, schemes
-from videoar.core.schemes import Scheme
-from videoar.core.schemes import parse as parse_units
-from videoar.core.units import Units, Visible
 from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
@@ -50,7 +45,7 @@ FROZEN = {
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
     "info": "base lora preset dtype checkpoint seconds window",
-    "units": "schemes frames height width window sink steps out force",
+    "units": "schemes frames height width window sink steps",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out max_seconds timeout workers device share",
     "bench": "checkpoint units prompt seconds long_seconds num_inference_steps repeats threads out",
@@ -345,8 +340,6 @@ BAD = [
     (("units", "frame", "--frames", "0"), "frames >= 1"),
     (("units", "frame", "--steps", "0"), "steps is 0"),
     (("units", "frame", "--window", "0"), "smaller than one unit"),
-    (("units", "frame", "--out", "missing/folder"), "missing does not exist"),
-    (("units", "frame", "--frames", "999", "--out", "x"), "too many to draw"),
     (("train", "tyo"), "Did you mean toy?"),
     (("train", "nowhere.at.all:recipe"), "cannot be imported"),
     (("train", "toy", "--stepz", "3"), "did you mean --steps?"),
@@ -412,7 +405,6 @@ def test_an_unwritable_folder_is_refused_first(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
     for words in (
         ("generate", "ball", "--out", "locked/x.mp4"),
-        ("units", "frame", "--out", "locked"),
         ("demo", "--out", "locked"),
     ):
         code, _, error = run(*words)
@@ -604,83 +596,6 @@ def test_units_prints_the_partition(run: Run) -> None:
     assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "36", "136"] in cells
     # Two cubes of each frame share a wave.
     assert ["cube:1x2x2/wavefront", "32", "4", "24", "72", "124"] in cells
-
-
-def test_units_draws_into_a_folder(run: Run) -> None:
-    """One scheme gives order, mask and filling; several fill side by side in one picture."""
-    assert run("units", "cube:1x2x2", "--frames", "2", "--out", "one")[0] == 0
-    assert {file.name for file in Path("one").iterdir()} == {
-        "order.png",
-        "mask.png",
-        "filling.webp",
-    }
-    before = Path("one/mask.png").read_bytes()
-    code, _, error = run("units", "frame", "--frames", "2", "--out", "one")
-    assert (code, Path("one/mask.png").read_bytes()) == (2, before)
-    assert "--force" in error
-    assert run("units", "frame", "chunk:2", "--frames", "2", "--out", "two")[0] == 0
-    assert [file.name for file in Path("two").iterdir()] == ["units.webp"]
-    with Image.open("two/units.webp") as picture:
-        seconds = drawing.FILL_SECONDS + drawing.HOLD_SECONDS
-        assert _milliseconds(picture) == pytest.approx(1000 * seconds, rel=0.01)
-
-
-def _shades(picture: Image.Image) -> set[tuple[int, ...]]:
-    return {shade for _, shade in picture.getcolors(2**20)}
-
-
-@dataclass(frozen=True)
-class Checkers(Scheme):
-    """Black fields of a board, then white ones: a scheme that the package does not know."""
-
-    frames: int = 1
-
-    def segment(self, frames: int, height: int, width: int) -> list[list]:
-        """Cut by the parity of row and column."""
-        cells = [(0, h, w, 0) for h, w in itertools.product(range(height), range(width))]
-        return [[tuple(c for c in cells if (c[1] + c[2]) % 2 == parity)] for parity in (0, 1)]
-
-
-@pytest.mark.parametrize(
-    "scheme", [parse_units("multiscale:4,2,1"), parse_units("cube:1x2x2"), Checkers()], ids=str
-)
-def test_pictures_show_every_unit(scheme: Scheme) -> None:
-    """Order and mask hold the colour of every unit, for a scheme that was just written, too."""
-    units = Units(scheme, 2, 4, 4)
-    ramp = {drawing.color(k / (units.count - 1)) for k in range(units.count)}
-    assert len(ramp) == units.count
-    assert ramp <= _shades(drawing.order(units, title="order"))
-    assert ramp <= _shades(drawing.mask(units, Visible(), title="mask"))
-
-
-def test_the_mask_shows_who_reads_whom() -> None:
-    """A dot is coloured where a token is read, and empty where it is not."""
-    units, visible = Units(parse_units("frame"), 3, 1, 1), Visible(window=2)
-    pixels = np.asarray(drawing.mask(units, visible, title="mask"))[84:, 64:]
-    size = 760 // 3
-    dots = pixels[size // 2 : 3 * size : size, size // 2 : 3 * size : size]
-    read = (dots != drawing.EMPTY).any(-1)
-    assert read.tolist() == [[True, False, False], [True, True, False], [False, True, True]]
-
-
-def test_the_lattice_fills_from_empty_to_full() -> None:
-    """The animation begins empty, adds units in their order, and ends with all of them."""
-    pictures = drawing.filling({"cube": Units(parse_units("cube:1x2x2"), 2, 4, 4)}, steps=4)
-    ramp = [drawing.color(k / 7) for k in range(8)]
-    counts = []
-    for picture in pictures:
-        shades = _shades(picture)
-        shown = [shade in shades for shade in ramp]
-        counts.append(sum(shown))
-        assert shown == sorted(shown, reverse=True)
-    assert (counts[0], counts[-1]) == (0, 8)
-    assert counts == sorted(counts)
-
-
-def test_lightness_falls_evenly_along_the_ramp() -> None:
-    """Later units are darker, so the order survives a printer without colours."""
-    grey = [np.dot(drawing.color(k / 20), (0.2126, 0.7152, 0.0722)) for k in range(21)]
-    assert all(later < earlier for earlier, later in itertools.pairwise(grey))
 
 
 # ---------------------------------------------------------------- demo

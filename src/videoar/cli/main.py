@@ -95,7 +95,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (options.Distill, "videoar.cli.train:train"),
     "convert": (options.Convert, "videoar.cli.checkpoints:convert"),
     "info": (options.Info, "videoar.cli.checkpoints:info"),
-    "units": (options.DrawUnits, "videoar.cli.units:draw_units"),
+    "units": (options.PrintUnits, "videoar.cli.units:print_units"),
     "prepare": (Prepare, "videoar.cli.prepare:prepare"),
     "bench": (Bench, "videoar.cli.evaluate:measure"),
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),

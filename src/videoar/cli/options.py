@@ -147,8 +147,8 @@ class Info(CheckpointOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawUnits:
-    """Print how schemes cut a lattice into units, and draw it."""
+class PrintUnits:
+    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
 
     schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
     """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
@@ -164,10 +164,6 @@ class DrawUnits:
     """First latent frames that stay readable for ever."""
     steps: int = 4
     """Denoising steps per unit."""
-    out: Path | None = None
-    """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
-    force: bool = False
-    """Replace files that exist."""
 
     def __post_init__(self) -> None:
         check_positive(self, "steps")
