@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from videoar.core.schemes import Scheme
 from videoar.core.schemes import parse as parse_units
@@ -57,8 +57,15 @@ def test_schemes_are_drawn_into_a_folder(run: Run) -> None:
     assert [file.name for file in Path("two").iterdir()] == ["units.webp"]
     with Image.open("two/units.webp") as picture:
         seconds = PROGRAM["FILL_SECONDS"] + PROGRAM["HOLD_SECONDS"]
-        durations = [picture.seek(k) or picture.info["duration"] for k in range(picture.n_frames)]
+        durations = [
+            frame.info["duration"] for frame in map(_loaded, ImageSequence.Iterator(picture))
+        ]
         assert sum(durations) == pytest.approx(1000 * seconds, rel=0.01)
+
+
+def _loaded(frame: Image.Image) -> Image.Image:
+    frame.load()
+    return frame
 
 
 def _shades(picture: Image.Image) -> set[tuple[int, ...]]:
