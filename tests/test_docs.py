@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from benchmarks.cache import BenchCache
 from benchmarks.distill import BenchDistill
+from benchmarks.length import BenchLength
 from benchmarks.prepare import BenchPrepare
 from examples.draw_units import DrawUnits
 from tiny import TEXT, tiny_pipeline
@@ -26,6 +27,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {
     "benchmarks/cache.py": BenchCache,
     "benchmarks/distill.py": BenchDistill,
+    "benchmarks/length.py": BenchLength,
     "benchmarks/prepare.py": BenchPrepare,
     "examples/draw_units.py": DrawUnits,
 }

@@ -2,7 +2,7 @@
 
 Every kind of unit runs in a fresh process, so that its peak of memory is its own and its start is a
 real one. What a figure includes stands in the report. What a cache is worth measures
-`benchmarks/cache.py`.
+`benchmarks/cache.py`, and whether long videos stay flat `benchmarks/length.py`.
 """
 
 import multiprocessing
@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +28,11 @@ from videoar.core.transformer import Output, VideoTransformer
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
 from videoar.evaluation.tables import cells, markdown
-from videoar.files import Json, load, save
+from videoar.files import load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import write
 from videoar.generation.timing import Timing
 
-MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
@@ -61,8 +59,6 @@ class Row:
     matmul_rate: float
     """Floating-point operations per second of a large matrix product on this machine."""
     hardware: str
-    flat: Json | None = None
-    """What `measure_flat` returns."""
 
 
 def run(config: Bench, report: Callable[[str], None]) -> str:
@@ -82,10 +78,7 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     load(config.out, "benchmark", kind="benchmark")  # fails now if it must fail
     rows = []
     for name in config.units:
-        one = replace(config, units=(name,))
-        row = apart(measure, one)
-        if config.long_seconds:
-            row = replace(row, flat=apart(measure_flat, one))
+        row = apart(measure, replace(config, units=(name,)))
         rows.append(row)
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
     save(config.out, {"benchmark": {"config": replace(config, out=None), "rows": rows}})
@@ -104,14 +97,9 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
 
 
 def tables(config: Bench, rows: Sequence[Row]) -> str:
-    """Return the tables, and what their figures include."""
-    flat = [flat_cells(row.name, row.flat) for row in rows if row.flat]
-    titled = {
-        INCLUDED.format(**vars(config), hardware=rows[0].hardware): list(map(speed_cells, rows)),
-        f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:": flat,
-    }
-    text = [f"{title}\n\n{markdown(cells(found))}" for title, found in titled.items() if found]
-    return "\n\n".join(text) + "\n"
+    """Return the table, and what its figures include."""
+    title = INCLUDED.format(**vars(config), hardware=rows[0].hardware)
+    return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -142,19 +130,6 @@ def speed_cells(row: Row) -> dict[str, str]:
     }
 
 
-def flat_cells(name: str, flat: Json) -> dict[str, str]:
-    """Return the cells of the table of long videos, by column."""
-    cost, early, late = flat["cost"], flat["early_bytes"], flat["late_bytes"]
-    return {
-        "units": name,
-        **{f"at {at:g} s": f"{value:.3f}" for at, value in zip(flat["seconds"], cost, strict=True)},
-        "last / first": f"{cost[-1] / cost[0]:.3f}",
-        "peak memory at 20 s": f"{early / 2**20:.0f} MiB",
-        "at the end": f"{late / 2**20:.0f} MiB",
-        "end / 20 s": f"{late / early:.3f}",
-    }
-
-
 def load_pipeline(config: Bench) -> VideoPipeline:
     """Load the checkpoint, to be used with the threads that are asked for."""
     if config.threads is not None:
@@ -178,34 +153,6 @@ def measure(config: Bench) -> Row:
         matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
         hardware=machine.hardware("cpu"),
     )
-
-
-def measure_flat(config: Bench) -> Json:
-    """Generate one long video; return what its seconds cost, and the peak of memory on the way."""
-    pipe, clock = load_pipeline(config), []
-
-    def tick(frames: int, seconds: float) -> None:
-        clock.append((frames, seconds, machine.peak_bytes()))
-
-    generate(pipe, config, seconds=config.long_seconds, show=tick)
-    frames, times, peaks = zip(*clock, strict=True)
-    fps = pipe.sampling.fps
-    seconds = np.arange(1, config.long_seconds // MARK_SECONDS + 1) * MARK_SECONDS
-    return {
-        "seconds": seconds.tolist(),
-        "cost": [cost_at(second, fps=fps, frames=frames, times=times) for second in seconds],
-        "early_bytes": peaks[int(np.searchsorted(frames, 20 * fps))],
-        "late_bytes": peaks[-1],
-    }
-
-
-def cost_at(second: float, *, fps: float, frames: Sequence[int], times: Sequence[float]) -> float:
-    """Return the time per second of video over the span that ends at a second of it.
-
-    There were so many `frames` at these `times`.
-    """
-    end, begin = np.interp([second * fps, (second - SPAN_SECONDS) * fps], frames, times)
-    return float(end - begin) / SPAN_SECONDS
 
 
 def _pairs(mask: Tensor | Spans) -> int:
