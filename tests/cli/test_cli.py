@@ -24,7 +24,7 @@ from torch import nn
 from videoar.cli.generate import generate, make
 from videoar.cli.main import COMMANDS, main, parse
 from videoar.cli.progress import Progress, how_far
-from videoar.core import cache, schemes
+from videoar.core import cache
 from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
@@ -48,13 +48,12 @@ FROZEN = {
     "units": "schemes frames height width window sink steps",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out max_seconds timeout workers device share",
-    "bench": "checkpoint units prompt seconds long_seconds num_inference_steps repeats threads out",
+    "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
     "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
     "seconds num_inference_steps shift guidance_scale",
     "evaluate heldout": "checkpoint data units seed out",
     "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
     "seconds",
-    "demo": "out model seconds",
 }
 
 
@@ -350,7 +349,6 @@ BAD = [
     (("train", "toy", "--export", "--out", "missing"), "no checkpoint"),
     (("info", "missing"), "missing"),
     (("info", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
-    (("demo", "--out", "missing/demo"), "missing does not exist"),
     (("evaluate", "CHECKPOINT", "--seconds", "nan"), "seconds is nan"),
     (("evaluate", "CHECKPOINT", "--data", "latents"), "videoar evaluate heldout"),
     (("evaluate", "heldout", "CHECKPOINT"), "--data"),
@@ -403,13 +401,9 @@ def test_an_unwritable_folder_is_refused_first(
     Path("locked").mkdir()
     # Root may write everywhere, so the answer of the system is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
-    for words in (
-        ("generate", "ball", "--out", "locked/x.mp4"),
-        ("demo", "--out", "locked"),
-    ):
-        code, _, error = run(*words)
-        assert (code, error.count("\n")) == (2, 1)
-        assert "locked is not writable" in error
+    code, _, error = run("generate", "ball", "--out", "locked/x.mp4")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "locked is not writable" in error
 
 
 def _truncate(folder: Path) -> None:
@@ -598,19 +592,7 @@ def test_units_prints_the_partition(run: Run) -> None:
     assert ["cube:1x2x2/wavefront", "32", "4", "24", "72", "124"] in cells
 
 
-# ---------------------------------------------------------------- demo
-
-
-@pytest.mark.slow
-def test_the_demo_makes_its_files(run: Run, checkpoint: str) -> None:
-    """The first command a stranger runs ends in two videos and a table over all kinds."""
-    code, out, _ = run("demo", "--model", checkpoint, "--seconds", "5", "--out", "demo")
-    assert code == 0
-    assert len(read_video("demo/minute.mp4").frames) == 80
-    with Image.open("demo/units.webp") as picture:
-        assert _milliseconds(picture) == pytest.approx(4000, abs=10)
-    table = out[out.rindex("units  ") :]
-    assert all(kind in table for kind in schemes.KINDS)
+# ---------------------------------------------------------------- measurements
 
 
 def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> None:

@@ -101,6 +101,5 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
     "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
     "compare": (Compare, "videoar.cli.evaluate:measure"),
-    "demo": (options.Demo, "videoar.cli.demo:demo"),
 }
 """The options of every command, and the name of its function: imported only when it runs."""

@@ -169,18 +169,3 @@ class PrintUnits:
         check_positive(self, "steps")
         if not self.schemes:
             raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Generate a minute of video, and one prompt under all five kinds of unit."""
-
-    out: Path = Path("demo")
-    """Folder; the files of an earlier demo in it are replaced."""
-    model: str = "toy"
-    """Checkpoint: a bundled name or a folder."""
-    seconds: float = 60.0
-    """Length of the long video."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "seconds")
