@@ -390,7 +390,7 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "student"}, "critic is symmetric, but the teacher reads the past alone"),
+        ({"teacher": "student"}, "student was not trained on cube:1x2x2, but on frame: use one"),
         ({"teacher": "nobody"}, "the teacher: .*nobody"),
         ({"critic": "other"}, "the critic has the codec .*name checkpoints that share it"),
         ({"latents": "nothing"}, "there is no folder .*nothing"),
