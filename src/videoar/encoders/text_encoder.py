@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from videoar.weights import load_component, save_component
@@ -38,18 +37,11 @@ class Tokenizer:
                 f"A vocabulary of {vocab_size} has no room for every byte and the padding token: "
                 "raise it to 257 or more."
             )
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
+        backend = tokenizers.ByteLevelBPETokenizer()
+        how = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": ["<pad>"]}
+        backend.train_from_iterator(texts, show_progress=False, **how)
         assert backend.token_to_id("<pad>") == PAD
-        return cls(backend)
+        return cls(tokenizers.Tokenizer.from_str(backend.to_str()))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
