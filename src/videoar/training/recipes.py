@@ -6,6 +6,7 @@ A name on the command line is a function here, or `package.module:function` anyw
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from videoar.checks import hint, import_named
 from videoar.core.loss import FlowMatchingConfig
@@ -64,6 +65,11 @@ TOY_STUDENT = StudentConfig(
 )
 
 
+def _named(name: str, config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return a run like another, with a name and a folder of its own."""
+    return replace(config, name=name, out=Path("runs") / name, **changes)
+
+
 def codec_toy() -> TrainConfig:
     """The codec of the embedded checkpoint: `videoar train codec-toy`, 8 minutes on 2 cores."""
     return TrainConfig(
@@ -84,29 +90,22 @@ def codec_toy() -> TrainConfig:
 def codec_toy_decoder() -> TrainConfig:
     """A wider decoder for the latents of `codec-toy`: `videoar train codec-toy-decoder`."""
     first = codec_toy()
-    return replace(
-        first,
-        name="codec-toy-decoder",
-        out=Path("runs/codec-toy-decoder"),
-        task=ReconstructionConfig(codec=TinyCodecConfig.wide(), init=first.out / "checkpoint"),
-        steps=3000,
-    )
+    task = ReconstructionConfig(codec=TinyCodecConfig.wide(), init=first.out / "checkpoint")
+    return _named("codec-toy-decoder", first, task=task, steps=3000)
 
 
 def codec() -> TrainConfig:
     """A codec of your own videos: `videoar train codec --data.path VIDEOS`."""
-    return TrainConfig(
-        name="codec",
-        out=Path("runs/codec"),
+    first = codec_toy()
+    return _named(
+        "codec",
+        first,
         task=FootageConfig(videos=Path("videos")),
         steps=5000,
         batch_size=4,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.25),
+        optimizer=replace(first.optimizer, decay_fraction=0.25),
         ema_decay=0.998,
-        precision="bfloat16",
-        log_every=50,
         save_every=100,
-        sample_every=100,
     )
 
 
@@ -135,7 +134,6 @@ def toy_teacher() -> TrainConfig:
 
     It learns the lattice of multiscale units, too, so that it can teach them.
     """
-    first = toy()
     task = replace(
         TOY_TASK,
         codec=None,
@@ -146,20 +144,12 @@ def toy_teacher() -> TrainConfig:
         sampling=replace(SAMPLING, units="full", num_inference_steps=24, sink_frames=0),
         init=Path("toy-base"),
     )
-    optimizer = replace(first.optimizer, decay_fraction=0.4)
-    out = Path("runs/toy-teacher")
-    return replace(
-        first,
-        name="toy-teacher",
-        out=out,
-        task=task,
-        steps=2400,
-        batch_size=64,
-        optimizer=optimizer,
-    )
+    rates = replace(toy().optimizer, decay_fraction=0.4)
+    how = {"task": task, "steps": 2400, "batch_size": 64, "optimizer": rates}
+    return _named("toy-teacher", toy(), **how)
 
 
-def _toy_distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
+def _distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     """Match distributions; half-way and at the end the student is judged."""
     return TrainConfig(
         name=name,
@@ -184,7 +174,7 @@ def toy_start() -> TrainConfig:
     """
     task = replace(TOY_STUDENT, distillation=DistillationConfig(stage="consistency"))
     return replace(
-        _toy_distillation("toy-start", task, steps=240),
+        _distillation("toy-start", task, steps=240),
         batch_size=32,
         optimizer=OptimizerConfig(
             learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20, decay_fraction=0.5
@@ -196,7 +186,7 @@ def toy_start() -> TrainConfig:
 
 def few_step() -> TrainConfig:
     """A model of `train video` in two steps: `videoar distill few-step --data.path LATENTS`."""
-    start, made = toy_start(), "runs/video/checkpoint"
+    made = "runs/video/checkpoint"
     path = DistillationConfig(stage="consistency", num_inference_steps=2, guidance_scale=2.0)
     task = StudentConfig(
         teacher=made,
@@ -204,14 +194,13 @@ def few_step() -> TrainConfig:
         latents=Path("latents"),
         distillation=path,
     )
-    out = Path("runs/few-step")
-    return replace(start, name="few-step", out=out, task=task, steps=600, batch_size=16)
+    return _named("few-step", toy_start(), task=task, steps=600, batch_size=16)
 
 
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
     task = replace(TOY_STUDENT, student="runs/toy-start/checkpoint")
-    return _toy_distillation("toy-same", task, steps=400)
+    return _distillation("toy-same", task, steps=400)
 
 
 def toy_dmd() -> TrainConfig:
@@ -222,7 +211,7 @@ def toy_dmd() -> TrainConfig:
         student="runs/toy-same/checkpoint",
         distillation=replace(TOY_STUDENT.distillation, critic="symmetric"),
     )
-    return _toy_distillation("toy-dmd", task, steps=320)
+    return _distillation("toy-dmd", task, steps=320)
 
 
 def wan_dmd() -> TrainConfig:
@@ -231,37 +220,31 @@ def wan_dmd() -> TrainConfig:
     Rates, sigmas and turns are those of Self-Forcing (arXiv:2506.08009).
     """
     wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    return TrainConfig(
-        name="wan-1.3b-dmd",
-        out=Path("runs/wan-1.3b-dmd"),
-        task=StudentConfig(
-            teacher=wan,
-            student=wan,
-            latents=Path("latents"),
-            units=("chunk:3",),
-            distillation=DistillationConfig(
-                clip_frames=21,
-                guidance_scale=4.0,
-                critic_draws=1,
-                critic_learning_rate=4e-7,
-                critic_warmup=500,
-            ),
-            recompute=True,
+    task = StudentConfig(
+        teacher=wan,
+        student=wan,
+        latents=Path("latents"),
+        units=("chunk:3",),
+        distillation=DistillationConfig(
+            clip_frames=21,
+            guidance_scale=4.0,
+            critic_draws=1,
+            critic_learning_rate=4e-7,
+            critic_warmup=500,
         ),
-        steps=1700,
+        recompute=True,
+    )
+    betas = (0.0, 0.999)
+    rates = {"learning_rate": 2e-6, "warmup_steps": 0, "decay_fraction": 0.0, "clip_norm": 10.0}
+    return replace(
+        _distillation("wan-1.3b-dmd", task, steps=1700),
         batch_size=1,
         accumulate=64,
-        optimizer=OptimizerConfig(
-            learning_rate=2e-6,
-            betas=(0.0, 0.999),
-            warmup_steps=0,
-            decay_fraction=0.0,
-            clip_norm=10.0,
-        ),
+        optimizer=OptimizerConfig(betas=betas, **rates),
         ema_decay=0.99,
-        precision="bfloat16",
         device="cuda",
-        save_every=100,
+        log_every=10,
+        sample_every=0,
     )
 
 
@@ -270,10 +253,9 @@ def video() -> TrainConfig:
 
     First pictures, then two latent frames, in which the prompt alone says where to go, then clips.
     """
-    return replace(
+    return _named(
+        "video",
         toy(),
-        name="video",
-        out=Path("runs/video"),
         task=TextToVideoConfig(
             latents=Path("latents"),
             units=TOY_UNITS,

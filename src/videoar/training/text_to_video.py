@@ -59,9 +59,9 @@ class TextToVideoConfig:
     size: Annotated[Literal["tiny", "small", "medium"] | None, arg(aliases=["--size"])] = None
     """Size of a transformer trained from nothing, in place of `model`."""
     model: AvoidSubcommands[ModelConfig | None] = None
-    """Size of the transformer."""
+    """The same, number by number."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
-    """Size of the text encoder."""
+    """Size of the text encoder of a run from nothing."""
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
     stages: tuple[StageConfig, ...] = ()
@@ -80,15 +80,18 @@ class TextToVideoConfig:
     def __post_init__(self) -> None:
         stored = tuple(each if isinstance(each, str) else each.name for each in self.units)
         object.__setattr__(self, "units", stored)
-        if self.init is None and self.size is None and self.model is None:
+        given = [name for name in ("init", "size", "model") if getattr(self, name) is not None]
+        if not given:
             raise ValueError(
                 "a run from nothing has to know the size of its transformer: say --size small or"
                 " medium, or name a checkpoint to go on from with --task.init"
             )
-        if self.size and (self.init or self.model):
+        if self.init and self.text:
+            given.append("text")
+        if len(given) > 1:
             raise ValueError(
-                f"size {self.size} is that of a transformer trained from nothing, but the run has"
-                f" {'init' if self.init else 'model'}, too: leave one of the two out"
+                f"{given[1]} says how large what is trained is, but the run has {given[0]}, too:"
+                " leave one of the two out"
             )
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
@@ -98,21 +101,6 @@ class TextToVideoConfig:
                 f" VIDEOS {self.latents}`, or name it with --task.latents"
             )
         return TextToVideoTask(self, config, report)
-
-
-def load_generator(task: TextToVideoConfig) -> VideoPipeline:
-    """Load what `task.init` names; its sizes must be those that the task asks for."""
-    assert task.init is not None
-    pipe = VideoPipeline.from_pretrained(task.init, codec=task.codec)
-    text = pipe.prompt_encoder.trainable
-    found = (pipe.transformer.config, text and text.config)
-    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=True):
-        if there and wanted and there != wanted:
-            raise ValueError(
-                f"{task.init} has the {name} sizes {there}, but the run asks for {wanted}:"
-                " name another checkpoint, or change the sizes"
-            )
-    return pipe
 
 
 def codec_of(task: TextToVideoConfig) -> Codec:
@@ -186,7 +174,9 @@ class TextToVideoTask:
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
-        loaded = None if task.init is None else load_generator(task)
+        loaded = None
+        if task.init is not None:
+            loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec)
         codec = loaded.codec if loaded else codec_of(task)
         shards = self._open(codec, report)
         self.captions, self.words = shards.captions, loaded.meta.get("words") if loaded else ()
