@@ -115,14 +115,6 @@ class Critic(nn.Module):
         nn.init.zeros_(self.direction.weight)
 
 
-class StudentAndCritic(nn.Module):
-    """Who is trained in distribution matching."""
-
-    def __init__(self, student: TextToVideo, critic: Critic) -> None:
-        super().__init__()
-        self.student, self.critic = student, critic
-
-
 @dataclass(frozen=True)
 class Clip:
     """What a step works on."""
@@ -240,7 +232,7 @@ class DistributionMatching(TeacherObjective):
 
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
         super().__init__(**taught)
-        self.module = StudentAndCritic(student, Critic(critic))
+        self.module = nn.ModuleDict({"student": student, "critic": Critic(critic)})
         if self.context != "full" and self.config.critic != "causal":
             raise ValueError(
                 f"critic is {self.config.critic}, but the teacher reads the past alone (context "
