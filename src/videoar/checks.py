@@ -9,8 +9,6 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-USE, MUST_BE = "{} is {}: use {}.", "{} is {}, but must be {}: change it"
-"""Sentences of a name, its value, and what is right."""
 Rule = tuple[str, bool, str]
 """The name of a field, whether it is right, and what is."""
 
@@ -21,32 +19,31 @@ def hint(word: str, known: Iterable[str], says: str = "; did you mean {}?") -> s
     return says.format(close[0]) if close else ""
 
 
-def check(name: str, value: Any, right: bool, remedy: str, says: str = USE) -> None:
+def check(name: str, value: Any, right: bool, remedy: str) -> None:
     """Raise unless a value is right, in a sentence that ends in what is."""
     if not right:
-        raise ValueError(says.format(name, value, remedy))
+        raise ValueError(f"{name} is {value}: use {remedy}.")
 
 
-def check_options(
-    options: Any, *rules: Rule, least: Mapping[str, float] = {}, says: str = USE
-) -> None:
+def check_options(options: Any, *rules: Rule, least: Mapping[str, float] = {}) -> None:
     """Raise for the first field whose rule does not hold, or that is below its `least` value.
 
     None, where a field may be that, is below nothing.
     """
     for name, right, remedy in rules:
-        check(name, getattr(options, name), right, remedy, says)
+        check(name, getattr(options, name), right, remedy)
     for name, low in least.items():
         value = getattr(options, name)
-        check(name, value, value is None or value >= low, f"{low} or more", says)
+        check(name, value, value is None or value >= low, f"{low} or more")
 
 
 def check_positive(options: Any, *names: str) -> None:
     """Raise for a field that is given and is no positive number."""
     for name in names:
         value = getattr(options, name)
-        right = value is None or (math.isfinite(value) and value > 0)
-        check(name, value, right, "a number above 0, such as 4", "{} is {:g}: use {}")
+        if value is not None:
+            right = math.isfinite(value) and value > 0
+            check(name, f"{value:g}", right, "a number above 0, such as 4")
 
 
 def check_whole(name: str, value: Any) -> None:

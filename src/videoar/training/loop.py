@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import check_options
 from videoar.data.batches import Batches
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
@@ -92,8 +92,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
         least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
-        decay = ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
-        check_options(self, decay, least=least, says=MUST_BE)
+        decay = ("ema_decay", 0 <= self.ema_decay < 1, "a number from 0 to below 1")
+        check_options(self, decay, least=least)
 
 
 def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:

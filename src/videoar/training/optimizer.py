@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import check_options
 
 # Parameters with one of these in their name stay with AdamW: what comes first and last.
 MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
@@ -34,11 +34,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_options(
             self,
-            ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1"),
-            ("clip_norm", self.clip_norm > 0, "above 0"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "a share from 0 to 1"),
+            ("clip_norm", self.clip_norm > 0, "a number above 0"),
             least={"warmup_steps": 0},
-            says=MUST_BE,
         )
 
 
