@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from videoar.checks import check, check_options
 from videoar.weights import load_component, save_component
 
 PAD = 0
@@ -103,14 +104,10 @@ class TextEncoderConfig:
     """Longest prompt, in tokens."""
 
     def __post_init__(self) -> None:
-        sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
-        if min(sizes) < 1 or self.num_layers < 0:
-            raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide among {self.num_heads} heads: "
-                "make it a multiple."
-            )
+        sizes = ("vocab_size", "hidden_size", "num_heads", "max_tokens")
+        check_options(self, least=dict.fromkeys(sizes, 1) | {"num_layers": 0})
+        even = self.hidden_size % self.num_heads == 0
+        check("hidden_size", self.hidden_size, even, f"a multiple of num_heads {self.num_heads}")
 
 
 class TextEncoder(nn.Module):

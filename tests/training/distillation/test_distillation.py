@@ -403,7 +403,10 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         ({"lora_rank": 0}, "lora_rank is 0: use 1 or more"),
         ({"num_validation": 0}, "num_validation is 0: use 1 or more"),
         ({"distillation.gradient_units": 0}, "gradient_units is 0"),
-        ({"distillation.min_sigma": 0.99}, "min_sigma 0.99 and max_sigma 0.98"),
+        (
+            {"distillation.min_sigma": 0.99},
+            "min_sigma is 0.99: use a number .* below max_sigma 0.98",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(root, tmp_path, changes, message) -> None:

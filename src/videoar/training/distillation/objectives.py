@@ -77,24 +77,19 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
-        free = ("critic_warmup", "guidance_scale")
-        units = self.gradient_units
+        least = dict.fromkeys((*whole, "gradient_units"), 1)
+        rising, low = 0 < self.min_sigma < self.max_sigma < 1, self.max_sigma
         check_options(
             self,
             ("shift", self.shift > 0, "a number above 0, as 5"),
             ("score_shift", self.score_shift > 0, "a number above 0, as 5"),
-            ("gradient_units", units is None or units >= 1, "1 or more, or None"),
-            least=dict.fromkeys(whole, 1) | dict.fromkeys(free, 0),
+            ("min_sigma", rising, f"a number above 0 and below max_sigma {low}, which is below 1"),
+            least=least | {"critic_warmup": 0, "guidance_scale": 0},
         )
         if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
             raise ValueError(
                 f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
                 f"path of {self.path_steps} steps: make path_steps a multiple of them."
-            )
-        if not 0 < self.min_sigma < self.max_sigma < 1:
-            raise ValueError(
-                f"min_sigma {self.min_sigma} and max_sigma {self.max_sigma} must rise between 0"
-                " and 1."
             )
 
     @property
