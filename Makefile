@@ -12,7 +12,7 @@ setup: $(VENV)/.ok-dev
 
 # Prompt to video on a CPU, with the checkpoint that comes with the package.
 demo: $(VENV)/.ok-core
-	$(BIN)/videoar demo
+	$(BIN)/python examples/demo.py
 
 # One thread in each worker: a second one took half as much processor time again, and no less time.
 test: $(VENV)/.ok-dev

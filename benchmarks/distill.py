@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from cache import without_cache
 from tyro.conf import Positional
 
 from videoar import machine
@@ -20,7 +21,6 @@ from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.encoders.text_encoder import TinyPromptEncoder
 from videoar.evaluation.options import Checkpoint
-from videoar.evaluation.speed import without_cache
 from videoar.evaluation.tables import markdown
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation.objectives import Clip, DistillationConfig, DistributionMatching
@@ -115,9 +115,7 @@ def parts(
         return lambda: of.learn(clip, made.clean, rng).backward()
 
     again()  # the update needs gradients
-    group = ParameterGroup(
-        OptimizerConfig(learning_rate=1e-9), dict(student.named_parameters()), ""
-    )
+    group = ParameterGroup(OptimizerConfig(learning_rate=1e-9), dict(student.named_parameters()))
     return {
         "rollout": lambda: full.made(clip, sigmas, rng),
         "rollout without a cache": uncached,

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from videoar.core.flow import add_noise, clean_of
 from videoar.core.loss import Reads
-from videoar.training.distillation.scores import critic_loss, matching_loss, score
+from videoar.training.distillation.scores import (
+    PASSES,
+    Critics,
+    critic_loss,
+    matching_loss,
+    score,
+)
 
 UNITS, CORRELATION = 6, 0.9
 SIGMAS = torch.tensor([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=torch.float64)
@@ -42,7 +48,9 @@ class LinearCritic:
         level = torch.searchsorted(SIGMAS, sigma[:, 0])
         return torch.einsum("bij,bjf->bif", masked[level], x)
 
-    def fit(self, x: Tensor, velocity: Tensor, sigma: Tensor, **how) -> None:
+    def fit(
+        self, x: Tensor, velocity: Tensor, sigma: Tensor, *, critic: Critics, alone: bool
+    ) -> None:
         """Minimise the loss, which is quadratic: one Newton step by conjugate gradients."""
         optimizer = torch.optim.LBFGS(
             [self.weight], max_iter=60, line_search_fn="strong_wolfe", tolerance_change=1e-12
@@ -50,7 +58,11 @@ class LinearCritic:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = critic_loss(self, x, velocity, sigma, **how)
+            if alone:  # each pass by itself, which is the naive reading
+                passes = torch.stack([self(x, sigma, reads) for reads in PASSES[critic]])
+                loss = (passes - velocity).square().mean()
+            else:
+                loss = critic_loss(self, x, velocity, sigma, critic=critic)
             loss.backward()
             return loss
 
@@ -79,14 +91,19 @@ def divergence(student: Tensor) -> float:
 
 
 def distil(
-    critic,
+    name: str,
     *,
     teacher_reads: Reads = "all",
     steps: int = 100,
     rate: float = 2.0,
     start: Tensor | None = None,
 ) -> float:
-    """Train a causal student, which begins with white noise; return its divergence at the end."""
+    """Train a causal student, which begins with white noise; return its divergence at the end.
+
+    The critic is one of the package, or `separate`: symmetric, but each pass trained alone.
+    """
+    alone = name == "separate"
+    critic: Critics = "symmetric" if alone else name
     student = torch.eye(UNITS, dtype=torch.float64) if start is None else start.clone()
     student.requires_grad_()
     network = LinearCritic()
@@ -95,7 +112,7 @@ def distil(
     for _ in range(steps):
         clean = (sample @ student.tril().T)[:, :, None]
         x = add_noise(clean.detach(), noise[:, :, None], sigma[:, :, None])
-        network.fit(x, noise[:, :, None] - clean.detach(), sigma, critic=critic)
+        network.fit(x, noise[:, :, None] - clean.detach(), sigma, critic=critic, alone=alone)
         with torch.no_grad():
             fake = clean_of(x, score(network, x, sigma, critic=critic), sigma[:, :, None])
             real = clean_of(x, teacher(x, sigma, teacher_reads), sigma[:, :, None])

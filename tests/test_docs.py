@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks.cache import BenchCache
 from benchmarks.distill import BenchDistill
+from benchmarks.length import BenchLength
 from benchmarks.prepare import BenchPrepare
+from examples.draw_units import DrawUnits
 from tiny import TEXT, tiny_pipeline
 
 from videoar.checkpoints.checkpoint import bundled
@@ -21,7 +24,13 @@ from videoar.generation.pipeline import VideoPipeline
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BENCHMARKS = {"benchmarks/distill.py": BenchDistill, "benchmarks/prepare.py": BenchPrepare}
+PROGRAMS = {
+    "benchmarks/cache.py": BenchCache,
+    "benchmarks/distill.py": BenchDistill,
+    "benchmarks/length.py": BenchLength,
+    "benchmarks/prepare.py": BenchPrepare,
+    "examples/draw_units.py": DrawUnits,
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -93,11 +102,11 @@ def test_files_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("words", commands("python"), ids=" ".join)
 def test_programs_parse(words: list[str]) -> None:
-    """Benchmarks take the options that a page gives them, and examples are where it says."""
+    """Programs take the options that a page gives them, and are where it says."""
     program, *rest = words
     assert (ROOT / program).exists()
-    if program in BENCHMARKS:
-        arguments.read(BENCHMARKS[program], rest, prog=program)
+    if program in PROGRAMS:
+        arguments.read(PROGRAMS[program], rest, prog=program)
 
 
 @pytest.mark.parametrize("words", commands("videoar"), ids=" ".join)

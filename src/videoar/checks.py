@@ -18,8 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-USE, MUST_BE = "{} is {}: use {}.", "{} is {}, but must be {}: change it"
-"""Sentences of a name, its value, and what is right."""
+SENTENCE = "{} is {}: use {}."
+"""Of a name, its value, and what is right."""
 Rule = tuple[str, bool, str]
 """The name of a field, whether it is right, and what is."""
 
@@ -30,10 +30,10 @@ def hint(word: str, known: Iterable[str], says: str = "; did you mean {}?") -> s
     return says.format(close[0]) if close else ""
 
 
-def check(name: str, value: Any, right: bool, remedy: str, says: str = USE) -> None:
+def check(name: str, value: Any, right: bool, remedy: str) -> None:
     """Raise unless a value is right, in a sentence that ends in what is."""
     if not right:
-        raise ValueError(says.format(name, value, remedy))
+        raise ValueError(SENTENCE.format(name, value, remedy))
 
 
 def check_types(options: Any) -> None:
@@ -67,7 +67,7 @@ def typed(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]
         except (TypeError, ValueError, OverflowError) as error:  # of int(nan), float(10**400)
             plain = type(hints[name]) is type
             needed = hints[name].__name__ if plain else re.sub(r"\b[a-z]+\.", "", str(hints[name]))
-            raise ValueError(MUST_BE.format(name, f"{value!r:.80}", needed)) from error
+            raise ValueError(SENTENCE.format(name, f"{value!r:.80}", needed)) from error
     return found
 
 
@@ -99,18 +99,16 @@ def _as(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-def check_options(
-    options: Any, *rules: Rule, least: Mapping[str, float] = {}, says: str = USE
-) -> None:
+def check_options(options: Any, *rules: Rule, least: Mapping[str, float] = {}) -> None:
     """Raise for the first field whose rule does not hold, or that is below its `least` value.
 
     None, where a field may be that, is below nothing.
     """
     for name, right, remedy in rules:
-        check(name, getattr(options, name), right, remedy, says)
+        check(name, getattr(options, name), right, remedy)
     for name, low in least.items():
         value = getattr(options, name)
-        check(name, value, value is None or value >= low, f"{low} or more", says)
+        check(name, value, value is None or value >= low, f"{low} or more")
 
 
 def check_positive(options: Any, *names: str) -> None:

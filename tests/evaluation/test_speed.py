@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from benchmarks import length
+from benchmarks.cache import BenchCache, measure, with_cache, without_cache
 
 from videoar.core.schemes import parse
 from videoar.core.units import Visible
@@ -14,15 +16,9 @@ from videoar.evaluation import speed
 from videoar.evaluation.options import Bench
 from videoar.evaluation.speed import (
     Row,
-    cost_at,
-    flat_cells,
     generate,
-    measure_uncached,
     speed_cells,
     tables,
-    uncached_cells,
-    with_cache,
-    without_cache,
 )
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.timing import Timing
@@ -48,8 +44,6 @@ def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Ben
         units=("cube:1x2x2",),
         prompt=PROMPT,
         seconds=5.0,
-        long_seconds=30.0,
-        uncached_seconds=4.0,
         num_inference_steps=2,
         repeats=2,
         threads=1,
@@ -83,19 +77,17 @@ def test_the_start_of_the_process_is_counted(rows: list[Row]) -> None:
 def test_memory_is_that_of_a_process(rows: list[Row]) -> None:
     """Peaks are positive, hold at least the interpreter, and never fall as a video grows."""
     row = rows[0]
-    assert row.flat is not None
     assert all(2**24 < run.peak_bytes < 2**34 for run in row.runs)
-    assert 0 < row.flat["early_bytes"] <= row.flat["late_bytes"]
     assert row.runs[0].cache_bytes > 0
     assert peak_bytes() > 2**24
 
 
-def test_a_long_video_is_timed_at_every_mark(rows: list[Row]) -> None:
-    """Costs are there for seconds 10, 20 and 30 of 30."""
-    flat = rows[0].flat
-    assert flat is not None
+def test_a_long_video_is_timed_at_every_mark(config: Bench) -> None:
+    """Costs are there for seconds 10, 20 and 30 of 30, and peaks never fall as a video grows."""
+    flat = length.measure(config, 30.0)
     assert flat["seconds"] == [10, 20, 30]
     assert all(cost > 0 for cost in flat["cost"])
+    assert 0 < flat["early_bytes"] <= flat["late_bytes"]
 
 
 def test_the_file_reloads(rows: list[Row], config: Bench) -> None:
@@ -106,11 +98,11 @@ def test_the_file_reloads(rows: list[Row], config: Bench) -> None:
     assert Timing(**read["benchmark"]["rows"][0]["runs"][0]) == rows[0].runs[0]
 
 
-def test_the_tables_have_all_parts(rows: list[Row], config: Bench) -> None:
-    """Three tables of one line each, and the words that say what is included."""
+def test_the_table_has_all_parts(rows: list[Row], config: Bench) -> None:
+    """A table of one line, and the words that say what is included."""
     text = tables(config, rows)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 9
+    assert len(lines) == 3
     assert "end to end" in text
     assert "1 threads" in text
 
@@ -132,10 +124,11 @@ def test_without_a_cache_comes_the_same_video(pipe: VideoPipeline, scheme: str, 
 
 def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: Bench) -> None:
     """Both times are positive and the difference of tokens is rounding."""
-    both = measure_uncached(pipe, config)
-    assert both["cached_seconds"] > 0
-    assert both["uncached_seconds"] > 0
-    assert both["max_difference"] < 1e-4
+    options = BenchCache(checkpoint=config.checkpoint, prompt=PROMPT, seconds=4.0, repeats=1)
+    found = measure(pipe, options, "cube:1x2x2")
+    assert float(found["with cache (s)"]) >= 0
+    assert float(found["prefix recomputed (s)"]) > 0
+    assert float(found["largest difference"]) < 1e-4
 
 
 @pytest.mark.parametrize("scheme", ["frame", "chunk:2", "cube:1x2x2"])
@@ -165,8 +158,8 @@ def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:
     """A clock that slows down after second 10 shows it at 20, however frames are grouped."""
     frames = [1, 5, 17, 40, 80, 160, 200, 320]
     times = [min(f, 160) * 0.01 + max(f - 160, 0) * 0.02 for f in frames]
-    assert cost_at(10, fps=16, frames=frames, times=times) == pytest.approx(0.16)
-    assert cost_at(20, fps=16, frames=frames, times=times) == pytest.approx(0.32)
+    assert length.cost_at(10, fps=16, frames=frames, times=times) == pytest.approx(0.16)
+    assert length.cost_at(20, fps=16, frames=frames, times=times) == pytest.approx(0.32)
 
 
 def _made_up() -> Row:
@@ -193,13 +186,6 @@ def _made_up() -> Row:
         window_frames=None,
         matmul_rate=1.6e10,
         hardware="abacus",
-        uncached={
-            "seconds": 2.0,
-            "cached_seconds": 0.5,
-            "uncached_seconds": 3.0,
-            "max_difference": 1e-6,
-        },
-        flat={"seconds": [10, 20], "cost": [0.2, 0.3], "early_bytes": 2**28, "late_bytes": 2**29},
     )
 
 
@@ -214,18 +200,18 @@ def test_cells_follow_from_the_measurements() -> None:
     assert (cells["from start (s)"], cells["peak memory"]) == ("3.00", "256 MiB")
     unknown = replace(row, runs=(replace(row.runs[0], start_seconds=None),))
     assert speed_cells(unknown)["from start (s)"] == "unknown"
-    assert row.flat is not None
-    assert row.uncached is not None
-    assert flat_cells("frame", row.flat)["last / first"] == "1.500"
-    assert flat_cells("frame", row.flat)["end / 20 s"] == "2.000"
-    assert uncached_cells("frame", row.uncached)["ratio"] == "6.0"
+    flat = {"seconds": [10, 20], "cost": [0.2, 0.3], "early_bytes": 2**28, "late_bytes": 2**29}
+    assert length.row("frame", flat)["last / first"] == "1.500"
+    assert length.row("frame", flat)["end / 20 s"] == "2.000"
 
 
 def test_bad_requests_are_one_sentence(config: Bench, tmp_path: Path) -> None:
     """Wrong numbers, names and files are refused before a process starts."""
-    for field, value in (("seconds", 0.0), ("seconds", float("nan")), ("long_seconds", 12.0)):
+    for field, value in (("seconds", 0.0), ("seconds", float("nan"))):
         with pytest.raises(ValueError, match=f"{field} is"):
             replace(config, **{field: value})
+    with pytest.raises(ValueError, match="seconds is 12"):
+        length.BenchLength(seconds=12.0)
     with pytest.raises(ValueError, match="Unknown units"):
         speed.measure_all(replace(config, units=("cubes",)), lambda line: None)
     with pytest.raises(ValueError, match="no checkpoint is called"):

@@ -44,26 +44,21 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             pixels = np.random.default_rng(seed).integers(0, 255, (10, 32, 32, 3), np.uint8)
             Video(frames=pixels, fps=16).save(videos / f"{seed}.mkv")
         small = replace(task, videos=videos, codec=CODEC, size="32x32", num_frames=5)
-    elif isinstance(task, TextToVideoConfig) and task.size:  # from nothing, one step a stage
-        toy = _tiny(find("toy"), folder).task
-        stages = tuple(replace(stage, steps=1) for stage in task.stages)
-        sizes = {"size": None, "model": MODEL, "text": toy.text}
-        small = replace(task, latents=toy.latents, codec=toy.codec, stages=stages, **sizes)
-    elif isinstance(task, TextToVideoConfig) and task.model is None:  # those of `init`
+    elif isinstance(task, TextToVideoConfig) and task.size is None:  # those of `init`
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")
-    elif isinstance(task, TextToVideoConfig):
-        toy = RECIPES["toy"]().out / "checkpoint"
-        bundled = {Path("toy-base"): folder / toy}
+    elif isinstance(task, TextToVideoConfig):  # from nothing, one step a stage
+        toy = find("toy").task
         small = replace(
             task,
-            codec=bundled.get(task.codec, folder / task.codec),
-            latents=folder / task.latents,
-            model=replace(MODEL, prediction=task.model.prediction),
+            codec=folder / toy.codec,
+            latents=folder / toy.latents,
+            stages=tuple(replace(stage, steps=1) for stage in task.stages),
+            size=None,
+            model=replace(MODEL, prediction="clean") if task == toy else MODEL,
             text=replace(TEXT, max_tokens=96),  # few captions make a poor tokenizer
             num_videos=4,
-            num_latents=max(5, task.flow.clip_frames),
-            init=task.init and bundled.get(task.init, folder / task.init),
+            num_latents=8,
         )
     elif isinstance(task, StudentConfig):
         made = {str(RECIPES[name]().out / "checkpoint"): name for name in RECIPES}
@@ -82,7 +77,7 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         )
     else:
         pytest.fail(f"{config.name} trains a {type(task).__name__}: shrink it here")
-    steps = 2 + len(getattr(task, "stages", ())) // 2  # of each stage one, and one more
+    steps = max(2, 1 + len(getattr(task, "stages", ())))  # of each stage one, and one more
     return replace(
         config, task=small, out=folder / config.out, steps=steps, batch_size=2, sample_every=2
     )

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from videoar import __version__
-from videoar.checks import Note, hint
+from videoar.checks import Note, hint, import_named
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     """
     name, *words = argv or ["--help"]
     if name in ("-h", "--help"):
-        kinds = {name: (kind.__doc__ or "").splitlines() for name, kind in COMMANDS.items()}
+        kinds = {name: (kind.__doc__ or "").splitlines() for name, (kind, _) in COMMANDS.items()}
         lines = [f"  {name:<16} {line}" for name, (line, *_) in kinds.items()]
         return functools.partial(say, USAGE.format(commands="\n".join(lines)))
     if name == "--version":
@@ -83,10 +83,10 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     asked = [word.partition("=")[0] for word in words]
     if name in ("evaluate", "compare") and "--data" in asked:
         raise ValueError(f"`{name}` reads no --data: use `videoar evaluate heldout` with it")
-    kind = COMMANDS[name]
+    kind, place = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
         args = arguments.read(kind, words, prog=f"videoar {name}")
-        return functools.partial(command_of(name), args)
+        return functools.partial(import_named(place), args)
     from videoar.training import recipes
 
     recipe, *rest = words
@@ -94,41 +94,20 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     rest = [word for word in rest if word != "--export"]
     prog = f"videoar {name} {recipe}"
     config = arguments.read(type(default), rest, prog=prog, default=default)
-    return functools.partial(command_of(name), kind(recipe=recipe, export=export), config=config)
+    return functools.partial(import_named(place), kind(recipe=recipe, export=export), config=config)
 
 
-COMMANDS: dict[str, type] = {
-    "generate": options.Generate,
-    "train": options.Train,
-    "distill": options.Distill,
-    "convert": options.Convert,
-    "info": options.Info,
-    "units": options.DrawUnits,
-    "prepare": Prepare,
-    "bench": Bench,
-    "evaluate": Evaluate,
-    "evaluate heldout": HeldOut,
-    "compare": Compare,
-    "demo": options.Demo,
+COMMANDS: dict[str, tuple[type, str]] = {
+    "generate": (options.Generate, "videoar.cli.generate:generate"),
+    "train": (options.Train, "videoar.cli.train:train"),
+    "distill": (options.Distill, "videoar.cli.train:train"),
+    "convert": (options.Convert, "videoar.cli.checkpoints:convert"),
+    "info": (options.Info, "videoar.cli.checkpoints:info"),
+    "units": (options.PrintUnits, "videoar.cli.units:print_units"),
+    "prepare": (Prepare, "videoar.cli.prepare:prepare"),
+    "bench": (Bench, "videoar.cli.evaluate:measure"),
+    "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
+    "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
+    "compare": (Compare, "videoar.cli.evaluate:measure"),
 }
-
-
-def command_of(name: str) -> Callable[..., int | None]:
-    """Return the function of a command; what it needs is imported only now."""
-    if name == "generate":
-        from videoar.cli.generate import generate as command
-    elif name in ("train", "distill"):
-        from videoar.cli.train import train as command
-    elif name == "convert":
-        from videoar.cli.checkpoints import convert as command
-    elif name == "info":
-        from videoar.cli.checkpoints import info as command
-    elif name == "units":
-        from videoar.cli.units import draw_units as command
-    elif name == "prepare":
-        from videoar.cli.prepare import prepare as command
-    elif name == "demo":
-        from videoar.cli.demo import demo as command
-    else:
-        from videoar.cli.evaluate import measure as command
-    return command
+"""The options of every command, and the name of its function: imported only when it runs."""

@@ -160,8 +160,8 @@ class Info(CheckpointOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawUnits:
-    """Print how schemes cut a lattice into units, and draw it."""
+class PrintUnits:
+    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
 
     schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
     """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
@@ -177,27 +177,8 @@ class DrawUnits:
     """First latent frames that stay readable for ever."""
     steps: int = 4
     """Denoising steps per unit."""
-    out: Path | None = None
-    """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
-    force: bool = False
-    """Replace files that exist."""
 
     def __post_init__(self) -> None:
         check_positive(self, "steps")
         if not self.schemes:
             raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Generate a minute of video, and one prompt under all five kinds of unit."""
-
-    out: Path = Path("demo")
-    """Folder; the files of an earlier demo in it are replaced."""
-    model: str = "toy"
-    """Checkpoint: a bundled name or a folder."""
-    seconds: float = 60.0
-    """Length of the long video."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "seconds")

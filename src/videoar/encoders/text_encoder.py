@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from videoar.checks import check_types
+from videoar.checks import check, check_options, check_types
 from videoar.weights import load_component, save_component
 
 PAD = 0
@@ -40,18 +39,11 @@ class Tokenizer:
                 f"A vocabulary of {vocab_size} has no room for every byte and the padding token: "
                 "raise it to 257 or more."
             )
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
+        backend = tokenizers.ByteLevelBPETokenizer()
+        how = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": ["<pad>"]}
+        backend.train_from_iterator(texts, show_progress=False, **how)
         assert backend.token_to_id("<pad>") == PAD
-        return cls(backend)
+        return cls(tokenizers.Tokenizer.from_str(backend.to_str()))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -128,14 +120,10 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = (self.vocab_size, self.hidden_size, self.num_heads, self.max_tokens)
-        if min(sizes) < 1 or self.num_layers < 0:
-            raise ValueError(f"A size of {self} is below its limit: raise it to at least 1.")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide among {self.num_heads} heads: "
-                "make it a multiple."
-            )
+        sizes = ("vocab_size", "hidden_size", "num_heads", "max_tokens")
+        check_options(self, least=dict.fromkeys(sizes, 1) | {"num_layers": 0})
+        even = self.hidden_size % self.num_heads == 0
+        check("hidden_size", self.hidden_size, even, f"a multiple of num_heads {self.num_heads}")
 
 
 class TextEncoder(nn.Module):

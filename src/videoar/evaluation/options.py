@@ -31,10 +31,6 @@ class Bench:
     """What is generated."""
     seconds: float = 20.0
     """Length of the video that is timed."""
-    long_seconds: float = 0.0
-    """Length of a video that shows whether cost and memory stay flat, 30 or more; 0: none."""
-    uncached_seconds: float = 2.0
-    """Length of the video that is also generated without a cache; 0: none."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
     repeats: int = 3
@@ -45,13 +41,10 @@ class Bench:
     """JSON file of the report."""
 
     def __post_init__(self) -> None:
-        long = self.long_seconds == 0 or 30 <= self.long_seconds < math.inf
         check_options(
             self,
             ("units", len(self.units) > 0, "at least one kind"),
             ("seconds", 0 < self.seconds < math.inf, "a positive number, such as 20"),
-            ("long_seconds", long, "0, or 30 or more"),
-            ("uncached_seconds", 0 <= self.uncached_seconds < math.inf, "0 or more"),
             least={"num_inference_steps": 1, "repeats": 1, "threads": 1},
         )
 

@@ -1,8 +1,8 @@
 """Speed and memory of generation, end to end: from a prompt to a closed video file.
 
 Every kind of unit runs in a fresh process, so that its peak of memory is its own and its start is a
-real one. What a figure includes stands in the report, and so does what a cache is worth: the same
-sampling with the prefix recomputed in every pass.
+real one. What a figure includes stands in the report. What a cache is worth measures
+`benchmarks/cache.py`, and whether long videos stay flat `benchmarks/length.py`.
 """
 
 import multiprocessing
@@ -14,31 +14,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from videoar import machine
 from videoar.core.attention import Spans
-from videoar.core.noise import unit_noise
-from videoar.core.sampler import Network, Sampler
+from videoar.core.sampler import Network
 from videoar.core.schemes import parse
 from videoar.core.transformer import Output, VideoTransformer
-from videoar.core.units import token_mask
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
 from videoar.evaluation.tables import cells, markdown
-from videoar.files import Json, load, save
+from videoar.files import load, save
 from videoar.generation.pipeline import VideoPipeline
-from videoar.generation.stream import Generation, write
+from videoar.generation.stream import write
 from videoar.generation.timing import Timing
 
-MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over the 5 s before
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
@@ -65,10 +59,6 @@ class Row:
     matmul_rate: float
     """Floating-point operations per second of a large matrix product on this machine."""
     hardware: str
-    uncached: Json | None
-    """What `measure_uncached` returns."""
-    flat: Json | None = None
-    """What `measure_flat` returns."""
 
 
 def run(config: Bench, report: Callable[[str], None]) -> str:
@@ -88,10 +78,7 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
     load(config.out, "benchmark", kind="benchmark")  # fails now if it must fail
     rows = []
     for name in config.units:
-        one = replace(config, units=(name,))
-        row = apart(measure, one)
-        if config.long_seconds:
-            row = replace(row, flat=apart(measure_flat, one))
+        row = apart(measure, replace(config, units=(name,)))
         rows.append(row)
         report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
     save(config.out, {"benchmark": {"config": replace(config, out=None), "rows": rows}})
@@ -110,16 +97,9 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
 
 
 def tables(config: Bench, rows: Sequence[Row]) -> str:
-    """Return the tables, and what their figures include."""
-    flat = [flat_cells(row.name, row.flat) for row in rows if row.flat]
-    uncached = [uncached_cells(row.name, row.uncached) for row in rows if row.uncached]
-    titled = {
-        INCLUDED.format(**vars(config), hardware=rows[0].hardware): list(map(speed_cells, rows)),
-        f"Seconds per second of video, over the {SPAN_SECONDS:g} s that end there:": flat,
-        "The network alone, with a cache and without; both read the whole prefix:": uncached,
-    }
-    text = [f"{title}\n\n{markdown(cells(found))}" for title, found in titled.items() if found]
-    return "\n\n".join(text) + "\n"
+    """Return the table, and what its figures include."""
+    title = INCLUDED.format(**vars(config), hardware=rows[0].hardware)
+    return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -150,32 +130,6 @@ def speed_cells(row: Row) -> dict[str, str]:
     }
 
 
-def flat_cells(name: str, flat: Json) -> dict[str, str]:
-    """Return the cells of the table of long videos, by column."""
-    cost, early, late = flat["cost"], flat["early_bytes"], flat["late_bytes"]
-    return {
-        "units": name,
-        **{f"at {at:g} s": f"{value:.3f}" for at, value in zip(flat["seconds"], cost, strict=True)},
-        "last / first": f"{cost[-1] / cost[0]:.3f}",
-        "peak memory at 20 s": f"{early / 2**20:.0f} MiB",
-        "at the end": f"{late / 2**20:.0f} MiB",
-        "end / 20 s": f"{late / early:.3f}",
-    }
-
-
-def uncached_cells(name: str, both: Json) -> dict[str, str]:
-    """Return the cells of the comparison with no cache, by column."""
-    cached, uncached = both["cached_seconds"], both["uncached_seconds"]
-    return {
-        "units": name,
-        "video (s)": f"{both['seconds']:g}",
-        "with cache (s)": f"{cached:.2f}",
-        "prefix recomputed (s)": f"{uncached:.2f}",
-        "ratio": f"{uncached / cached:.1f}",
-        "largest difference": f"{both['max_difference']:.0e}",
-    }
-
-
 def load_pipeline(config: Bench) -> VideoPipeline:
     """Load the checkpoint, to be used with the threads that are asked for."""
     if config.threads is not None:
@@ -184,7 +138,7 @@ def load_pipeline(config: Bench) -> VideoPipeline:
 
 
 def measure(config: Bench) -> Row:
-    """Generate the video of one kind several times; then measure the machine, and use no cache."""
+    """Generate the video of one kind several times; then measure the machine."""
     before = time.perf_counter()
     pipe = load_pipeline(config)
     load_seconds = time.perf_counter() - before
@@ -198,36 +152,7 @@ def measure(config: Bench) -> Row:
         window_frames=pipe.sampling.window_frames,
         matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
         hardware=machine.hardware("cpu"),
-        uncached=measure_uncached(pipe, config) if config.uncached_seconds else None,
     )
-
-
-def measure_flat(config: Bench) -> Json:
-    """Generate one long video; return what its seconds cost, and the peak of memory on the way."""
-    pipe, clock = load_pipeline(config), []
-
-    def tick(frames: int, seconds: float) -> None:
-        clock.append((frames, seconds, machine.peak_bytes()))
-
-    generate(pipe, config, seconds=config.long_seconds, show=tick)
-    frames, times, peaks = zip(*clock, strict=True)
-    fps = pipe.sampling.fps
-    seconds = np.arange(1, config.long_seconds // MARK_SECONDS + 1) * MARK_SECONDS
-    return {
-        "seconds": seconds.tolist(),
-        "cost": [cost_at(second, fps=fps, frames=frames, times=times) for second in seconds],
-        "early_bytes": peaks[int(np.searchsorted(frames, 20 * fps))],
-        "late_bytes": peaks[-1],
-    }
-
-
-def cost_at(second: float, *, fps: float, frames: Sequence[int], times: Sequence[float]) -> float:
-    """Return the time per second of video over the span that ends at a second of it.
-
-    There were so many `frames` at these `times`.
-    """
-    end, begin = np.interp([second * fps, (second - SPAN_SECONDS) * fps], frames, times)
-    return float(end - begin) / SPAN_SECONDS
 
 
 def _pairs(mask: Tensor | Spans) -> int:
@@ -256,17 +181,6 @@ class Counted:
         return self.network(tokens, **inputs)
 
 
-def start(pipe: VideoPipeline, config: Bench, *, seconds: float) -> Generation:
-    """Prepare to generate a video."""
-    return pipe.generate(
-        [config.prompt],
-        num_frames=max(1, round(seconds * pipe.sampling.fps)),
-        seeds=[0],
-        units=config.units[0],
-        num_inference_steps=config.num_inference_steps,
-    )
-
-
 def generate(
     pipe: VideoPipeline,
     config: Bench,
@@ -278,7 +192,13 @@ def generate(
 
     After every write `show` gets the frames and the seconds so far.
     """
-    generation = start(pipe, config, seconds=seconds)
+    generation = pipe.generate(
+        [config.prompt],
+        num_frames=max(1, round(seconds * pipe.sampling.fps)),
+        seeds=[0],
+        units=config.units[0],
+        num_inference_steps=config.num_inference_steps,
+    )
     counted = Counted(generation.sampler.network, pipe.transformer)
     generation.sampler.network = counted
     with tempfile.TemporaryDirectory() as folder:
@@ -287,59 +207,3 @@ def generate(
     if timing.interrupted:
         raise KeyboardInterrupt
     return timing, counted
-
-
-def measure_uncached(pipe: VideoPipeline, config: Bench) -> Json:
-    """Time the network alone for one video, with the cache and with the prefix recomputed.
-
-    Both let a unit read all before it: sinks that move with a window exist only in a cache.
-    """
-    plain = replace(pipe.sampling, window_frames=None, lag=None, context_noise=0.0)
-    pipe = replace(pipe, sampling=plain)
-    times: dict[str, list[float]] = {"cached": [], "uncached": []}
-    tokens: dict[str, Tensor] = {}
-    for _ in range(config.repeats):
-        for name, generate_all in (("cached", with_cache), ("uncached", without_cache)):
-            sampler = start(pipe, config, seconds=config.uncached_seconds).sampler
-            before = time.perf_counter()
-            tokens[name] = generate_all(sampler)
-            times[name].append(time.perf_counter() - before)
-    difference = float((tokens["cached"] - tokens["uncached"]).abs().max())
-    assert difference < 1e-2, f"the cache changes tokens by {difference}"
-    seconds = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
-    return {"seconds": config.uncached_seconds, "max_difference": difference} | seconds
-
-
-@torch.inference_mode()
-def with_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
-    """Return all tokens of a clip in the order of its units."""
-    finished = sorted(sampler, key=lambda item: item.unit.index)
-    return torch.cat([item.tokens for item in finished], dim=1)
-
-
-@torch.inference_mode()
-def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
-    """Do what a sampler does, by a forward over all tokens so far for every step of every unit."""
-    units, config, batch = sampler.units, sampler.config, len(sampler.seeds)
-    visible = config.visible.matrix(torch.arange(len(units.sizes)), units.waves)
-    tokens: list[Tensor] = []
-    for unit in units:
-        count, size = unit.index + 1, len(unit.cells)
-        row = units.unit[units.unit < count]
-        mask = token_mask(visible[:count, :count], row, row)
-        shape = size, sampler.network.config.token_dim
-        x, memory = unit_noise(sampler.seeds, unit.index, shape), None
-        for at, sigma in enumerate(config.told[:-1]):
-            output = sampler.network(
-                torch.cat([*tokens, x], dim=1),
-                coords=units.coords[: len(row)],
-                sigma=torch.tensor([[0.0] * unit.index + [sigma]]).expand(batch, -1),
-                unit=row,
-                text=sampler.text,
-                mask=mask,
-            )
-            fresh = partial(unit_noise, sampler.seeds, unit.index, shape)
-            velocity = output.velocity[:, -size:]
-            x, memory = config.after(at, x, velocity, memory, fresh)
-        tokens.append(x)
-    return torch.cat(tokens, dim=1)

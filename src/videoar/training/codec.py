@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
@@ -30,7 +31,7 @@ from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
+from videoar.evaluation.metrics import edges, moving, psnr, ssim
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective, own_weights
 from videoar.training.run_folder import FOOTAGE, Report, checkpoints
@@ -301,24 +302,10 @@ class ReconstructionTask:
         self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
 
     def _flops_per_latent(self, height: int, width: int) -> float:
-        """Count the multiply-adds of one latent frame, there and back, by shape."""
-        total = 0.0
-
-        def add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal total
-            total += 2 * output.numel() * layer.weight[0].numel()
-
-        codec = self.objective.module
-        hooks = [
-            layer.register_forward_hook(add)
-            for layer in codec.modules()
-            if isinstance(layer, nn.Conv2d)
-        ]
-        with torch.no_grad():
-            codec.reconstruct(torch.zeros(1, 5, 3, height, width))
-        for hook in hooks:
-            hook.remove()
-        return total / 2
+        """Count the operations of one latent frame, there and back."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.objective.module.reconstruct(torch.zeros(1, 5, 3, height, width))
+        return counter.get_total_flops() / 2
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
@@ -335,17 +322,14 @@ class ReconstructionTask:
         (self.out / "samples").mkdir(exist_ok=True)
         Image.fromarray(sheet).save(self.out / "samples" / f"step-{step}.png")
         where = [np.concatenate([find(clip) for clip, _ in pairs]) for find in (edges, moving)]
-        perceived = [xpsnr(*pair) for pair in pairs]
         original, decoded = (np.concatenate(clips) for clips in zip(*pairs, strict=True))
-        values = {
+        return {
             "psnr": psnr(original, decoded),
             "psnr_edges": psnr(original, decoded, where=where[0]),
             "psnr_moving": psnr(original, decoded, where=where[1]),
             "ssim": ssim(original, decoded),
             "latent_std": float(torch.cat(latents).std()),
         }
-        known = [value for value in perceived if value is not None]
-        return values | ({"xpsnr": float(np.mean(known))} if known else {})
 
     @torch.no_grad()
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:

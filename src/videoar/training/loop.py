@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import MUST_BE, check_options, check_types
+from videoar.checks import check_options, check_types
 from videoar.data.batches import Batches
 from videoar.generation.progress import Paced
 from videoar.training import run_folder
@@ -97,8 +97,8 @@ class TrainConfig:
         check_types(self)
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
         least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
-        decay = ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
-        check_options(self, decay, least=least, says=MUST_BE)
+        decay = ("ema_decay", 0 <= self.ema_decay < 1, "a number from 0 to below 1")
+        check_options(self, decay, least=least)
 
 
 def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
@@ -214,7 +214,7 @@ class _Run:
         for name, optimizer in objective.optimizers(config.optimizer).items():
             named = self.module.get_submodule(name).named_parameters(prefix=name)
             trained = {n: p for n, p in named if p.requires_grad}
-            self.groups[name] = ParameterGroup(optimizer, trained, config.precision)
+            self.groups[name] = ParameterGroup(optimizer, trained)
         self.step = 0
         self.window: list[LogLine] = []
         """What steps computed and took since the last line of the log; part of a checkpoint."""

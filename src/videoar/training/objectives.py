@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from videoar.checks import MUST_BE, check_options
+from videoar.checks import check_options
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
 from videoar.core.schemes import Scheme, parse
 from videoar.core.transformer import TextContext, VideoTransformer
@@ -85,7 +85,7 @@ class StageConfig:
     """Unit schemes; those of the run, if none is named."""
 
     def __post_init__(self) -> None:
-        check_options(self, least={"steps": 1, "draws": 1}, says=MUST_BE)
+        check_options(self, least={"steps": 1, "draws": 1})
 
 
 class FlowMatching(Objective):

@@ -1,21 +1,15 @@
 """Muon beside AdamW, and their schedule: what turns gradients into steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checks import MUST_BE, check_options, check_types
+from videoar.checks import check_options, check_types
 
-# A quintic whose iteration drives singular values towards 1, steep near 0 (Jordan 2024).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Parameters with one of these in their name stay with AdamW: what comes first and last.
 MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
-# Decay of its momentum.
-MOMENTUM = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +19,7 @@ class OptimizerConfig:
     learning_rate: float
     """Step size of AdamW on the plateau."""
     muon_learning_rate: float | None = None
-    """Step size of Muon, for hidden matrices and convolutions; None leaves them to AdamW."""
+    """Step size of Muon (Jordan et al. 2024), for hidden matrices; None leaves them to AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.01
@@ -41,11 +35,10 @@ class OptimizerConfig:
         check_types(self)
         check_options(
             self,
-            ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1"),
-            ("clip_norm", self.clip_norm > 0, "above 0"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "a share from 0 to 1"),
+            ("clip_norm", self.clip_norm > 0, "a number above 0"),
             least={"warmup_steps": 0},
-            says=MUST_BE,
         )
 
 
@@ -74,12 +67,9 @@ class ParameterGroup:
     Args:
         config: the optimizer and its schedule.
         parameters: by name.
-        precision: of the run; with bfloat16 Muon's products are that, too.
     """
 
-    def __init__(
-        self, config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], precision: str
-    ) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
         self.config, self.parameters = config, dict(parameters)
         self.steps = 0
         """How often they moved."""
@@ -88,7 +78,7 @@ class ParameterGroup:
         for name, parameter in parameters.items():
             if parameter.ndim < 2:
                 vectors.append(parameter)
-            elif muon is None or any(part in name for part in MUON_EXCLUDES):
+            elif muon is None or parameter.ndim > 2 or any(part in name for part in MUON_EXCLUDES):
                 outer.append(parameter)
             else:
                 hidden.append(parameter)
@@ -100,9 +90,16 @@ class ParameterGroup:
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         self.optimizers: list[torch.optim.Optimizer] = [adamw]
-        if muon is not None and hidden:
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-            self.optimizers.append(Muon(hidden, lr=muon, weight_decay=decay, dtype=dtype))
+        if muon is not None and not hidden:
+            raise ValueError(
+                f"muon_learning_rate is {muon}, but Muon moves matrices, and what is trained has"
+                " none: set --optimizer.muon-learning-rate None"
+            )
+        if muon is not None:
+            self.optimizers.append(torch.optim.Muon(hidden, lr=muon, weight_decay=decay))
+            self.optimizers[-1].state |= {
+                p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden
+            }
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -117,58 +114,3 @@ class ParameterGroup:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * rate / self.config.learning_rate
             optimizer.step()
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov's momentum, orthogonalised by Newton-Schulz.
-
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon. PyTorch's own Muon takes matrices only;
-    here a convolution is the matrix of its filters.
-
-    Args:
-        parameters: weights of two and more axes.
-        lr: size of a step, relative to a matrix with singular values 1.
-        weight_decay: decoupled decay.
-        dtype: type of the Newton-Schulz products; bfloat16 where the machine is fast at it.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
-        for parameter in parameters:
-            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                momentum = self.state[parameter]["momentum"]
-                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                direction = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
-                # Wide and tall matrices get steps of the same size per output.
-                scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
-                update = orthogonalise(direction.to(self.dtype)).to(parameter.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
-
-
-def orthogonalise(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """Move all singular values close to 1 (0.7 to 1.2) by five Newton-Schulz iterations."""
-    a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x

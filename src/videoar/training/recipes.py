@@ -6,11 +6,10 @@ A name on the command line is a function here, or `package.module:function` anyw
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from videoar.checks import hint, import_named
 from videoar.core.loss import FlowMatchingConfig
-from videoar.core.transformer import ModelConfig
-from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.training.codec import FootageConfig, ReconstructionConfig
@@ -31,33 +30,28 @@ TOY_UNITS = (
     "cube:2x2x2",
 )
 SAMPLING = GenerationConfig(guidance_scale=3.0)
+# What a thing looks like is learned 20 times as fast from pictures as from clips.
+PICTURES = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)
+# Where to go is then said by the prompt alone: in longer clips the context shows it, and what the
+# words for it mean is not learned.
+PAIRS = FlowMatchingConfig(clip_frames=2, far_probability=0.0)
 TOY_TASK = TextToVideoConfig(
     codec=Path("runs/codec-toy-decoder/checkpoint"),
     latents=Path("runs/world-64"),
     num_videos=10_000,
     num_latents=12,
     units=TOY_UNITS,
-    model=ModelConfig(
-        num_layers=6,
-        num_heads=4,
-        head_dim=32,
-        ffn_dim=512,
-        text_dim=128,
-        freq_dim=64,
-        rope_theta=100.0,
-        prediction="clean",
-    ),
-    text=TextEncoderConfig(),
+    size="tiny",
     flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.5),
     sampling=SAMPLING,
-    init=Path("runs/toy-short/checkpoint"),
-)
-SHORT_TASK = replace(
-    TOY_TASK, latents=Path("runs/world-64-short"), num_videos=20_000, num_latents=4, init=None
+    stages=(
+        StageConfig(steps=2500, flow=PICTURES, draws=8, units=("frame",)),
+        StageConfig(steps=1000, flow=PAIRS, draws=4, units=("frame",)),
+        StageConfig(steps=900, flow=FlowMatchingConfig(clip_frames=4), draws=2),
+    ),
 )
 TOY_STUDENT = StudentConfig(
     teacher="toy-base",
-    teacher_mask="same",
     student="toy-base",
     latents=TOY_TASK.latents,
     units=TOY_UNITS,
@@ -69,6 +63,11 @@ TOY_STUDENT = StudentConfig(
         critic_warmup=40,
     ),
 )
+
+
+def _named(name: str, config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return a run like another, with a name and a folder of its own."""
+    return replace(config, name=name, out=Path("runs") / name, **changes)
 
 
 def codec_toy() -> TrainConfig:
@@ -91,96 +90,43 @@ def codec_toy() -> TrainConfig:
 def codec_toy_decoder() -> TrainConfig:
     """A wider decoder for the latents of `codec-toy`: `videoar train codec-toy-decoder`."""
     first = codec_toy()
-    return replace(
-        first,
-        name="codec-toy-decoder",
-        out=Path("runs/codec-toy-decoder"),
-        task=ReconstructionConfig(codec=TinyCodecConfig.wide(), init=first.out / "checkpoint"),
-        steps=3000,
-    )
+    task = ReconstructionConfig(codec=TinyCodecConfig.wide(), init=first.out / "checkpoint")
+    return _named("codec-toy-decoder", first, task=task, steps=3000)
 
 
 def codec() -> TrainConfig:
     """A codec of your own videos: `videoar train codec --data.path VIDEOS`."""
-    return TrainConfig(
-        name="codec",
-        out=Path("runs/codec"),
+    first = codec_toy()
+    return _named(
+        "codec",
+        first,
         task=FootageConfig(videos=Path("videos")),
         steps=5000,
         batch_size=4,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_fraction=0.25),
+        optimizer=replace(first.optimizer, decay_fraction=0.25),
         ema_decay=0.998,
-        precision="bfloat16",
-        log_every=50,
         save_every=100,
-        sample_every=100,
     )
 
 
-def _toy(
-    name: str, task: TextToVideoConfig, *, steps: int, batch_size: int, decay_fraction: float = 0.0
-) -> TrainConfig:
-    """Train the generator of the embedded checkpoints a stage further."""
+def toy() -> TrainConfig:
+    """The bundled `toy-base`, for every kind of unit, in stages: `videoar train toy`.
+
+    First pictures, then two latent frames, then the first second, then clips.
+    """
     return TrainConfig(
-        name=name,
-        out=Path("runs") / name,
-        task=task,
-        steps=steps,
-        batch_size=batch_size,
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=decay_fraction
-        ),
+        name="toy",
+        out=Path("runs/toy"),
+        task=TOY_TASK,
+        steps=5900,
+        batch_size=32,
+        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.1),
         ema_decay=0.998,
         precision="bfloat16",
         log_every=20,
         save_every=200,
         sample_every=400,
     )
-
-
-def toy_images() -> TrainConfig:
-    """First pictures from text: `videoar train toy-images`.
-
-    What a thing looks like is learned 20 times as fast from pictures as from clips.
-    """
-    task = replace(
-        SHORT_TASK,
-        units=("frame",),
-        flow=FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0),
-        sampling=replace(SAMPLING, units="frame", window_frames=1, sink_frames=0),
-    )
-    return _toy("toy-images", task, steps=2500, batch_size=256)
-
-
-def toy_pairs() -> TrainConfig:
-    """Then two latent frames, where to go being said by the prompt alone: `toy-pairs`.
-
-    In longer clips the context shows it, and what the words for it mean is not learned.
-    """
-    task = replace(
-        SHORT_TASK,
-        units=("frame",),
-        flow=FlowMatchingConfig(clip_frames=2, far_probability=0.0),
-        sampling=replace(SAMPLING, units="frame", window_frames=2),
-        init=Path("runs/toy-images/checkpoint"),
-    )
-    return _toy("toy-pairs", task, steps=1000, batch_size=128)
-
-
-def toy_short() -> TrainConfig:
-    """The first second, in every kind of unit, after `toy-pairs`: `videoar train toy-short`."""
-    task = replace(
-        SHORT_TASK,
-        flow=FlowMatchingConfig(clip_frames=4),
-        sampling=replace(SAMPLING, window_frames=4),
-        init=Path("runs/toy-pairs/checkpoint"),
-    )
-    return _toy("toy-short", task, steps=900, batch_size=64)
-
-
-def toy() -> TrainConfig:
-    """The bundled `toy-base`, for every kind of unit, after `toy-short`: `videoar train toy`."""
-    return _toy("toy", TOY_TASK, steps=1500, batch_size=32, decay_fraction=0.4)
 
 
 def toy_teacher() -> TrainConfig:
@@ -190,16 +136,20 @@ def toy_teacher() -> TrainConfig:
     """
     task = replace(
         TOY_TASK,
-        codec=Path("toy-base"),
+        codec=None,
         units=("full", "full", "full", "multiscale:4,2,1"),
+        size=None,
         flow=FlowMatchingConfig(context="full", sink_frames=0, far_probability=0.0),
+        stages=(),
         sampling=replace(SAMPLING, units="full", num_inference_steps=24, sink_frames=0),
         init=Path("toy-base"),
     )
-    return _toy("toy-teacher", task, steps=2400, batch_size=64, decay_fraction=0.4)
+    rates = replace(toy().optimizer, decay_fraction=0.4)
+    how = {"task": task, "steps": 2400, "batch_size": 64, "optimizer": rates}
+    return _named("toy-teacher", toy(), **how)
 
 
-def _toy_distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
+def _distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     """Match distributions; half-way and at the end the student is judged."""
     return TrainConfig(
         name=name,
@@ -224,7 +174,7 @@ def toy_start() -> TrainConfig:
     """
     task = replace(TOY_STUDENT, distillation=DistillationConfig(stage="consistency"))
     return replace(
-        _toy_distillation("toy-start", task, steps=240),
+        _distillation("toy-start", task, steps=240),
         batch_size=32,
         optimizer=OptimizerConfig(
             learning_rate=5e-4, muon_learning_rate=2e-3, warmup_steps=20, decay_fraction=0.5
@@ -236,23 +186,21 @@ def toy_start() -> TrainConfig:
 
 def few_step() -> TrainConfig:
     """A model of `train video` in two steps: `videoar distill few-step --data.path LATENTS`."""
-    start, made = toy_start(), "runs/video/checkpoint"
+    made = "runs/video/checkpoint"
     path = DistillationConfig(stage="consistency", num_inference_steps=2, guidance_scale=2.0)
     task = StudentConfig(
         teacher=made,
-        teacher_mask="same",
         student=made,
         latents=Path("latents"),
         distillation=path,
     )
-    out = Path("runs/few-step")
-    return replace(start, name="few-step", out=out, task=task, steps=600, batch_size=16)
+    return _named("few-step", toy_start(), task=task, steps=600, batch_size=16)
 
 
 def toy_same() -> TrainConfig:
     """The second: `videoar distill toy-same`, teacher and critic reading what the student reads."""
     task = replace(TOY_STUDENT, student="runs/toy-start/checkpoint")
-    return _toy_distillation("toy-same", task, steps=400)
+    return _distillation("toy-same", task, steps=400)
 
 
 def toy_dmd() -> TrainConfig:
@@ -260,11 +208,10 @@ def toy_dmd() -> TrainConfig:
     task = replace(
         TOY_STUDENT,
         teacher="runs/toy-teacher/checkpoint",
-        teacher_mask="full",
         student="runs/toy-same/checkpoint",
         distillation=replace(TOY_STUDENT.distillation, critic="symmetric"),
     )
-    return _toy_distillation("toy-dmd", task, steps=320)
+    return _distillation("toy-dmd", task, steps=320)
 
 
 def wan_dmd() -> TrainConfig:
@@ -273,37 +220,31 @@ def wan_dmd() -> TrainConfig:
     Rates, sigmas and turns are those of Self-Forcing (arXiv:2506.08009).
     """
     wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    return TrainConfig(
-        name="wan-1.3b-dmd",
-        out=Path("runs/wan-1.3b-dmd"),
-        task=StudentConfig(
-            teacher=wan,
-            student=wan,
-            latents=Path("latents"),
-            units=("chunk:3",),
-            distillation=DistillationConfig(
-                clip_frames=21,
-                guidance_scale=4.0,
-                critic_draws=1,
-                critic_learning_rate=4e-7,
-                critic_warmup=500,
-            ),
-            recompute=True,
+    task = StudentConfig(
+        teacher=wan,
+        student=wan,
+        latents=Path("latents"),
+        units=("chunk:3",),
+        distillation=DistillationConfig(
+            clip_frames=21,
+            guidance_scale=4.0,
+            critic_draws=1,
+            critic_learning_rate=4e-7,
+            critic_warmup=500,
         ),
-        steps=1700,
+        recompute=True,
+    )
+    betas = (0.0, 0.999)
+    rates = {"learning_rate": 2e-6, "warmup_steps": 0, "decay_fraction": 0.0, "clip_norm": 10.0}
+    return replace(
+        _distillation("wan-1.3b-dmd", task, steps=1700),
         batch_size=1,
         accumulate=64,
-        optimizer=OptimizerConfig(
-            learning_rate=2e-6,
-            betas=(0.0, 0.999),
-            warmup_steps=0,
-            decay_fraction=0.0,
-            clip_norm=10.0,
-        ),
+        optimizer=OptimizerConfig(betas=betas, **rates),
         ema_decay=0.99,
-        precision="bfloat16",
         device="cuda",
-        save_every=100,
+        log_every=10,
+        sample_every=0,
     )
 
 
@@ -312,27 +253,22 @@ def video() -> TrainConfig:
 
     First pictures, then two latent frames, in which the prompt alone says where to go, then clips.
     """
-    pictures = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)
-    pairs = FlowMatchingConfig(clip_frames=2, far_probability=0.0)
-    return TrainConfig(
-        name="video",
-        out=Path("runs/video"),
+    return _named(
+        "video",
+        toy(),
         task=TextToVideoConfig(
             latents=Path("latents"),
             units=TOY_UNITS,
             size="small",
             flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.2),
             stages=(
-                StageConfig(steps=500, flow=pictures, draws=8, units=("frame",)),
-                StageConfig(steps=300, flow=pairs, draws=2, units=("frame",)),
+                StageConfig(steps=500, flow=PICTURES, draws=8, units=("frame",)),
+                StageConfig(steps=300, flow=PAIRS, draws=2, units=("frame",)),
             ),
         ),
         steps=6000,
         batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.3),
-        ema_decay=0.998,
-        precision="bfloat16",
-        log_every=20,
+        optimizer=replace(toy().optimizer, decay_fraction=0.3),
         save_every=100,
         sample_every=500,
     )
@@ -363,7 +299,7 @@ def distils(config: TrainConfig) -> bool:
 
 ALL = (
     *(codec_toy, codec_toy_decoder, codec),
-    *(toy_images, toy_pairs, toy_short, toy, toy_teacher, video, finetune),
+    *(toy, toy_teacher, video, finetune),
     *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}
@@ -380,8 +316,8 @@ def find(name: str) -> TrainConfig:
         return RECIPES[name]()
     if ":" in name:
         try:
-            found = import_named(name)
-            config = found() if callable(found) else found
+            config = import_named(name)
+            config = config() if callable(config) else config
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"Recipe {name!r} cannot be imported ({error}): check both names."

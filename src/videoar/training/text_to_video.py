@@ -38,9 +38,9 @@ SIZES = {
         rope_theta=100.0,
         prediction="clean",
     )
-    for name, layers, heads in (("small", 6, 5), ("medium", 8, 8))
+    for name, layers, heads in (("tiny", 6, 4), ("small", 6, 5), ("medium", 8, 8))
 }
-"""Transformers of 2.7 and 8.9 million parameters."""
+"""Transformers of 1.8, 2.7 and 8.9 million parameters."""
 MAX_WORDS = 10_000
 """A checkpoint lists no more words than that."""
 
@@ -59,12 +59,14 @@ class TextToVideoConfig:
     """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
     units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
     """Unit schemes, or their names, drawn from at every step."""
-    size: Annotated[Literal["small", "medium"] | None, arg(name="size", prefix_name=False)] = None
+    size: Annotated[
+        Literal["tiny", "small", "medium"] | None, arg(name="size", prefix_name=False)
+    ] = None
     """Size of a transformer trained from nothing, in place of `model`."""
     model: AvoidSubcommands[ModelConfig | None] = None
-    """Size of the transformer."""
+    """The same, number by number."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
-    """Size of the text encoder."""
+    """Size of the text encoder of a run from nothing."""
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
     stages: tuple[StageConfig, ...] = ()
@@ -87,15 +89,18 @@ class TextToVideoConfig:
         object.__setattr__(self, "units", schemes.names(self.units))
         own = self.init is not None or self.lora_rank is None
         check_options(self, ("lora_rank", own, "none without task.init"), least={"lora_rank": 1})
-        if self.init is None and self.size is None and self.model is None:
+        given = [name for name in ("init", "size", "model") if getattr(self, name) is not None]
+        if not given:
             raise ValueError(
                 "a run from nothing has to know the size of its transformer: say size small or"
                 " medium, or name a checkpoint to go on from as task.init"
             )
-        if self.size and (self.init or self.model):
+        if self.init and self.text:
+            given.append("text")
+        if len(given) > 1:
             raise ValueError(
-                f"size {self.size} is that of a transformer trained from nothing, but the run has"
-                f" {'init' if self.init else 'model'}, too: leave one of the two out"
+                f"{given[1]} says how large what is trained is, but the run has {given[0]}, too:"
+                " leave one of the two out"
             )
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
@@ -105,21 +110,6 @@ class TextToVideoConfig:
                 f" VIDEOS {self.latents}`, or name another one (data.path)"
             )
         return TextToVideoTask(self, config, report)
-
-
-def load_generator(task: TextToVideoConfig) -> VideoPipeline:
-    """Load what `task.init` names; its sizes must be those that the task asks for."""
-    assert task.init is not None
-    pipe = VideoPipeline.from_pretrained(task.init, codec=task.codec)
-    text = pipe.prompt_encoder.trainable
-    found = (pipe.transformer.config, text and text.config)
-    for name, there, wanted in zip(("model", "text"), found, (task.model, task.text), strict=True):
-        if there and wanted and there != wanted:
-            raise ValueError(
-                f"{task.init} has the {name} sizes {there}, but the run asks for {wanted}:"
-                " name another checkpoint, or change the sizes"
-            )
-    return pipe
 
 
 def codec_of(task: TextToVideoConfig) -> Codec:
@@ -188,7 +178,9 @@ class TextToVideoTask:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.hear = Paced(report).hear
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
-        loaded = None if task.init is None else load_generator(task)
+        loaded = None
+        if task.init is not None:
+            loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec)
         codec = loaded.codec if loaded else codec_of(task)
         shards = self._open(codec, report)
         self.shards, self.words = shards, loaded.meta.get("words") if loaded else ()

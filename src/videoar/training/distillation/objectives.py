@@ -1,23 +1,22 @@
 """Distillation: what a slow teacher knows, learned by a causal student of few steps.
 
-Two stages, the same for every partition. First the student learns to jump along the teacher's path,
-by regression of its end (`trajectories`) or by agreement of neighbours on it (`consistency`). Then
-its own videos are moved to where the teacher finds them more likely than a *critic* does, which is
-trained on them all the while: distribution matching (`dmd`, Yin et al. 2024, arXiv:2311.18828).
+Two stages, the same for every partition. First the student learns to jump along the teacher's path:
+neighbours on it must agree (`consistency`, Song et al. 2023, arXiv:2303.01469). Then its own videos
+are moved to where the teacher finds them more likely than a *critic* does, which is trained on them
+all the while: distribution matching (`dmd`, Yin et al. 2024, arXiv:2311.18828).
 
 The critic says what the student's videos look like, and `critic` says what it may read:
 
     full        everything: asymmetric DMD, as in CausVid and Self-Forcing
     causal      what is visible to the student
     symmetric   the mean of a pass that reads the past and one that reads the future, trained as one
-                predictor; `separate` trains each alone, and its fixed point is wrong
+                predictor: were each trained alone, the fixed point would be wrong
 
 `docs/distillation.md` derives why. The student's video is made by the sampler without gradients.
 Then the last step of its units is taken again, side by side, each reading the finished units from a
 cache: gradients never enter the cache, and activations that are recomputed find it as it was.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tyro.conf import arg
 
 from videoar.checks import check_options, check_types
-from videoar.core.flow import add_noise, clean_of, euler_step, random_sigmas, sigma_steps
+from videoar.core.flow import add_noise, clean_of, random_sigmas, sigma_steps
 from videoar.core.loss import on
 from videoar.core.schemes import Scheme
 from videoar.core.tokens import to_tokens
@@ -44,7 +43,7 @@ from videoar.training.optimizer import OptimizerConfig
 class DistillationConfig:
     """How a student is distilled; one configuration serves all stages."""
 
-    stage: Literal["trajectories", "consistency", "dmd"] = "dmd"
+    stage: Literal["consistency", "dmd"] = "dmd"
     """What is learned: see `docs/distillation.md`."""
     num_inference_steps: int = 4
     """Denoising steps of the student."""
@@ -57,9 +56,7 @@ class DistillationConfig:
     path_steps: int = 24
     """Steps of the teacher's path in the first stage, a multiple of the student's."""
     critic: scores.Critics = "symmetric"
-    """What the critic reads, and how it is trained."""
-    separate_weight: float = 0.0
-    """Weight of the loss of each pass of a symmetric critic alone, beside that of their mean."""
+    """What the critic reads."""
     critic_steps: int = 5
     """Steps of the critic for each of the student."""
     critic_draws: int = 4
@@ -73,8 +70,6 @@ class DistillationConfig:
     """Steps of the critic before the first of the student."""
     gradient_units: int | None = None
     """Units of a video that carry gradients, drawn anew each time; None for all of them."""
-    loss: Literal["dmd", "sid"] = "dmd"
-    """`sid` is score identity distillation (Zhou et al. 2024, arXiv:2404.04057)."""
     score_shift: float = 5.0
     """Shift of the sigmas at which videos are scored."""
     min_sigma: float = 0.02
@@ -85,24 +80,19 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         check_types(self)
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
-        free = ("critic_warmup", "separate_weight", "guidance_scale")
-        units = self.gradient_units
+        least = dict.fromkeys((*whole, "gradient_units"), 1)
+        rising, low = 0 < self.min_sigma < self.max_sigma < 1, self.max_sigma
         check_options(
             self,
             ("shift", self.shift > 0, "a number above 0, as 5"),
             ("score_shift", self.score_shift > 0, "a number above 0, as 5"),
-            ("gradient_units", units is None or units >= 1, "1 or more, or None"),
-            least=dict.fromkeys(whole, 1) | dict.fromkeys(free, 0),
+            ("min_sigma", rising, f"a number above 0 and below max_sigma {low}, which is below 1"),
+            least=least | {"critic_warmup": 0, "guidance_scale": 0},
         )
         if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
             raise ValueError(
                 f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
                 f"path of {self.path_steps} steps: make path_steps a multiple of them."
-            )
-        if not 0 < self.min_sigma < self.max_sigma < 1:
-            raise ValueError(
-                f"min_sigma {self.min_sigma} and max_sigma {self.max_sigma} must rise between 0"
-                " and 1."
             )
 
     @property
@@ -121,14 +111,6 @@ class Critic(nn.Module):
         self.direction = nn.Embedding(2, size)
         """Tells passes over the past and over the future apart."""
         nn.init.zeros_(self.direction.weight)
-
-
-class StudentAndCritic(nn.Module):
-    """Who is trained in distribution matching."""
-
-    def __init__(self, student: TextToVideo, critic: Critic) -> None:
-        super().__init__()
-        self.student, self.critic = student, critic
 
 
 @dataclass(frozen=True)
@@ -210,42 +192,10 @@ class Initialisation(TeacherObjective):
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
         clip = self.clip(batch, seeded(self.seed, step))
-        if self.config.stage == "trajectories":
-            return self._trajectory_loss(clip, rng)
-        return self._consistency_loss(clip, rng)
-
-    def student_clean(self, clip: Clip, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """Return what the student takes noisy tokens for, reading clean copies of `context`."""
-        text = self.student.context(clip.words)
-        copies = self.copies(context, clip)
-        scorer = scores.Scorer(self.student.transformer, text, clip.units, copies=copies)
-        return clean_of(x, scorer(x, sigma, "past").float(), sigma[:, clip.unit, None])
-
-    def _trajectory_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
-        config, batch, count = self.config, len(clip.tokens), len(clip.units.sizes)
-        path = sigma_steps(config.path_steps, shift=config.shift)
-        every = config.path_steps // config.num_inference_steps
-        x = torch.randn(clip.tokens.shape, **on(rng)).to(clip.tokens)
-        teach, kept = self.teach(clip, clip.tokens), []
-        with torch.no_grad():
-            for number, (sigma, after) in enumerate(itertools.pairwise(path)):
-                if number % every == 0:
-                    kept.append(x)
-                velocity = teach(x, x.new_full((batch, count), sigma)).float()
-                x = euler_step(x, velocity, sigma, after, x)
-        index = torch.randint(len(kept), (batch, count), **on(rng)).to(x.device)
-        sigma = torch.tensor(config.sigmas[:-1], device=x.device)[index]
-        place = index[:, clip.unit, None].expand_as(x)[None]
-        noisy = torch.stack(kept).gather(0, place)[0]
-        context = x if self.context == "full" else clip.tokens
-        found = self.student_clean(clip, noisy, sigma, context)
-        return {"loss": (found - x).square().mean()}
-
-    def _consistency_loss(self, clip: Clip, rng: torch.Generator) -> dict[str, Tensor]:
-        config, (batch, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
+        config, (size, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
         path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift), device=rng.device)
         drawn = 1 if self.context == "full" else count
-        index = torch.randint(config.path_steps, (batch, drawn), **on(rng)).expand(batch, count)
+        index = torch.randint(config.path_steps, (size, drawn), **on(rng)).expand(size, count)
         sigma, after = (path[index + k].to(clip.tokens) for k in (0, 1))
         noise = torch.randn(clip.tokens.shape, **on(rng)).to(clip.tokens)
         x = add_noise(clip.tokens, noise, sigma[:, clip.unit, None])
@@ -254,9 +204,16 @@ class Initialisation(TeacherObjective):
             closer = x + (after - sigma)[:, clip.unit, None] * velocity
             # The student itself is the target, without an average of its weights (Song and
             # Dhariwal 2023, arXiv:2310.14189): at sigma 0 what it is given.
-            target = self.student_clean(clip, closer, after, clip.tokens)
-        found = self.student_clean(clip, x, sigma, clip.tokens)
+            target = self.student_clean(clip, closer, after)
+        found = self.student_clean(clip, x, sigma)
         return {"loss": (found - target).square().mean()}
+
+    def student_clean(self, clip: Clip, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return what the student takes noisy tokens for, reading clean copies."""
+        text = self.student.context(clip.words)
+        copies = self.copies(clip.tokens, clip)
+        scorer = scores.Scorer(self.student.transformer, text, clip.units, copies=copies)
+        return clean_of(x, scorer(x, sigma, "past").float(), sigma[:, clip.unit, None])
 
 
 class DistributionMatching(TeacherObjective):
@@ -273,7 +230,7 @@ class DistributionMatching(TeacherObjective):
 
     def __init__(self, student: TextToVideo, critic: TextToVideo, **taught: Any) -> None:
         super().__init__(**taught)
-        self.module = StudentAndCritic(student, Critic(critic))
+        self.module = nn.ModuleDict({"student": student, "critic": Critic(critic)})
         if self.context != "full" and self.config.critic != "causal":
             raise ValueError(
                 f"critic is {self.config.critic}, but the teacher reads the past alone (context "
@@ -342,8 +299,8 @@ class DistributionMatching(TeacherObjective):
         x, sigma, noise = self.noised(clean, clip, rng)
         follow = self.follow(clip, clean)
         text = [(key.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for key, v in follow.text]
-        how = {"critic": config.critic, "separate_weight": config.separate_weight}
-        return scores.critic_loss(replace(follow, text=text), x, noise - clean, sigma, **how)
+        follow = replace(follow, text=text)
+        return scores.critic_loss(follow, x, noise - clean, sigma, critic=config.critic)
 
     def _student_loss(
         self, clip: Clip, sigmas: tuple[float, ...], rng: torch.Generator, drawn: torch.Generator
@@ -353,15 +310,14 @@ class DistributionMatching(TeacherObjective):
         chosen = torch.randperm(count, generator=drawn) < (config.gradient_units or count)
         text = student.context(clip.words)
         clean = last_step(student.transformer, clip.units, text, made, chosen=chosen)
-        through = config.loss == "sid"
-        x, sigma, _ = self.noised(clean if through else clean.detach(), clip, rng)
+        x, sigma, _ = self.noised(clean.detach(), clip, rng)
         per_token = sigma[:, clip.unit, None]
-        with torch.set_grad_enabled(through):
+        with torch.no_grad():
             follow, teach = self.follow(clip, clean), self.teach(clip, clean)
             fake = clean_of(x, scores.score(follow, x, sigma, critic=config.critic), per_token)
             real = clean_of(x, teach(x, sigma).float(), per_token)
-        loss = scores.identity_loss if through else scores.matching_loss
+        loss = scores.matching_loss(clean, fake, real, clip.unit)
         # The mean over what can move.
-        loss = loss(clean, fake, real, clip.unit) / chosen[clip.units.unit].float().mean()
-        difference = (fake - real).detach().square().mean()
+        loss = loss / chosen[clip.units.unit].float().mean()
+        difference = (fake - real).square().mean()
         return {"loss": loss, "student_loss": loss, "critic_minus_teacher": difference}

@@ -16,12 +16,11 @@ from videoar.core.loss import Reads, layout, velocities
 from videoar.core.transformer import TextContext
 from videoar.core.units import Units, Visible
 
-Critics = Literal["full", "causal", "symmetric", "separate"]
+Critics = Literal["full", "causal", "symmetric"]
 PASSES: dict[str, tuple[Reads, ...]] = {
     "full": ("all",),
     "causal": ("past",),
     "symmetric": ("past", "future"),
-    "separate": ("past", "future"),
 }
 """What is read in the passes whose mean is a critic's score."""
 Context = Literal["full", "clean", "noisy"]
@@ -74,18 +73,13 @@ def critic_loss(
     sigma: Float[Tensor, "batch units"],
     *,
     critic: Critics,
-    separate_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Regress the velocity on noisy videos of the student.
 
     What a symmetric critic must get right is the *mean* of its two passes: each alone would be the
     expectation given half of the video, and the mean of two such is not that given all of it.
     """
-    passes = torch.stack([predict(x, sigma, reads) for reads in PASSES[critic]]).float()
-    separate = (passes - velocity).square().mean()
-    if critic == "separate":
-        return separate
-    return (passes.mean(0) - velocity).square().mean() + separate_weight * separate
+    return (score(predict, x, sigma, critic=critic) - velocity).square().mean()
 
 
 def matching_loss(
@@ -110,19 +104,8 @@ def matching_loss(
     """
     gradient = fake.detach() - real.detach()
     if normalise:
-        gradient = gradient / _distance(clean, real, unit)
+        distance, count = (clean - real).detach().abs().mean(2), torch.bincount(unit)
+        total = distance.new_zeros(len(clean), len(count)).index_add(1, unit, distance)
+        gradient = gradient / (total / count).clamp(min=1e-6)[:, unit, None]
     gradient = torch.nan_to_num(gradient)
     return 0.5 * (clean - (clean - gradient).detach()).square().mean()
-
-
-def identity_loss(clean: Tensor, fake: Tensor, real: Tensor, unit: Tensor) -> Float[Tensor, ""]:
-    """Score identity distillation with alpha 1: gradients flow through both networks, too."""
-    difference = real - fake
-    return (difference * (real - clean - difference) / _distance(clean, real, unit)).mean()
-
-
-def _distance(clean: Tensor, real: Tensor, unit: Tensor) -> Tensor:
-    """Return the mean distance of each unit from the teacher's estimate, for each of its tokens."""
-    distance, count = (clean - real).detach().abs().mean(2), torch.bincount(unit)
-    total = distance.new_zeros(len(clean), len(count)).index_add(1, unit, distance)
-    return (total / count).clamp(min=1e-6)[:, unit, None]

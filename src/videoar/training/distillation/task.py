@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ class StudentConfig:
     """Distil a teacher into a causal student of few steps."""
 
     teacher: str
-    """Checkpoint that says what videos should be."""
+    """Checkpoint that says what videos should be; it reads everything, or the past alone, as it was
+    trained to."""
     student: str
     """Checkpoint that the student begins with."""
     critic: str | None = None
@@ -48,8 +49,6 @@ class StudentConfig:
     units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...] = ()
     """Unit schemes, or their names, of the student, drawn from at every step; without any those
     that it was trained on."""
-    teacher_mask: Literal["full", "same"] = "full"
-    """What the teacher reads: everything, or what the student reads."""
     distillation: objectives.DistillationConfig = field(
         default_factory=objectives.DistillationConfig
     )
@@ -91,16 +90,8 @@ def check_roles(
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = trained_flow(teacher.meta, teacher.sampling).context
-    causal = f"reads the past alone (context {context})"
-    if (task.teacher_mask == "full") != (context == "full"):
-        says = "reads everything" if context == "full" else causal
-        other = "same" if task.teacher_mask == "full" else "full"
-        raise ValueError(
-            f"teacher_mask is {task.teacher_mask}, but {task.teacher} {says}: name another"
-            f" teacher, or use teacher_mask {other}"
-        )
     known = teacher.meta.get("units", ())
-    if task.teacher_mask == "same" and known and (new := set(units) - set(known)):
+    if context != "full" and known and (new := set(units) - set(known)):
         raise ValueError(
             f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
             f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
@@ -245,8 +236,6 @@ class StudentTask:
         config, student = self.task.distillation, self.student.transformer
         one = student.flops(tokens, keys=tokens // 2)
         asked = teacher.flops(tokens, keys=tokens) * (1 if config.guidance_scale == 1 else 2)
-        if config.stage == "trajectories":
-            return asked * config.path_steps + 6.0 * one
         if config.stage == "consistency":
             return asked + 8.0 * one
         rollout = one * ((config.num_inference_steps + 1) / 2 + 1)

@@ -1,11 +1,14 @@
-"""Pictures of partitions: the order of generation, who reads whom, and a lattice that fills.
+"""Pictures of partitions: `python examples/draw_units.py cube:1x2x2 --frames 8 --out FOLDER`.
 
-All of it is read from `Units`; a scheme that does not exist yet is drawn as well as those that do.
+One scheme gives the order of generation, who reads whom, and a lattice that fills; several fill
+side by side. All of it is read from `Units`: a scheme of one's own is drawn as well as others.
 """
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 
+from videoar.cli import arguments
+from videoar.cli.main import exit_code
+from videoar.cli.options import PrintUnits
+from videoar.cli.progress import say
+from videoar.core.schemes import parse
 from videoar.core.units import Units, Visible, token_mask
+from videoar.data.video import check_output
+from videoar.files import check_folder
+from videoar.generation.config import GenerationConfig
 
 Colors = Float[np.ndarray, "count 3"]
 Tokens = Int[np.ndarray, " tokens"]
@@ -30,6 +41,16 @@ RAMP = (
     (218, 212, 203, 189, 170, 145, 115, 83, 51),
     (117, 112, 127, 150, 171, 186, 189, 177, 151),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawUnits(PrintUnits):
+    """Draw how schemes cut a lattice into units."""
+
+    out: Path = Path("drawings")
+    """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
+    force: bool = False
+    """Replace files that exist."""
 
 
 def color(share: float) -> tuple[int, int, int]:
@@ -220,3 +241,35 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
     durations[-1] = round(1000 * HOLD_SECONDS)
     how = {"duration": durations, "loop": 0, "lossless": True, "method": 4, "minimize_size": True}
     pictures[0].save(path, save_all=True, append_images=pictures[1:], **how)
+
+
+def draw(args: DrawUnits) -> None:
+    """Draw partitions into a folder."""
+    names, folder = dict.fromkeys(args.schemes), args.out
+    files = ["order.png", "mask.png", "filling.webp"] if len(names) == 1 else ["units.webp"]
+    check_folder(folder)
+    for file in files if folder.is_dir() else ():
+        check_output(folder / file, overwrite=args.force)
+    size = (args.frames, args.height, args.width)
+    lattices = {name: Units(parse(name), *size) for name in names}
+    for units in lattices.values():
+        check_size(units)
+    folder.mkdir(exist_ok=True)
+    if len(lattices) == 1:
+        ((name, units),) = lattices.items()
+        sampling = GenerationConfig(units=name, window_frames=args.window, sink_frames=args.sink)
+        title = "{} on {} x {} x {}".format(name, *size)
+        order(units, title=title).save(folder / "order.png")
+        mask(units, sampling.visible(units), title=title).save(folder / "mask.png")
+    save_animation(filling(lattices, steps=args.steps), folder / files[-1])
+    say(f"drawn in {folder}: {', '.join(files)}")
+
+
+def main(words: Sequence[str]) -> int:
+    """Draw; bad input is one sentence."""
+    prog = "python examples/draw_units.py"
+    return exit_code(lambda: draw(arguments.read(DrawUnits, words, prog=prog)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,18 +1,23 @@
-"""The demonstration: one prompt under every kind of unit, and a minute of the last."""
+"""The demonstration, `make demo`: one prompt under every kind of unit, and a minute of the last."""
 
 import signal
+import sys
 import tempfile
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from videoar.cli import options
+from videoar.checks import check_positive
+from videoar.cli import arguments, options
 from videoar.cli.generate import make
+from videoar.cli.main import exit_code
 from videoar.cli.progress import say
 from videoar.core.schemes import KINDS
 from videoar.data.video import decode_frames, read_video, side_by_side
 from videoar.evaluation import judge
 from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.speed import apart
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.timing import Timing
@@ -20,7 +25,22 @@ from videoar.generation.timing import Timing
 DEMO_PROMPT = "a small red ball bounces up and down on a black background"
 
 
-def demo(args: options.Demo) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Generate a minute of video, and one prompt under all five kinds of unit."""
+
+    out: Path = Path("demo")
+    """Folder; the files of an earlier demo in it are replaced."""
+    model: str = "toy"
+    """Checkpoint: a bundled name or a folder."""
+    seconds: float = 60.0
+    """Length of the long video."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seconds")
+
+
+def demo(args: Demo) -> None:
     """Generate every kind of unit in a process of its own, so that start and memory are its own."""
     check_folder(args.out)
     out, minute, rows, videos = args.out, args.out / "minute.mp4", [], []
@@ -46,8 +66,6 @@ def _generate(args: options.Generate) -> Timing:
 
 def _row(args: options.Generate) -> dict[str, str]:
     """Generate a video in a process of its own; say its figures, and return them."""
-    from videoar.evaluation.speed import apart
-
     timing: Timing = apart(_generate, args)
     if timing.interrupted:
         raise KeyboardInterrupt
@@ -81,3 +99,12 @@ def seen(file: Path, *, fps: int) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{count}x {text}" for text, count in counts.most_common(3))
+
+
+def main(words: Sequence[str]) -> int:
+    """Generate, and print the table; bad input is one sentence."""
+    return exit_code(lambda: demo(arguments.read(Demo, words, prog="python examples/demo.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
