@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from jaxtyping import Float, UInt8
 
-from videoar.evaluation.metrics import Interval, bootstrap_interval, properties, psnr, slope, ssim
+from videoar.evaluation.metrics import (
+    Interval,
+    bootstrap_interval,
+    properties,
+    psnr,
+    slope,
+    ssim,
+    xpsnr,
+)
 
 
 def _noise(rng: np.random.Generator, *shape: int) -> UInt8[np.ndarray, "*axes"]:
@@ -158,3 +166,14 @@ def test_drift_needs_two_windows() -> None:
     values = properties(_grey(np.full(30, 128.0)), fps=8, window_seconds=2.0)
     with pytest.raises(ValueError, match=r"1 windows of 2.0 s have no slope"):
         slope(values["motion"], window_seconds=2.0)
+
+
+def test_xpsnr_falls_with_noise_and_is_infinite_without() -> None:
+    """FFmpeg's measure of what an eye sees; where its build lacks it there is none."""
+    frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    if (same := xpsnr(frames, frames)) is None:
+        pytest.skip("this FFmpeg has no xpsnr")
+    little, much = (xpsnr(frames, frames ^ np.uint8(bits)) for bits in (1, 15))
+    assert same == math.inf
+    assert little > much > 0
+    assert xpsnr(frames[:, :16, :16], frames[:, :16, :16]) is None

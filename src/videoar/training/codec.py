@@ -31,7 +31,7 @@ from videoar.data.video import Frames, contact_sheet
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
-from videoar.evaluation.metrics import edges, moving, psnr, ssim
+from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective, own_weights
 from videoar.training.run_folder import FOOTAGE, Report, checkpoints
@@ -323,12 +323,14 @@ class ReconstructionTask:
         Image.fromarray(sheet).save(self.out / "samples" / f"step-{step}.png")
         where = [np.concatenate([find(clip) for clip, _ in pairs]) for find in (edges, moving)]
         original, decoded = (np.concatenate(clips) for clips in zip(*pairs, strict=True))
+        perceived = [value for pair in pairs if (value := xpsnr(*pair)) is not None]
         return {
             "psnr": psnr(original, decoded),
             "psnr_edges": psnr(original, decoded, where=where[0]),
             "psnr_moving": psnr(original, decoded, where=where[1]),
             "ssim": ssim(original, decoded),
             "latent_std": float(torch.cat(latents).std()),
+            **({"xpsnr": float(np.mean(perceived))} if perceived else {}),
         }
 
     @torch.no_grad()
