@@ -82,28 +82,6 @@ def xpsnr(reference: Frames, other: Frames) -> float | None:
     return math.inf if error == 0 else float(-10 * np.log10(error))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean, and the range in which the true mean lies with the confidence that was asked for."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        """Write `mean [low, high]`, all numbers in one format."""
-        mean, low, high = (format(value, spec) for value in vars(self).values())
-        return f"{mean} [{low}, {high}]"
-
-    def __str__(self) -> str:
-        """Write it as tables show a share or score, in hundredths."""
-        return f"{self.times(100):.1f}"
-
-    def times(self, factor: float) -> "Interval":
-        """Return the interval of values that are so many times as large."""
-        return Interval(**{name: factor * value for name, value in vars(self).items()})
-
-
 def edges(frames: Frames) -> Places:
     """Return where the brightness changes most from pixel to pixel: at a twentieth of all."""
     grey = frames.astype(np.float32).mean(-1)
