@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from videoar.checks import check, check_whole
 from videoar.core.flow import STEPS, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
-from videoar.core.tokens import known_tokens, to_tokens
+from videoar.core.tokens import Known, known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.decode import Fit
@@ -26,8 +26,9 @@ from videoar.data.video import Video
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import GenerationConfig
-from videoar.generation.stream import Generation
+from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.session import Session
+from videoar.generation.stream import Generation, State, unpacked
 from videoar.machine import check_device
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -125,6 +126,28 @@ class VideoPipeline:
         generation = self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling)
         return (frames[0] for frames in generation)
 
+    def session(
+        self, prompt: str, *, num_frames: int | None = None, seed: int = 0, **sampling: Any
+    ) -> Session:
+        """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
+        return Session(self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling))
+
+    def resume(self, source: State | str | Path) -> Session:
+        """Go on with a session that was saved, as if it had never stopped.
+
+        Raises:
+            ValueError: it is none, or one of another model.
+        """
+        if not isinstance(source, dict):
+            source = weights.read_safetensors(Path(source).expanduser())
+        about = unpacked(source)["about"]
+        plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
+        sampler = self.sampler(plan, self.lattice(plan.options.units, num_frames).frames)
+        given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
+        generation = Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
+        generation.load_state_dict(source)
+        return Session(generation)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -156,7 +179,9 @@ class VideoPipeline:
         """
         started = time.perf_counter()
         options, batch = self.sampling.replaced(**sampling), len(prompts)
-        _check(prompts, seeds, num_frames, options)
+        check_whole("num_frames", num_frames)
+        check("num_frames", num_frames, num_frames is None or num_frames >= 1, "1 or more")
+        _check(prompts, seeds, options)
         if sampling.get("negative_prompt") and options.guidance_scale == 1:
             raise ValueError(
                 "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
@@ -165,16 +190,36 @@ class VideoPipeline:
         lattice = self.lattice(options.units, num_frames)
         size = {"height": self.height, "width": self.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
-        device, known = self.transformer.patch_embedding.weight.device, {}
+        known: Mapping[int, Known] = {}
         if conditioning is not None:
             if num_frames is not None and conditioning.shape[1] >= num_frames:
                 raise ValueError(
                     f"{conditioning.shape[1]} frames are given of a video of {num_frames}:"
                     " make it longer or keep less."
                 )
-            encoded = self.codec.encode(from_frames(conditioning).to(device))
+            encoded = self.codec.encode(from_frames(conditioning).to(self.device))
             encoded = encoded.expand(batch, *encoded.shape[1:])
             known = known_tokens(encoded, lattice, patch=self.transformer.config.patch)
+        plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), options=options)
+        noise = None if latents is None else self._noise(latents, lattice, batch)
+        sampler = self.sampler(plan, lattice.frames, known=known, noise=noise)
+        given = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
+        return Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
+
+    def sampler(
+        self,
+        plan: Plan,
+        frames: int | None,
+        *,
+        known: Mapping[int, Known] = {},
+        noise: Tensor | None = None,
+    ) -> Sampler:
+        """Return the sampler of a plan over so many latent frames, or of an endless stream."""
+        options = plan.options
+        _check(plan.prompts, plan.seeds, options)
+        stride = self.codec.stride[0]
+        num_frames = None if frames is None else 1 + stride * (frames - 1)
+        lattice, network = self.lattice(options.units, num_frames), self.transformer
         config = SamplerConfig(
             sigmas=options.sigmas or sigma_steps(options.num_inference_steps, shift=options.shift),
             step=STEPS[options.step],
@@ -183,22 +228,15 @@ class VideoPipeline:
             context_noise=options.context_noise,
             moving_sinks=options.moving_sinks,
         )
-        network, texts = self.transformer, list(prompts)
         if options.guidance_scale != 1:
-            network = Guided(self.transformer, options.guidance_scale)
-            texts += [options.negative_prompt] * batch
-        sampler = Sampler(
-            network,
-            lattice,
-            self.encode(texts),
-            config,
-            seeds=seeds,
-            known=known,
-            noise=None if latents is None else self._noise(latents, lattice, batch),
-            device=device,
-        )
-        how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
-        return Generation(sampler, self.codec, **how)
+            network = Guided(network, options.guidance_scale)
+        how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
+        return Sampler(network, lattice, self.text(plan), config, **how)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents are."""
+        return self.transformer.patch_embedding.weight.device
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""
@@ -237,16 +275,25 @@ class VideoPipeline:
             lengths.append(size // side)
         return Units(scheme, frames, *lengths)
 
+    def text(self, plan: Plan) -> TextContext:
+        """Return what the passes of a plan read."""
+        guided = plan.options.guidance_scale != 1
+        negative = [plan.options.negative_prompt] * len(plan.prompts) if guided else []
+        before = [*plan.before, *negative] if plan.left else []
+        return self.encode([*plan.prompts, *negative], before, plan.left / plan.over)
+
     @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> TextContext:
-        """Encode prompts to what every pass reads."""
+    def encode(
+        self, prompts: list[str], before: Sequence[str] = (), share: float = 0.0
+    ) -> TextContext:
+        """Encode prompts to what every pass reads, with a share of others blended in."""
         rows = self.prompt_encoder.encode(prompts)
+        if before:
+            rows = torch.lerp(rows, self.prompt_encoder.encode(list(before)), share)
         return self.transformer.encode_text(rows.to(self.transformer.patch_embedding.bias))
 
 
-def _check(
-    prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None, options: GenerationConfig
-) -> None:
+def _check(prompts: Sequence[str], seeds: Sequence[int], options: GenerationConfig) -> None:
     """Raise unless a video can be made of these arguments."""
     for prompt in (*prompts, options.negative_prompt):
         if not isinstance(prompt, str):
@@ -257,8 +304,6 @@ def _check(
             )
     if not any(prompt.strip() for prompt in prompts):
         raise ValueError("The prompt is empty: describe the video in a few words.")
-    check_whole("num_frames", num_frames)
-    check("num_frames", num_frames, num_frames is None or num_frames >= 1, "1 or more")
     for seed in seeds:
         check_whole("seed", seed)
         check("seed", seed, 0 <= seed <= MAX_SEED, f"0 to {MAX_SEED}")
