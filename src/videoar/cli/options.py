@@ -1,6 +1,6 @@
 """Options of commands; those of preparation and measurements lie in their rooms. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,8 +29,14 @@ class CheckpointOptions:
 class Generate(CheckpointOptions):
     """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
 
-    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
     """What to show."""
+    prompt_at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
+    """Another prompt from a second on, SECONDS PROMPT; once for each."""
+    script: Path | None = None
+    """File of prompts, in each line the second from which on one holds, and the prompt."""
+    recompute: bool = False
+    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
     image: Path | None = None
@@ -79,8 +85,18 @@ class Generate(CheckpointOptions):
     """CPU threads."""
     force: bool = False
     """Replace the file if it exists."""
+    save_state: Path | None = None
+    """File that is kept up to date while it lasts: what --resume needs if the process is killed."""
+    resume: Path | None = None
+    """Such a file, to go on with; all options are in it but --threads, --device and --offload."""
 
     def __post_init__(self) -> None:
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.resume and (others := given - {"resume", "threads", "device", "offload"}):
+            names = ", ".join(sorted(others)).replace("_", "-")
+            raise ValueError(f"--resume goes on with what it holds: leave out {names}")
+        if not given & {"prompt", "script", "resume"}:
+            raise ValueError("no PROMPT is given: describe the video in a few words")
         names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
         check_positive(self, *names, "height", "width")
         if self.seconds is not None and self.num_frames is not None:
