@@ -33,7 +33,7 @@ def _frames(parts: list) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("units", "how"), zip(SCHEMES, itertools.cycle([{}, {"recompute": True}, {"over": 3}]))
+    ("units", "how"), [*zip(SCHEMES, itertools.cycle([{}, {"recompute": True}, {"over": 3}]))]
 )
 def test_a_new_prompt_holds_from_the_next_unit_on(pipe, units: str, how: dict) -> None:
     """Not a frame before is another; what follows is, by either way and when blended."""
@@ -70,7 +70,24 @@ def test_two_prompts_are_blended_unit_by_unit(pipe) -> None:
     assert not np.array_equal(keys[0].numpy(), words[0].numpy())
 
 
-@pytest.mark.parametrize(("units", "after"), zip(SCHEMES, SCHEMES[3:] + SCHEMES[:3], strict=True))
+def test_a_blend_goes_on_while_other_units_wait(pipe) -> None:
+    """A prompt holds from the next unit on, also if it was asked for with other units."""
+    session = pipe.session(PROMPT, units="cube:1x1x1")
+    for _ in range(3):
+        session.step()
+    session.change(prompt=OTHER, over=4, units="frame")
+    seen = []
+    for _ in range(16):
+        session.step()
+        seen.append((session.generation.plan.left, session.generation.plan.options.units))
+    assert seen[:4] == [(2, "cube:1x1x1"), (1, "cube:1x1x1"), (0, "cube:1x1x1"), (0, "cube:1x1x1")]
+    assert seen[12:] == [(0, "cube:1x1x1"), *[(0, "frame")] * 3]  # 16 units are a segment
+    assert session.units == "frame"
+
+
+@pytest.mark.parametrize(
+    ("units", "after"), [*zip(SCHEMES, SCHEMES[3:] + SCHEMES[:3], strict=True)]
+)
 def test_other_units_begin_with_the_next_segment(pipe, units: str, after: str) -> None:
     """Frame after frame without a gap; nothing that was shown is shown again."""
     session, plain = (pipe.session(PROMPT, units=units) for _ in range(2))
@@ -171,7 +188,7 @@ def test_a_script_is_the_changes_made_by_hand(pipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("units", "options"), zip(SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}]))
+    ("units", "options"), [*zip(SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}]))]
 )
 def test_a_saved_session_goes_on_bit_for_bit(
     pipe, units: str, options: dict, tmp_path: Path

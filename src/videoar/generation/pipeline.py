@@ -130,7 +130,8 @@ class VideoPipeline:
         self, prompt: str, *, num_frames: int | None = None, seed: int = 0, **sampling: Any
     ) -> Session:
         """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
-        return Session(self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling))
+        generation = self.generate([prompt], num_frames=num_frames, seeds=[seed], **sampling)
+        return Session(generation, self.resume)
 
     def resume(self, source: State | str | Path) -> Session:
         """Go on with a session that was saved, as if it had never stopped.
@@ -146,7 +147,7 @@ class VideoPipeline:
         given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
         generation = Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
         generation.load_state_dict(source)
-        return Session(generation)
+        return Session(generation, self.resume)
 
     def generate(
         self,

@@ -1,7 +1,7 @@
 """A stream that its user is in: told something else, taken back, branched, put away and resumed."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,20 @@ from jaxtyping import UInt8
 
 from videoar.core.units import Unit
 from videoar.files import written_whole
+from videoar.generation.config import Plan
 from videoar.generation.stream import Batch, Generation, State
 from videoar.weights import write_safetensors
 
 KEPT_BYTES = 2**28
+
+
+def _changed_by_setting(name: str, read: Callable[[Plan], Any]) -> Any:
+    """Return a property that shows what holds from the next unit on, and asks for another."""
+
+    def value(session: "Session") -> Any:
+        return read(session.generation.wanted or session.generation.plan)
+
+    return property(value, lambda session, new: session.change(**{name: new}))
 
 
 class Session:
@@ -29,8 +39,8 @@ class Session:
     for `seek`.
     """
 
-    def __init__(self, generation: Generation, *, kept_bytes: int = KEPT_BYTES) -> None:
-        self.generation, self.kept_bytes = generation, kept_bytes
+    def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
+        self.generation, self._resume, self.kept_bytes = generation, resume, KEPT_BYTES
         self._kept: deque[tuple[int, State]] = deque()
         self._keep()
 
@@ -61,42 +71,10 @@ class Session:
         """How much video there is."""
         return self.generation.stats.frames / self.fps
 
-    @property
-    def prompt(self) -> str:
-        """What is shown, from the next unit on; so with the other properties that can be set."""
-        return self._plan.prompts[0]
-
-    @prompt.setter
-    def prompt(self, prompt: str) -> None:
-        self.change(prompt=prompt)
-
-    @property
-    def units(self) -> Any:
-        return self._plan.options.units
-
-    @units.setter
-    def units(self, units: Any) -> None:
-        self.change(units=units)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._plan.options.guidance_scale
-
-    @guidance_scale.setter
-    def guidance_scale(self, scale: float) -> None:
-        self.change(guidance_scale=scale)
-
-    @property
-    def seed(self) -> int:
-        return self._plan.seeds[0]
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self.change(seed=seed)
-
-    @property
-    def _plan(self) -> Any:
-        return self.generation.wanted or self.generation.plan
+    prompt = _changed_by_setting("prompt", lambda plan: plan.prompts[0])
+    seed = _changed_by_setting("seed", lambda plan: plan.seeds[0])
+    units = _changed_by_setting("units", lambda plan: plan.options.units)
+    guidance_scale = _changed_by_setting("guidance_scale", lambda p: p.options.guidance_scale)
 
     def change(self, **changes: Any) -> None:
         """Ask for something else: `prompt`, `seed`, and what `Generation.change` takes."""
@@ -117,7 +95,7 @@ class Session:
 
     def branch(self) -> "Session":
         """Return another session, which goes on from here on its own."""
-        return Session(self.generation.branch(), kept_bytes=self.kept_bytes)
+        return self._resume(self.generation.state_dict())
 
     def seek(self, seconds: float) -> None:
         """Go back to the last kept point at or before a moment; what came after is forgotten.

@@ -15,7 +15,6 @@ from torch import Tensor
 from videoar import weights
 from videoar.checks import check, check_same
 from videoar.core.sampler import Sampler, part_of
-from videoar.core.schemes import names
 from videoar.core.tokens import Assembler, Known, Latents, Tokens, known_tokens
 from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
@@ -126,13 +125,13 @@ class Generation:
 
     def _change(self, wanted: Plan) -> None:
         """Begin with what is asked for, as far as it can begin between these two units."""
-        old = self.plan.options
-        later = bool(self._open) and names([wanted.options.units]) != names([old.units])
-        self.plan = replace(wanted, options=old if later else wanted.options)
-        if self._anew or self.plan.options != old:
+        before = self.plan
+        later = bool(self._open) and wanted.options.units != before.options.units
+        self.plan = replace(wanted, options=before.options if later else wanted.options)
+        if self._anew or self.plan.options != before.options:
             self.plan = replace(self.plan, stretch=self.plan.stretch + 1)
             self._begin_again()
-        else:
+        elif self.plan != before:
             self.sampler.text, self.sampler.seeds = self._text(self.plan), self.plan.noise_seeds
         self._anew = False
         self.wanted = replace(wanted, stretch=self.plan.stretch) if later else None
@@ -205,6 +204,7 @@ class Generation:
         with torch.inference_mode():
             if self.plan.left:
                 self.plan = replace(self.plan, left=self.plan.left - 1)
+                self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
                 sampler.text = self._text(self.plan)
             latents = self._assembler.add(finished.unit, finished.tokens)
             if latents is not None and not latents.isfinite().all():
@@ -275,21 +275,6 @@ class Generation:
         if self.stats.frames < self.kept_frames:
             state["conditioning"] = torch.from_numpy(self.conditioning)
         return {name: _copy(tensor) for name, tensor in state.items()}
-
-    def branch(self) -> "Generation":
-        """Return another generation, which goes on from here on its own."""
-        other = Generation(
-            self._begin,
-            self._text,
-            self._codec,
-            self.begun,
-            self._begin(self.begun, self._frames),
-            num_frames=self.num_frames,
-            conditioning=self.conditioning,
-            started=time.perf_counter(),
-        )
-        other.load_state_dict(self.state_dict())
-        return other
 
     def load_state_dict(self, state: State) -> None:
         """Go on where a generation with the same arguments stood, on whatever device that was.
