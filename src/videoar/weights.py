@@ -5,6 +5,7 @@ Files are mapped into memory, so a tensor costs nothing until it is used. Pickle
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 import typing
@@ -46,7 +47,7 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     with written_whole(file) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        write_safetensors(partial, tensors, {"format": "pt"})
     (file.parent / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -69,6 +70,25 @@ def load_component(
     config_class = typing.get_type_hints(known[name].__init__)["config"]
     module = build_empty(known[name], build_config(config_class, values, file=config))
     return assign_weights(module, read_safetensors(weights, device=device), file=weights)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Name the weights of a module: a hash of a thousand values of each, which costs no time."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        some = tensor.flatten()[:: max(1, tensor.numel() // 1000)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def write_safetensors(
+    file: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file; a full disk is an `OSError`, as it is elsewhere."""
+    try:
+        save_file(dict(tensors), file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:

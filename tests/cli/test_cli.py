@@ -38,9 +38,10 @@ Run = Callable[..., tuple[int, str, str]]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 FROZEN = {
-    "generate": "base lora preset dtype prompt prompts num_videos_per_prompt units image video "
-    "keep fit seconds num_frames seed out model codec height width device offload "
-    "num_inference_steps shift guidance_scale negative_prompt window sink lag threads force",
+    "generate": "base lora preset dtype prompt prompts num_videos_per_prompt prompt_at script "
+    "recompute units image video keep fit seconds num_frames seed out model codec height width "
+    "device offload num_inference_steps shift guidance_scale negative_prompt window sink lag "
+    "threads force save_state resume",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
@@ -155,7 +156,7 @@ def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
         "--window", "4", "--sink", "2", "--out", "ball.mp4",
     ]  # fmt: skip
     (args,) = parse(words).args
-    figures, scheme = make(args)
+    figures, scheme, _ = make(args)
     video = read_video("ball.mp4")
     assert figures.frames == len(video.frames) == 24
     assert video.fps == 16
@@ -347,7 +348,12 @@ BAD = [
     (("generate", "ball", "--report", "x.json"), "unknown option '--report'"),
     (("generate", "ball", "--secnds", "3"), "did you mean --seconds?"),
     (("generate", "caf\udce9"), "is not UTF-8"),
-    (("generate",), "PROMPT"),
+    (("generate",), "no PROMPT"),
+    (("generate", "ball", "--resume", "x"), "leave out model, prompt"),
+    (("generate", "ball", "--prompt-at", "0", "square"), "hold from 0, 0 s on: give one for 0"),
+    (("generate", "--prompt-at", "2", "square", "--script", "/dev/null"), "hold from 2 s on"),
+    (("generate", "ball", "--script", "missing"), "No such file"),
+    (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
     (("units",), "no scheme"),
@@ -383,7 +389,7 @@ BAD = [
 INSTANT = (
     "seconds is", "num_frames is", "num_inference_steps is", "shift is", "threads is", "steps is",
     "choose one", "missing does not exist", ".avi", "did you mean --seconds?", "PROMPT",
-    "no scheme",
+    "no scheme", "no PROMPT", "leave out",
 )  # fmt: skip
 
 

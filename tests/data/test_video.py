@@ -1,5 +1,7 @@
 """Video files: frames come back, interrupted files play, and nothing is overwritten by accident."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from videoar.data.video import (
+    GROUP,
     Video,
     VideoWriter,
     check_output,
@@ -88,23 +91,109 @@ def test_a_stream_writes_what_one_call_writes(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_an_interrupt_leaves_a_video_that_plays(tmp_path: Path) -> None:
-    """Ctrl-C keeps the frames so far under the name asked for, and is passed on."""
-    path = tmp_path / "ball.mp4"
-    with pytest.raises(KeyboardInterrupt):
-        _write_and_raise(VideoWriter(path, fps=16), _smooth(9, 16, 16), KeyboardInterrupt())
-    assert len(read_video(path).frames) == 9
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError(), OSError("full")])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webp"])
+def test_whatever_ends_it_what_was_finished_plays(
+    tmp_path: Path, suffix: str, error: BaseException
+) -> None:
+    """Under the name that was asked for, with nothing beside it; the error is passed on."""
+    path = tmp_path / f"ball{suffix}"
+    with pytest.raises(type(error)):
+        _write_and_raise(VideoWriter(path, fps=16), _smooth(GROUP + 9, 16, 16), error)
+    if suffix != ".webp":
+        assert len(read_video(path).frames) == GROUP + 9
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_keeps_the_name_free(tmp_path: Path) -> None:
-    """After a failure the target does not exist, and what was written is beside it and plays."""
-    path = tmp_path / "ball.mp4"
-    writer = VideoWriter(path, fps=16)
-    with pytest.raises(RuntimeError):
-        _write_and_raise(writer, _smooth(9, 16, 16), RuntimeError())
-    assert not path.exists()
-    assert len(read_video(writer.partial).frames) == 9
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_file_plays_at_every_moment(tmp_path: Path, suffix: str) -> None:
+    """A process may be killed at any of them: all but the last fragment can be seen."""
+    frames = _smooth(3 * GROUP, 16, 16)
+    with VideoWriter(tmp_path / f"a{suffix}", fps=16) as writer:
+        for count in range(1, len(frames) + 1):
+            writer.write(frames[count - 1 : count])
+            whole = count // GROUP * GROUP
+            if whole and count % 5 == 0:
+                seen = read_video(writer.partial)
+                assert (len(seen.frames), seen.fps) == (whole, 16)
+                assert np.abs(seen.frames.astype(int) - frames[:whole]).mean() < 8
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_two_processes_write_the_file_of_one(tmp_path: Path, suffix: str, killed: bool) -> None:
+    """To the bit: what came after the state is cut off and written again."""
+    frames = _smooth(70, 16, 16)
+    whole = Video(frames=frames, fps=16).save(tmp_path / f"whole{suffix}").read_bytes()
+    path = tmp_path / f"a{suffix}"
+    first = VideoWriter(path, fps=16)
+    first.write(frames[:20])
+    assert first.state_dict() is None
+    first.write(frames[20:40])
+    state = first.state_dict()
+    first.write(frames[40:50])
+    if killed:
+        first._file.close()
+    else:
+        first.__exit__(KeyboardInterrupt)
+        assert len(read_video(path).frames) == 50
+    with VideoWriter(path, fps=16, state=state) as second:
+        assert second.num_frames == 40
+        second.write(frames[40:])
+    assert path.read_bytes() == whole
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_file_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A video that has taken the name since is not cut and overwritten."""
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, fps=16) as writer:
+        writer.write(_smooth(GROUP, 16, 16))
+        state = writer.state_dict()
+    Video(frames=_smooth(99, 16, 16)[20:], fps=16).save(path, overwrite=True)
+    there = path.read_bytes()
+    with pytest.raises(ValueError, match="is the video that the state goes on with: put it back"):
+        VideoWriter(path, fps=16, state=state)
+    assert path.read_bytes() == there
+
+
+def test_what_a_killed_process_left_is_not_overwritten(tmp_path: Path) -> None:
+    """It may be ten minutes of work; the sentence says what can be done."""
+    path = tmp_path / "a.mp4"
+    left = VideoWriter(path, fps=16)
+    left.write(_smooth(GROUP, 16, 16))
+    left._file.close()
+    with pytest.raises(ValueError, match=r"it plays\): rename it, choose another name"):
+        VideoWriter(path, fps=16)
+    assert len(read_video(left.partial).frames) == GROUP
+    Video(frames=_smooth(4, 16, 16), fps=16).save(path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, suffix: str) -> None:
+    """A real limit on the size of files: one error of the system, and a shorter video that plays.
+
+    FFmpeg's own writing ended in a segmentation fault here.
+    """
+    program = (
+        "import resource, sys, numpy as np\n"
+        "from videoar.data.video import VideoWriter\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "frames = np.random.default_rng(0).integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)\n"
+        "with VideoWriter(sys.argv[1], fps=16) as writer:\n"
+        "    for start in range(0, 80, 4):\n"
+        "        writer.write(frames[start:start + 4])\n"
+    )
+    path = tmp_path / f"a{suffix}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+    left = list(tmp_path.iterdir())
+    assert left in ([path], [])  # FFV1 of noise has no room for a single fragment
+    assert left == [] or len(read_video(path).frames) % GROUP == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError()])

@@ -1,8 +1,10 @@
 """`videoar generate`."""
 
+import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.cli.prompts import wanted
+from videoar.core.schemes import names
 from videoar.data.video import PICTURES, STREAMS
 from videoar.files import check_folder
 from videoar.generation.progress import Progress, how_far
@@ -18,6 +21,11 @@ from videoar.generation.timing import Timing
 
 FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_prompt", "lag")
 """Options that are fields of `GenerationConfig` under their own names."""
+LOAD = ("base", "lora", "codec", "preset", "dtype")
+HELD = ("prompt", "model", "height", "width", *LOAD)
+"""Options that are in a state."""
+SHARE = 20
+"""Of the time, saving the state takes one part in so many, or less."""
 
 
 def generate(args: options.Generate) -> int:
@@ -27,11 +35,10 @@ def generate(args: options.Generate) -> int:
         say(f"seed {args.seed}")
     if args.several:
         return generate_several(args)
-    timing, scheme = make(args)
+    timing, scheme, target = make(args)
     if not timing.frames:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
         return 130
-    target = args.out.expanduser()
     say(summary(target, timing, scheme=scheme))
     if timing.interrupted:
         print(f"videoar: stopped; {target} holds what was finished", file=sys.stderr)
@@ -41,7 +48,7 @@ def generate(args: options.Generate) -> int:
 def generate_several(args: options.Generate) -> int:
     """Generate the videos of prompts one after the other; those that are there are skipped."""
     folder, pipe, count = args.out.expanduser(), None, args.num_videos_per_prompt
-    if folder.suffix.lower() in STREAMS + PICTURES:
+    if folder.suffix.lower() in (*STREAMS, *PICTURES):
         raise ValueError(f"--out {folder} would be one file of several videos: name a folder")
     check_folder(folder)
     todo = wanted(args.prompts or str(args.prompt), seed=args.seed or 0, count=count)
@@ -59,7 +66,7 @@ def generate_several(args: options.Generate) -> int:
         hidden = folder / f".{video.name}"
         one: dict[str, Any] = {"prompt": video.prompt, "prompts": None, "num_videos_per_prompt": 1}
         one |= {"seed": video.seed, "out": hidden, "force": True}
-        timing, _ = make(replace(args, **one), pipe)
+        timing, *_ = make(replace(args, **one), pipe)
         if timing.interrupted:
             hidden.unlink(missing_ok=True)
             print("videoar: stopped; the same command goes on from there", file=sys.stderr)
@@ -77,69 +84,165 @@ def load(args: options.Generate) -> Any:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    names = ("base", "lora", "codec", "preset", "dtype", "device", "offload")
-    given = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in (*LOAD, "device", "offload")}
     pipe = VideoPipeline.from_pretrained(args.model, **given)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     return pipe
 
 
-def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str]:
+def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     """Generate, decode and write at the same time, in memory that does not grow.
 
     Returns:
-        What it took, and the name of the units.
+        What it took, the name of the units, and the file.
     """
-    from videoar.data.video import check_output, open_output
+    from videoar.data.video import VideoWriter, check_output, check_streamed, open_output
     from videoar.generation import conditioning
 
-    target = check_output(args.out, overwrite=args.force)
+    state: dict[str, Any] = {}
+    if args.resume is not None:
+        state, args = _resumed(args)
+    elif args.save_state is not None and args.save_state.exists() and not args.force:
+        raise ValueError(f"{args.save_state} exists already: --resume it, or pass --force")
+    target = check_output(args.out, overwrite=args.force or bool(state))
+    if args.save_state is not None:
+        check_streamed(target)
+    (_, prompt), *script = read_script(args)
     image = None if args.image is None else conditioning.read_image(args.image)
     from videoar.core import schemes
     from videoar.generation import stream
-    from videoar.generation.inputs import hearing
 
     if args.units is not None:
         schemes.parse(args.units)  # what is wrong with it is said before weights are loaded
-    given = {name: getattr(args, name) for name in FIELDS} | {"sink_frames": args.sink}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.window is not None:
-        given["window_frames"] = None if args.window == "all" else args.window
     pipe = pipe or load(args)
-    for line in doubts(args, pipe):
-        say(line)
-    fps = pipe.sampling.fps
-    video = None
-    if args.video is not None:
-        size: dict[str, Any] = {"height": pipe.height, "width": pipe.width}
-        size |= {"fit": args.fit or "crop", "seconds": args.keep}
-        video = conditioning.read_clip(args.video, fps=fps, **size)
-    begin = 0 if video is None else len(video) / fps
-    num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
-    given |= {"image": image, "video": video, "fit": args.fit}
-    seeds = [args.seed or 0]
-    generation = pipe.generate([args.prompt], num_frames=num_frames, seeds=seeds, **given)
-    if video is not None and (kept := generation.kept_frames) < len(video):
-        groups = f"1 + {pipe.codec.stride[0]} * k"
-        say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
-    writer = open_output(target, num_frames=num_frames, fps=fps)
+    if state:
+        generation = pipe.resume(state).generation
+        file = stream.unpacked(state, "file") | {"pending": state["pending"].numpy()}
+        writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
+    else:
+        for line in doubts(args, pipe, [prompt, *(prompt for _, prompt in script)]):
+            say(line)
+        generation = _begun(args, pipe, prompt, image)
+        for second, prompt in script:
+            change = {"prompts": [prompt], "recompute": args.recompute}
+            generation.change_at(round(second * pipe.sampling.fps), **change)
+        writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
+    return _write(pipe, generation, writer, args), names([generation.plan.options.units])[0], target
+
+
+def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> Timing:
+    """Write the frames as they come, and the state if that is asked for."""
+    from videoar.generation import stream
+    from videoar.generation.inputs import hearing
+
+    fps, total, due = writer.fps, generation.num_frames, 0.0
     with Progress(sys.stderr, every=5.0) as show:
         # Until there are frames: one unit may be all of a video.
         hear = hearing(pipe, generation, None, lambda line: generation.stats.frames or show(line))
         generation.sampler.on_step = hear
 
         def tell(frames: int, seconds: float) -> None:
-            show(how_far(frames, seconds, total=num_frames, fps=fps))
+            nonlocal due
+            show(how_far(frames, seconds, total=total, fps=fps))
+            if (before := time.perf_counter()) >= due:
+                _save(args, generation, writer)
+                due = time.perf_counter() + SHARE * (time.perf_counter() - before)
 
-        timing = stream.write(generation, writer, fps=fps, show=tell)
-    return timing, given.get("units", pipe.sampling.units)
+        try:
+            timing = stream.write(generation, writer, fps=fps, show=tell)
+        except (OSError, FloatingPointError) as error:
+            kind = OSError if isinstance(error, OSError) else FloatingPointError
+            what = f"{writer.path} holds the first {writer.num_frames / fps:.1f} s"
+            left = what if writer.num_frames else "nothing is written"
+            raise kind(f"{getattr(error, 'strerror', None) or error}: {left}") from error
+    if args.save_state is not None and not timing.interrupted:
+        args.save_state.unlink(missing_ok=True)
+    return timing
 
 
-def doubts(args: options.Generate, pipe: Any) -> Iterator[str]:
+def _begun(args: options.Generate, pipe: Any, prompt: str, image: Any) -> Any:
+    """Begin to generate."""
+    from videoar.generation import conditioning
+
+    given = {name: getattr(args, name) for name in FIELDS} | {"sink_frames": args.sink}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.window is not None:
+        given["window_frames"] = None if args.window == "all" else args.window
+    fps, video = pipe.sampling.fps, None
+    if args.video is not None:
+        size: dict[str, Any] = {"height": pipe.height, "width": pipe.width}
+        size |= {"fit": args.fit or "crop", "seconds": args.keep}
+        video = conditioning.read_clip(args.video, fps=fps, **size)
+    begin = 0 if video is None else len(video) / fps
+    num_frames = args.num_frames or max(1, round((args.seconds or 4.0 + begin) * fps))
+    given |= {"image": image, "video": video, "fit": args.fit, "seeds": [args.seed or 0]}
+    generation = pipe.generate([prompt], num_frames=num_frames, **given)
+    if video is not None and (kept := generation.kept_frames) < len(video):
+        groups = f"1 + {pipe.codec.stride[0]} * k"
+        say(f"the first {kept} of {len(video)} frames are kept, as the codec needs {groups}")
+    return generation
+
+
+def read_script(args: options.Generate) -> list[tuple[float, str]]:
+    """Return the prompts and the seconds from which on they hold; the first is that of 0."""
+    found = [] if args.prompt is None else [(0.0, args.prompt)]
+    if args.script is not None:
+        for number, line in enumerate(args.script.read_text(encoding="utf-8").splitlines(), 1):
+            second, _, prompt = line.strip().partition(" ")
+            try:
+                found += [(float(second), prompt.strip())] if second else []
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} of {args.script} begins with {second!r}: write the second from"
+                    " which on its prompt holds, and the prompt, as `12.5 a red ball`"
+                ) from error
+    found = sorted((*found, *args.prompt_at), key=lambda item: item[0])
+    seconds = [second for second, _ in found]
+    if seconds[:1] != [0.0] or len(set(seconds)) < len(seconds) or not math.isfinite(sum(seconds)):
+        raise ValueError(
+            f"the prompts hold from {', '.join(f'{s:g}' for s in seconds)} s on: give one for 0,"
+            " and one for each other moment"
+        )
+    return found
+
+
+def _save(args: options.Generate, generation: Any, writer: Any) -> None:
+    """Write what `--resume` needs, if that is asked for."""
+    import numpy as np
+    import torch
+
+    from videoar.files import to_json, written_whole
+    from videoar.generation.stream import packed
+    from videoar.weights import write_safetensors
+
+    if args.save_state is None or (file := writer.state_dict()) is None:
+        return
+    held = {name: to_json(getattr(args, name)) for name in HELD} | {
+        "out": str(writer.path.absolute())
+    }
+    pending = torch.from_numpy(np.array(file.pop("pending"), dtype=np.uint8))
+    parts = {"args": packed(held), "file": packed(file), "pending": pending}
+    with written_whole(args.save_state) as partial:
+        write_safetensors(partial, generation.state_dict() | parts)
+
+
+def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:
+    """Read a state, and the options it was made with."""
+    from videoar.generation.stream import unpacked
+    from videoar.weights import read_safetensors
+
+    assert args.resume is not None
+    state = read_safetensors(args.resume)
+    held = unpacked(state, "args")
+    held |= {"out": Path(held["out"]), "lora": tuple(held["lora"])}
+    return state, replace(args, **held, resume=None, save_state=args.resume)
+
+
+def doubts(args: options.Generate, pipe: Any, prompts: list[str]) -> Iterator[str]:
     """Yield what is asked of a model that its training did not know, a line for each."""
     if new := pipe.untrained([args.units or pipe.sampling.units]):
         yield f"the model is {new}"
-    if unknown := pipe.unknown_words(args.prompt):
+    if unknown := pipe.unknown_words(" ".join(prompts)):
         yield f"in no caption of the model's training: {', '.join(unknown)}"
     if pipe.sampling.step == "renoise" and args.guidance_scale not in (None, 1):
         yield "the model is distilled to sample without guidance, which takes a second pass"

@@ -5,7 +5,9 @@ Nothing here imports torch before a command needs it: help and refusals are inst
 
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that wait by spinning, OpenMP's default, made a video 60 times
     # as slow beside another process on 2 cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threading.current_thread() is threading.main_thread():  # what ends a job is Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     return exit_code(lambda: parse(words)())
 
 

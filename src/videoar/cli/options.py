@@ -1,6 +1,6 @@
 """Options of commands; those of preparation and measurements lie in their rooms. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +35,12 @@ class Generate(CheckpointOptions):
     """Or a file of them, a line for each: .txt; .jsonl or .csv with prompt, name and seed."""
     num_videos_per_prompt: int = 1
     """How many videos of each prompt, with seeds of their own."""
+    prompt_at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
+    """Another prompt from a second on, SECONDS PROMPT; once for each."""
+    script: Path | None = None
+    """File of prompts, in each line the second from which on one holds, and the prompt."""
+    recompute: bool = False
+    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
     image: Path | None = None
@@ -85,12 +91,24 @@ class Generate(CheckpointOptions):
     """CPU threads."""
     force: bool = False
     """Replace the file if it exists."""
+    save_state: Path | None = None
+    """File that is kept up to date while it lasts: what --resume needs if the process is killed."""
+    resume: Path | None = None
+    """Such a file, to go on with; all options are in it but --threads, --device and --offload."""
 
     def __post_init__(self) -> None:
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.resume and (others := given - {"resume", "threads", "device", "offload"}):
+            names = ", ".join(sorted(others)).replace("_", "-")
+            raise ValueError(f"--resume goes on with what it holds: leave out {names}")
+        if not given & {"prompt", "prompts", "script", "resume"}:
+            raise ValueError("no PROMPT is given: describe the video in a few words")
+        single = given & {"prompt", "prompt_at", "script", "save_state"}
+        if self.prompts and single:
+            names = ", ".join(sorted(single)).replace("_", "-")
+            raise ValueError(f"--prompts makes a video of each line: leave out {names}")
         names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
         check_positive(self, *names, "height", "width", "num_videos_per_prompt")
-        if (self.prompt is None) == (self.prompts is None):
-            raise ValueError("name what to show, as PROMPT or as --prompts FILE, and not both")
         if self.seconds is not None and self.num_frames is not None:
             raise ValueError("--seconds and --num-frames both give the length: choose one of them")
         if self.image is not None and self.video is not None:

@@ -82,7 +82,7 @@ def _read(values: Any, *, default: str, seed: int) -> tuple[str, str, int]:
     plain = 0 < len(os.fsencode(name)) <= MAX_NAME_BYTES and not set(name) & {"/", "\\"}
     if not plain or name_problem(name):
         raise ValueError(f"{name!r} cannot name a file in the folder: choose a short, plain one")
-    if os.path.splitext(name)[1].lower() not in STREAMS + PICTURES:
+    if os.path.splitext(name)[1].lower() not in (*STREAMS, *PICTURES):
         name += ".mp4"
     first = values.get("seed", seed)
     first = int(first) if isinstance(first, str) and first.isdecimal() else first

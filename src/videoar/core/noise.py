@@ -17,14 +17,19 @@ def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
         unit: index of the unit in its stream.
         draw: 0 for the starting noise, r for the fresh noise of step r.
     """
+    return torch.Generator().manual_seed(mixed(seed, unit, draw))
+
+
+def mixed(*values: int) -> int:
+    """Make a seed of several numbers."""
     state = 0
     # splitmix64 (Steele et al. 2014): seeds that are close give unrelated streams.
-    for value in (seed, unit, draw):
+    for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
-    return torch.Generator().manual_seed(state)
+    return state
 
 
 def unit_noise(

@@ -152,12 +152,7 @@ class Sampler:
         self.network, self.units, self.text, self.config = network, units, text, config
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
         self._noise = None if noise is None else noise.split(list(units.sizes), dim=1)
-        self.known = {
-            index: Known(part.mask.to(device), part.tokens.to(device, dtype))
-            for index, part in known.items()
-        }
-        self.known_units = {index for index, part in known.items() if part.mask.all()}
-        """Those of which every token is known."""
+        self.hold(known)
         self.lag = config.num_steps if config.lag is None else config.lag
         if self.lag == 0 and units.count is None:
             raise ValueError(
@@ -179,6 +174,15 @@ class Sampler:
         """Forward passes so far."""
         self.on_step: Callable[[int, int, Tensor], Tensor] | None = None
         """Called with a unit, the step it took, and its tokens; returns those to go on with."""
+
+    def hold(self, known: Mapping[int, Known]) -> None:
+        """Take what is known beforehand, before the first unit."""
+        self.known = {
+            index: Known(part.mask.to(self.device), part.tokens.to(self.device, self.dtype))
+            for index, part in known.items()
+        }
+        self.known_units = {index for index, part in known.items() if part.mask.all()}
+        """Those of which every token is known."""
 
     def __iter__(self) -> Iterator[Finished]:
         yield from self._deliver()

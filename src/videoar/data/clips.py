@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
@@ -34,6 +33,7 @@ from videoar.data.video import Frames, VideoWriter
 from videoar.data.world import scene_of
 from videoar.encoders.codec import Codec, from_frames
 from videoar.files import replaced_folder, write_json
+from videoar.weights import write_safetensors
 
 SHEET_EVERY, SHEET_SIDE = 64, 96
 
@@ -88,7 +88,7 @@ def make_parts(
                 if count % SHEET_EVERY == 0:
                     tensors["sheet"] = torch.from_numpy(_triple(pixels))
                 about = {"start": json.dumps(round(start, 6))}
-                save_file(tensors, f"{stem}-{count:06d}.safetensors", about)
+                write_safetensors(f"{stem}-{count:06d}.safetensors", tensors, about)
                 if held_out:
                     path = Path(f"{stem}-{count:06d}.mkv")
                     with VideoWriter(path, fps=config.fps, overwrite=True) as writer:

@@ -4,29 +4,36 @@ Frames are uint8 arrays, `frames height width 3`. Nothing here knows of tensors 
 """
 
 import base64
+import dataclasses
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
-from av.container import Flags, InputContainer
+from av.container import InputContainer
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from videoar.checks import check_types, checked
-from videoar.files import check_place
+from videoar.data.fragments import encode, remux
+from videoar.files import Json, check_place, written_whole
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Picture = UInt8[np.ndarray, "rows columns 3"]
 
-STREAMS = (".mp4", ".mkv")
+STREAMS = {".mp4": "mp4", ".mkv": "matroska"}
+"""Suffixes, and the names of these containers."""
 PICTURES = (".webp", ".gif", ".png")
+GROUP = 32
+"""Frames of a fragment: what is lost if the process is killed, and has no state."""
 PAPER, INK = 224, 0  # not white: a white clip must have an edge
 
 
@@ -70,94 +77,152 @@ class Video:
         return writer.path
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What is whole in a file of fragments."""
+
+    size: int = 0
+    """Bytes."""
+    frames: int = 0
+    fragments: int = 0
+
+
 class VideoWriter:
     """A video file that is written frame by frame, in bounded memory.
 
-    Frames go to a hidden file beside the target. At the end, also when the user interrupts, that
-    file is closed properly and gets its name, so what was generated can be watched. After any other
-    error it keeps its hidden name. Without a single frame there is no file. Animations and contact
-    sheets are written in one piece: until the end their frames are held in memory.
+    Frames go to a hidden file beside the target, in fragments of `GROUP` frames, so that it plays
+    at every moment. At the end it is written anew in one piece and gets its name. However it ends,
+    on a full disk too, what was finished has that name and plays; without a frame there is no file.
+    Animations and contact sheets are written in one piece: until then their frames are held in
+    memory.
+
+    Args:
+        path: of the file to write.
+        fps: frames per second.
+        overwrite: replace what is there, and what a killed process left under the hidden name.
+        state: from `state_dict`: go on with that file.
+
+    Raises:
+        ValueError: the file cannot be written, or is not that of the state.
     """
 
     @checked
-    def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False) -> None:
-        self.path = check_output(path, overwrite=overwrite)
-        # Its suffix says of what kind it is.
-        self.partial = self.path.with_name(f".{self.path.name}.partial{self.path.suffix}")
-        self.fps, self.num_frames = fps, 0
-        self._size, self._held = (0, 0), list[Frames]()
-        self._container, kind = None, self.path.suffix.lower()
-        if kind not in STREAMS:
-            return
-        rate = Fraction(fps).limit_denominator(1001)  # 23.976 is meant as 24000/1001
-        # Nothing is written before the first frame, which gives the size.
-        self._container = av.open(str(self.partial), "w")
-        self._container.flags |= Flags.bitexact.value  # no date, no random name
-        if kind == ".mkv":
-            self._stream = self._container.add_stream("ffv1", rate=rate)
-            self._stream.pix_fmt = "bgr0"
-        else:
-            # crf 16 shows no artefacts on flat colours; 4,400 frames/s of 64x64 on one core
-            # (preset ultrafast: 6,700 frames/s in three times the size).
-            options = {"crf": "16", "preset": "veryfast"}
-            self._stream = self._container.add_stream("libx264", rate=rate, options=options)
-            self._stream.pix_fmt = "yuv420p"
-            # Untagged files are shown in one matrix by some players and in another by others.
-            context = self._stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            context.color_range = 1  # luma in 16..235
+    def __init__(
+        self, path: str | Path, *, fps: float, overwrite: bool = False, state: Json | None = None
+    ) -> None:
+        self.path = check_output(path, overwrite=overwrite or state is not None)
+        self.partial, self.kind = _partial(self.path), self.path.suffix.lower()
+        self.fps, self._resumable = fps, False
+        self._written, self._pending = _Written(), list[Picture]()  # frames not yet in the file
+        self._size, self._file = tuple[int, int](), None
+        if state is not None:
+            self._written, self._pending = _Written(*state["written"]), list(state["pending"])
+            os.replace(self._holding(state["tail"]), self.partial)
+        if self.kind in STREAMS:
+            self._file = FileIO(self.partial, "w+" if state is None else "r+")
+
+    @property
+    def num_frames(self) -> int:
+        return self._written.frames + len(self._pending)
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        watched = kind is None or issubclass(kind, KeyboardInterrupt)
-        if self._container is not None:
-            with self._container:
-                if self.num_frames:
-                    self._container.mux(self._stream.encode())
-        elif self.num_frames and watched:
-            _save_picture(np.concatenate(self._held), self.fps, self.partial)
-        if self.num_frames == 0:
-            self.partial.unlink(missing_ok=True)
-        elif watched:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is None:
+            if self._pending:
+                with written_whole(self.path) as partial:
+                    _save_picture(np.stack(self._pending), self.fps, partial, self.kind[1:])
+            return
+        try:
+            if self._pending:
+                self._put(self._file, len(self._pending))
+        finally:
+            self._pending.clear()
+            self._file.truncate(self._written.size)
+            self._file.close()
+            self._name(in_one_piece=kind is None or not self._resumable)
+
+    def _name(self, *, in_one_piece: bool) -> None:
+        """Give what is written its name."""
+        if not self._written.frames:
+            self.partial.unlink()
+            return
+        try:
+            if in_one_piece:  # if there is room for it
+                full = suppress(OSError, av.FFmpegError)
+                with full, written_whole(self.partial) as whole:
+                    remux(self.partial, whole, STREAMS[self.kind])
+        finally:
             os.replace(self.partial, self.path)
 
     def write(self, frames: Frames) -> None:
         """Append frames; all must have the size of the first."""
-        if self._container is None:
-            self._held.append(frames)
-            self.num_frames += len(frames)
-            return
-        stream, lossy = self._stream, self.path.suffix.lower() == ".mp4"
-        for frame in frames:
-            height, width = frame.shape[:2]
-            # Halved chroma needs even sizes. One more row or column is cheaper than 4:4:4, which
-            # browsers and phones do not play.
-            below, right = (height % 2, width % 2) if lossy else (0, 0)
-            if self.num_frames == 0:
-                self._size = (height, width)
-                stream.height, stream.width = height + below, width + right
-            if self._size != (height, width):
-                raise ValueError(
-                    f"a frame of {width}x{height} does not fit into a video of "
-                    f"{self._size[1]}x{self._size[0]}; resize it or write another file"
-                )
-            if below or right:
-                frame = np.pad(frame, ((0, below), (0, right), (0, 0)), mode="edge")
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            if lossy:
-                picture = picture.reformat(
-                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-                )
-            self._container.mux(stream.encode(picture))
-            self.num_frames += 1
+        height, width = frames.shape[1:3]
+        self._size = self._size or (height, width)
+        if self._size != (height, width):
+            raise ValueError(
+                f"a frame of {width}x{height} does not fit into a video of "
+                f"{self._size[1]}x{self._size[0]}; resize it or write another file"
+            )
+        self._pending += list(frames)
+        while self._file is not None and len(self._pending) >= GROUP:
+            self._put(self._file, GROUP)
+
+    def _put(self, file: FileIO, count: int) -> None:
+        """Append the first frames that wait; all of them, or none, are in the file."""
+        done, frames = self._written, np.stack(self._pending[:count])
+        place = {"first": done.frames, "index": done.fragments}
+        part = encode(frames, fps=self.fps, lossless=self.kind == ".mkv", **place)
+        data = part.body if done.frames else part.head + part.body
+        file.seek(done.size)
+        left = memoryview(data)
+        while left:
+            left = left[file.write(left) :]
+        written = _Written(done.size + len(data), done.frames + count, done.fragments + 1)
+        # Nothing interrupts between these two, so every frame is counted once.
+        self._pending, self._written = self._pending[count:], written
+
+    def state_dict(self) -> Json | None:
+        """Return what another process needs to go on with the file; None before its first fragment.
+
+        That much is on the disk, and from then on a file that does not come to its end stays in
+        fragments, which can be added to.
+        """
+        check_streamed(self.path)
+        if self._file is None or not self._written.frames:
+            return None
+        os.fsync(self._file.fileno())
+        self._resumable, written = True, dataclasses.astuple(self._written)
+        tail = _tail(self.partial, self._written.size)
+        return {"written": written, "tail": tail, "pending": [*self._pending]}
+
+    def _holding(self, tail: str) -> Path:
+        """Find the file of a state under the name that it has now."""
+        for file in (self.partial, self.path):
+            if file.is_file() and _tail(file, self._written.size) == tail:
+                return file
+        raise ValueError(
+            f"neither {self.path} nor {self.partial.name} is the video that the state goes on with:"
+            " put it back, or begin anew"
+        )
+
+
+def _tail(file: Path, size: int) -> str:
+    """Return a hash of the last bytes before `size`: who has them has what lies before."""
+    with file.open("rb") as read:
+        read.seek(max(0, size - 2**16))
+        return hashlib.sha256(read.read(min(size, 2**16))).hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.mp4")
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
     """Return the path of a file that can be written; raise before any work if it cannot."""
     target = Path(path).expanduser()
-    known, suffix = STREAMS + PICTURES, target.suffix or "no suffix"
+    known, suffix = (*STREAMS, *PICTURES), target.suffix or "no suffix"
     if suffix.lower() not in known:
         raise ValueError(f"{target.name!r} ends in {suffix!r}; use one of {', '.join(known)}")
     if target.is_dir():
@@ -165,7 +230,21 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     check_place(target.parent)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; choose another name or pass overwrite=True")
+    if _partial(target).exists() and not overwrite:
+        raise ValueError(
+            f"{_partial(target)} is what another process writes, or left when it was killed (it"
+            " plays): rename it, choose another name, or pass overwrite=True"
+        )
     return target
+
+
+def check_streamed(path: Path) -> None:
+    """Raise unless a file of this kind can be gone on with."""
+    if path.suffix.lower() not in STREAMS:
+        raise ValueError(
+            f"{path.name} is written in one piece at its end, so it has no state: write"
+            f" {' or '.join(STREAMS)}"
+        )
 
 
 def decode_frames(path: str | Path) -> Iterator[Picture]:
@@ -237,19 +316,19 @@ def _label(text: str, *, width: int) -> Picture:
     return np.asarray(picture)
 
 
-def _save_picture(frames: Frames, fps: float, path: Path) -> None:
-    count, kind = len(frames), path.suffix.lower()
-    if kind == ".png":
+def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
+    count = len(frames)
+    if kind == "png":
         chosen = np.linspace(0, count - 1, min(count, 32)).round().astype(int)
-        Image.fromarray(contact_sheet(frames[chosen])).save(path)
+        Image.fromarray(contact_sheet(frames[chosen])).save(path, kind)
         return
     # These formats count whole milliseconds or hundredths of a second: round the moments and not
     # the durations, so that the error does not add up.
-    unit = 10 if kind == ".gif" else 1
+    unit = 10 if kind == "gif" else 1
     moments = (np.arange(count + 1) * 1000 / fps / unit).round().astype(int) * unit
     durations = np.diff(moments).tolist()
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    first.save(path, kind, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _open_input(path: str | Path) -> InputContainer:

@@ -17,7 +17,6 @@ from typing import Any
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videoar.encoders.text_encoder import Rows, check_length, check_text
@@ -31,6 +30,7 @@ from videoar.weights import (
     read_json,
     read_safetensors,
     read_weights,
+    write_safetensors,
 )
 
 MAX_TOKENS = 512
@@ -196,7 +196,7 @@ def _write_rows(file: Path, rows: Tensor) -> None:
     with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as partial:
-            save_file({"rows": rows.contiguous()}, partial)
+            write_safetensors(partial, {"rows": rows.contiguous()})
 
 
 def _t5_names(weights: Weights) -> Weights:

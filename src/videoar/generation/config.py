@@ -1,5 +1,6 @@
 """How to generate: the options that a checkpoint carries and a user may override."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
@@ -9,8 +10,10 @@ from tyro.conf import arg
 from videoar.checks import check, check_options, check_types
 from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
+from videoar.core.noise import mixed
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
+from videoar.files import Json
 from videoar.generation.unipc import UniPC
 
 # Others are Euler steps, on one grid or another.
@@ -99,3 +102,38 @@ def trained_flow(meta: Mapping[str, Any], sampling: GenerationConfig) -> FlowMat
     units = meta.get("units") or task.get("units") or names([sampling.units])
     flow = FlowMatchingConfig(**stated)
     return replace(flow, context="full") if list(units) == ["full"] else flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked of a generation, from the next unit on."""
+
+    prompts: tuple[str, ...]
+    """One per video, as are the seeds."""
+    seeds: tuple[int, ...]
+    options: GenerationConfig
+    stretch: int = 0
+    """How often it has begun anew from its own last frames."""
+    before: tuple[str, ...] = ()
+    """Prompts that are blended out."""
+    over: int = 1
+    """Units that this takes."""
+    left: int = 0
+    """Those of them that are not yet begun."""
+
+    @property
+    def noise_seeds(self) -> tuple[int, ...]:
+        """Seeds of the noise: units are counted anew in a stretch, and must not repeat theirs."""
+        stretch = self.stretch
+        return tuple(mixed(seed, stretch) if stretch else seed for seed in self.seeds)
+
+    def to_json(self) -> Json:
+        options = vars(self.options) | {"units": names([self.options.units])[0]}
+        return json.loads(json.dumps(vars(self) | {"options": options}))
+
+    @classmethod
+    def from_json(cls, values: Json) -> "Plan":
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        options = values["options"]
+        sigmas = options["sigmas"] and tuple(options["sigmas"])
+        return cls(**values | {"options": GenerationConfig(**options | {"sigmas": sigmas})})

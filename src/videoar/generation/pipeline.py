@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from videoar.data.decode import Fit
 from videoar.encoders.codec import Codec, from_frames
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import STEPS, GenerationConfig
+from videoar.generation.config import STEPS, GenerationConfig, Plan
 from videoar.generation.inputs import (
     OUTPUTS,
     OnStepEnd,
@@ -36,7 +36,8 @@ from videoar.generation.inputs import (
     seeds_of,
 )
 from videoar.generation.progress import Progress
-from videoar.generation.stream import Generation
+from videoar.generation.session import Session
+from videoar.generation.stream import Generation, State, unpacked
 from videoar.machine import check_device
 
 
@@ -234,6 +235,30 @@ class VideoPipeline:
         generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
         return (frames[0] for frames in generation)
 
+    def session(
+        self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
+    ) -> Session:
+        """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
+        seeds = seeds_of(seed, None, 1)
+        generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
+        return Session(generation, self.resume)
+
+    def resume(self, source: State | str | Path) -> Session:
+        """Go on with a session that was saved, as if it had never stopped.
+
+        Raises:
+            ValueError: it is none, or one of another model.
+        """
+        if not isinstance(source, dict):
+            source = weights.read_safetensors(Path(source).expanduser())
+        about = unpacked(source)["about"]
+        plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
+        sampler = self.sampler(plan, self.lattice(plan.options.units, num_frames).frames)
+        given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
+        generation = Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
+        generation.load_state_dict(source)
+        return Session(generation, self.resume)
+
     @checked
     def generate(
         self,
@@ -291,6 +316,30 @@ class VideoPipeline:
             raise ValueError(
                 f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
             )
+        plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), options=options)
+        begun = {
+            "known": self._known(conditioning, batch, lattice),
+            "noise": None if latents is None else self._noise(latents, lattice, batch),
+            "text": None if prompt_embeds is None else self.text(plan, before=prompt_embeds),
+        }
+        sampler = pipe.sampler(plan, lattice.frames, **begun)
+        how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
+        return Generation(pipe.sampler, pipe.text, self.codec, plan, sampler, **how)
+
+    def sampler(
+        self,
+        plan: Plan,
+        frames: int | None,
+        *,
+        known: Mapping[int, Known] = {},
+        noise: Tensor | None = None,
+        text: TextContext | None = None,
+    ) -> Sampler:
+        """Return the sampler of a plan over so many latent frames, or of an endless stream."""
+        options, encoded = plan.options, text is not None
+        check_inputs(plan.prompts, plan.seeds, None, options, encoded=encoded)
+        num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
+        lattice, network = self.lattice(options.units, num_frames), self.transformer
         config = SamplerConfig(
             sigmas=options.schedule,
             step=STEPS.get(options.step, euler_step),
@@ -299,22 +348,10 @@ class VideoPipeline:
             context_noise=options.context_noise,
             moving_sinks=options.moving_sinks,
         )
-        network, texts = self.transformer, [] if prompt_embeds is not None else list(prompts)
         if options.guidance_scale != 1:
-            network = Guided(self.transformer, options.guidance_scale)
-            texts += [options.negative_prompt] * batch
-        sampler = Sampler(
-            network,
-            lattice,
-            self.encode(texts, before=prompt_embeds),
-            config,
-            seeds=list(map(int, seeds)),
-            known=self._known(conditioning, batch, lattice),
-            noise=None if latents is None else self._noise(latents, lattice, batch),
-            device=self.device,
-        )
-        how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
-        return Generation(sampler, self.codec, **how)
+            network = Guided(network, options.guidance_scale)
+        how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
+        return Sampler(network, lattice, text or self.text(plan), config, **how)
 
     def _known(self, conditioning: Any, batch: int, lattice: Units) -> dict[int, Known]:
         """Encode what a video begins with, by unit."""
@@ -325,12 +362,34 @@ class VideoPipeline:
         encoded = encoded.expand(batch, *encoded.shape[1:])
         return known_tokens(encoded, lattice, patch=self.transformer.config.patch)
 
+    def text(self, plan: Plan, *, before: Tensor | None = None) -> TextContext:
+        """Return what the passes of a plan read; `before` are rows of its prompts."""
+        guided = plan.options.guidance_scale != 1
+        negative = [plan.options.negative_prompt] * len(plan.prompts) if guided else []
+        if before is not None:
+            return self.encode(negative, before=before)
+        blended = [*plan.before, *negative] if plan.left else []
+        return self.encode([*plan.prompts, *negative], blended, plan.left / plan.over)
+
     @torch.inference_mode()
-    def encode(self, prompts: list[str], *, before: Tensor | None = None) -> TextContext:
-        """Encode prompts, behind those of which there are rows, to what every pass reads."""
-        parts = [] if before is None else [before]
-        parts += [self.prompt_encoder.encode(prompts)] if prompts else []
-        return self.transformer.encode_text(torch.cat(parts).to(self.transformer.proj_out.bias))
+    def encode(
+        self,
+        prompts: list[str],
+        blended: Sequence[str] = (),
+        share: float = 0.0,
+        *,
+        before: Tensor | None = None,
+    ) -> TextContext:
+        """Encode prompts, behind those of which there are rows, to what every pass reads.
+
+        Of `blended`, as many prompts, a share is mixed in.
+        """
+        rows = [] if before is None else [before]
+        rows += [self.prompt_encoder.encode(prompts)] if prompts else []
+        whole = torch.cat(rows)
+        if blended:
+            whole = torch.lerp(whole, self.prompt_encoder.encode(list(blended)), share)
+        return self.transformer.encode_text(whole.to(self.transformer.proj_out.bias))
 
     def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
         """Return starting noise as tokens; levels of a pyramid would have to share it."""

@@ -1,8 +1,11 @@
 """A video in the making: units are sampled, decoded and written as they come."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,81 +13,228 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from videoar import weights
+from videoar.checks import check, check_same
 from videoar.core.sampler import Sampler, part_of
-from videoar.core.tokens import Assembler
+from videoar.core.tokens import Assembler, Known, Latents, Tokens, known_tokens
+from videoar.core.transformer import TextContext
+from videoar.core.units import Unit
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
+from videoar.files import Json
+from videoar.generation.config import Plan
 from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes, process_seconds
+
+State = dict[str, Tensor]
+Batch = UInt8[np.ndarray, "batch frames height width 3"]
+STATE_FORMAT = 1
+MAX_OVER = 1000
+HOW = {"over", "recompute"}
+"""Of a change, how it is made."""
 
 
 class Generation:
     """A video in the making: iterate to get newly finished frames, `batch frames height width 3`.
 
-    Units are generated, committed and decoded as they come; nothing is kept but the cache and the
-    decoder's memory, so an endless stream needs constant memory.
+    Units are generated, committed and decoded as they come; nothing is kept but the cache, the
+    decoder's memory and the latents that a unit may read, so an endless stream needs constant
+    memory. What follows can be changed between two units: see `change`.
+
+    Args:
+        begin: makes the sampler of a plan and a number of latent frames, or of an endless stream.
+        text: makes what the passes of a plan read.
+        codec: of the latents.
+        plan: what is asked for.
+        sampler: of that.
+        num_frames: pixel frames; None for an endless stream.
+        conditioning: first frames; they come out as they are, not as the codec gives them back.
+        started: when the work began, on the clock `time.perf_counter`.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        begin: Callable[[Plan, int | None], Sampler],
+        text: Callable[[Plan], TextContext],
         codec: Codec,
+        plan: Plan,
+        sampler: Sampler,
         *,
         num_frames: int | None,
         conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None,
         started: float,
     ):
-        self.sampler, self.num_frames, self.stats = sampler, num_frames, Timing()
-        self.started = started
-        """When the work began, on the clock `time.perf_counter`."""
-        self.conditioning = conditioning
-        """First frames; they come out as they are, not as the codec gives them back."""
+        self._begin, self._text, self._codec = begin, text, codec
+        self.begun = self.plan = plan
+        self.wanted: Plan | None = None
+        """What is asked for and has not begun."""
+        self._anew = False
+        self.script: list[tuple[int, dict[str, Any]]] = []
+        """Changes to come, each after the frames at which it is due."""
+        self.num_frames, self.conditioning, self.started = num_frames, conditioning, started
+        self.stats, self._decoder = Timing(), codec.stream_decoder()
+        self._frames = sampler.units.frames
+        self._past: dict[int, Latents] = {}
+        """Latent frames of whole segments that a unit may yet read: the first, and the newest."""
+        self._whole = 0
+        """Latent frames of whole segments."""
+        self._open: list[Tokens] = []
+        """Units of the segment that is not whole, and the latent frames that they finished."""
+        self._done: list[Latents] = []
+        self._take(sampler)
+
+    def _take(self, sampler: Sampler) -> None:
+        self.sampler, self._passes = sampler, sampler.passes
         self._assembler = Assembler(sampler.units, patch=sampler.network.config.patch)
-        self._codec, self._decoder = codec, codec.stream_decoder()
-        parts = {"sampler": sampler, "decoder": self._decoder, "assembler": self._assembler}
-        self._parts: dict[str, Any] = parts
 
     @property
     def kept_frames(self) -> int:
         """Number of first frames that condition the rest, and are not generated."""
         return 0 if self.conditioning is None else self.conditioning.shape[1]
 
-    def __iter__(self) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
-        sampler, stats, before = self.sampler, self.stats, time.perf_counter()
-        steps = iter(sampler)
-        while self.num_frames is None or stats.frames < self.num_frames:
-            with torch.inference_mode():
-                finished = next(steps, None)
-            computed = time.perf_counter()
-            stats.passes, stats.cache_bytes = sampler.passes, sampler.cache.num_bytes
-            stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
-            stats.model_seconds += computed - before
-            if finished is None:
-                return
-            stats.units += 1
-            with torch.inference_mode():
-                latents = self._assembler.add(finished.unit, finished.tokens)
-                if latents is not None and not latents.isfinite().all():
-                    raise FloatingPointError(
-                        f"latents of unit {finished.unit.index} are not finite: the weights are"
-                        " damaged, or the dtype is too narrow; try float32, or another copy"
-                    )
-                frames = None if latents is None else to_frames(self._decoder(latents))
-            before, shown = time.perf_counter(), stats.frames
-            stats.decode_seconds += before - computed
-            if frames is None:
-                continue
-            if self.num_frames is not None:
-                frames = frames[:, : self.num_frames - shown]
-            if self.conditioning is not None:
-                kept = self.conditioning[:, shown : shown + frames.shape[1]]
-                frames[:, : kept.shape[1]] = kept
-            if not stats.first_frame_seconds:
-                stats.first_frame_seconds = before - self.started
-                stats.start_seconds = process_seconds()
-            stats.frames += frames.shape[1]
-            yield frames
-            before = time.perf_counter()
+    def change(self, *, recompute: bool = False, over: int = 1, **changes: Any) -> None:
+        """Ask for something else from the next unit on; other units begin with the next segment.
+
+        Args:
+            recompute: compute the keys of the frames that a unit reads anew, with the new words, as
+                is always done for fields of `GenerationConfig`; else the cache stays.
+            over: units over which new prompts are blended with those before.
+            changes: `prompts`, `seeds`, and fields of `GenerationConfig`.
+
+        Raises:
+            ValueError: a value is outside its limits; all stays as it was.
+        """
+        self.wanted, self._anew = self._planned(over, **changes), self._anew or recompute
+
+    def change_at(self, frame: int, **changes: Any) -> None:
+        """Ask for a change, see `change`, when so many frames are finished; in rising order."""
+        self._planned(changes.get("over", 1), **{k: changes[k] for k in changes.keys() - HOW})
+        self.script.append((frame, changes))
+
+    def _planned(self, over: int, **changes: Any) -> Plan:
+        """Return what is asked for by changes; raise if they cannot be."""
+        plan = self.wanted or self.plan
+        prompts, seeds = (changes.pop(name, getattr(plan, name)) for name in ("prompts", "seeds"))
+        check("over", over, 1 <= over <= MAX_OVER, f"1 to {MAX_OVER} units")
+        if tuple(prompts) != plan.prompts:
+            plan = replace(plan, before=self.plan.prompts, over=over, left=over - 1)
+        options = plan.options.replaced(**changes)
+        check("fps", options.fps, options.fps == plan.options.fps, "the rate that it began with")
+        plan = replace(plan, prompts=tuple(prompts), seeds=tuple(seeds), options=options)
+        self._begin(plan, None)  # raises what is wrong with it
+        return plan
+
+    def _change(self, wanted: Plan) -> None:
+        """Begin with what is asked for, as far as it can begin between these two units."""
+        before = self.plan
+        later = bool(self._open) and wanted.options.units != before.options.units
+        self.plan = replace(wanted, options=before.options if later else wanted.options)
+        if self._anew or self.plan.options != before.options:
+            self.plan = replace(self.plan, stretch=self.plan.stretch + 1)
+            self._begin_again()
+        elif self.plan != before:
+            self.sampler.text, self.sampler.seeds = self._text(self.plan), self.plan.noise_seeds
+        self._anew = False
+        self.wanted = replace(wanted, stretch=self.plan.stretch) if later else None
+
+    def _begin_again(self) -> None:
+        """Go on with a new sampler, for which the frames that a unit reads are known."""
+        sampler = self._begin(self.plan, None)
+        options, units = self.plan.options, sampler.units
+        first, last = 0, self._whole
+        if options.window_frames is not None:
+            first = units.whole_segments(options.sink_frames, window=options.window_frames)
+            last = (options.window_frames - first) // units.segment_frames - 1
+            last *= units.segment_frames
+        kept = [t for t in sorted(self._past) if t < first or t >= self._whole - last]
+        kept = kept[len(kept) % units.segment_frames :]
+        if self._frames is not None:
+            sampler = self._begin(self.plan, len(kept) + self._frames - self._whole)
+        sampler.on_step = self.sampler.on_step
+        self._take(sampler)
+        units, known = sampler.units, {}
+        if kept:
+            latents = torch.cat([self._past[t] for t in kept], dim=1)
+            known = known_tokens(latents, units, patch=sampler.network.config.patch)
+        self._assembler.done, sampler.delivered = len(kept), len(known)
+        for tokens in self._open:
+            whole = torch.ones(tokens.shape[1], dtype=torch.bool)
+            known[sampler.delivered] = Known(whole, tokens)
+            self._assembler.add(units.at(sampler.delivered), tokens)
+            sampler.delivered += 1
+        sampler.hold(known)
+
+    def _remember(self, unit: Unit, tokens: Tokens, latents: Latents | None) -> None:
+        """Keep what a unit may yet read."""
+        self._open.append(tokens)
+        self._done += [] if latents is None else [latents]
+        if (unit.index + 1) % self.sampler.units.units_per_segment:
+            return
+        frames = torch.cat(self._done, dim=1).split(1, dim=1)
+        self._past |= dict(enumerate(frames, start=self._whole))
+        self._whole += len(frames)
+        self._open, self._done = [], []
+        options = self.plan.options
+        if options.window_frames is not None:
+            oldest = self._whole - options.window_frames
+            for t in [t for t in self._past if options.sink_frames <= t < oldest]:
+                del self._past[t]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (done := self.step()) is not None:
+            if done[1] is not None:
+                yield done[1]
+
+    def step(self) -> tuple[Unit, Batch | None] | None:
+        """Compute one unit; return it and the frames that it finishes, if any; None at the end."""
+        stats, before = self.stats, time.perf_counter()
+        if self.num_frames is not None and stats.frames >= self.num_frames:
+            return None  # the rest of the last unit is not shown
+        while self.script and stats.frames >= self.script[0][0]:
+            self.change(**self.script.pop(0)[1])
+        with torch.inference_mode():
+            if self.wanted is not None:
+                self._change(self.wanted)
+            sampler = self.sampler
+            finished = next(iter(sampler), None)
+        computed = time.perf_counter()
+        stats.passes, self._passes = stats.passes + sampler.passes - self._passes, sampler.passes
+        stats.cache_bytes = sampler.cache.num_bytes
+        stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
+        stats.model_seconds += computed - before
+        if finished is None:
+            return None
+        stats.units += 1
+        with torch.inference_mode():
+            if self.plan.left:
+                self.plan = replace(self.plan, left=self.plan.left - 1)
+                self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
+                sampler.text = self._text(self.plan)
+            latents = self._assembler.add(finished.unit, finished.tokens)
+            if latents is not None and not latents.isfinite().all():
+                raise FloatingPointError(
+                    f"latents of unit {finished.unit.index} are not finite: the weights are"
+                    " damaged, or the dtype is too narrow; try float32, or another copy"
+                )
+            self._remember(finished.unit, finished.tokens, latents)
+            frames = None if latents is None else to_frames(self._decoder(latents))
+        before = time.perf_counter()
+        stats.decode_seconds += before - computed
+        return finished.unit, None if frames is None else self._shown(frames, before)
+
+    def _shown(self, frames: Batch, now: float) -> UInt8[np.ndarray, "batch shown height width 3"]:
+        """Return frames as they are shown: what is given as it was, and no more than asked for."""
+        stats, shown = self.stats, self.stats.frames
+        if self.num_frames is not None:
+            frames = frames[:, : self.num_frames - shown]
+        if self.conditioning is not None:
+            kept = self.conditioning[:, shown : shown + frames.shape[1]]
+            frames[:, : kept.shape[1]] = kept
+        if not stats.first_frame_seconds:
+            stats.first_frame_seconds = now - self.started
+            stats.start_seconds = process_seconds()
+        stats.frames += frames.shape[1]
+        return frames
 
     @torch.inference_mode()
     def latents(self) -> Float[Tensor, "batch frames channels height width"]:
@@ -94,18 +244,104 @@ class Generation:
         assert self.num_frames is not None, "an endless stream has no end"
         return latents[:, : 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0])]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that is needed to go on with the stream later."""
-        state = {"frames": torch.tensor(self.stats.frames)}
-        for name, part in self._parts.items():
-            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-        return state
+    def _parts(self) -> dict[str, Any]:
+        return {"sampler": self.sampler, "decoder": self._decoder, "assembler": self._assembler}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where a generation with the same arguments stood, on whatever device that was."""
-        for name, part in self._parts.items():
-            part.load_state_dict(part_of(state, name, device=self.sampler.device))
-        self.stats.frames = int(state["frames"])
+    @cached_property
+    def about(self) -> Json:
+        """Say what this is a generation of: a state goes on in one that says the same."""
+        network: Any = self.sampler.network
+        model = getattr(network, "network", network)  # without guidance around it
+        height, width = self.sampler.units.height, self.sampler.units.width
+        return {
+            "format": STATE_FORMAT,
+            "model": weights.fingerprint(model),
+            "codec": weights.fingerprint(self._codec),
+            "tokens": f"{height}x{width}",
+            "num_frames": self.num_frames,
+            "begun": self.begun.to_json(),
+        }
+
+    def state_dict(self) -> State:
+        """Everything that is needed to go on with the stream later, and what it is of."""
+        sampler = self.sampler
+        now = {
+            "plan": self.plan.to_json(),
+            "wanted": self.wanted and self.wanted.to_json(),
+            "anew": self._anew,
+            "script": self.script,
+            "lattice": sampler.units.frames,
+            "frames": self.stats.frames,
+            "whole": self._whole,
+        }
+        state = {"json": packed({"about": self.about, "now": now})}
+        for name, part in self._parts().items():
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        first = min(sampler.active, default=sampler.entered)
+        for index, known in sampler.known.items():
+            if index >= first:
+                state |= {f"mask.{index}": known.mask, f"known.{index}": known.tokens}
+        state |= {f"past.{t}": latents for t, latents in self._past.items()}
+        for name, tensors in (("open", self._open), ("done", self._done)):
+            state |= {f"{name}.{k}": tensor for k, tensor in enumerate(tensors)}
+        if self.stats.frames < self.kept_frames:
+            state["conditioning"] = torch.from_numpy(self.conditioning)
+        return {name: _copy(tensor) for name, tensor in state.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where a generation with the same arguments stood, on whatever device that was.
+
+        Raises:
+            ValueError: it is the state of another model, or of other arguments.
+        """
+        about, now = unpacked(state).values()
+        state = {name: _copy(tensor) for name, tensor in state.items()}
+        held = "the state is of a generation"
+        check_same(about, self.about, held=held, other="state")
+        plan, device = Plan.from_json(now["plan"]), self.sampler.device
+        if plan != self.plan or plan.stretch:
+            self._take(self._begin(plan, now["lattice"]))
+        self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
+        self._anew, self._whole = now["anew"], now["whole"]
+        self.script = [(frame, changes) for frame, changes in now["script"]]
+        self.stats.frames = now["frames"]
+        for name, part in self._parts().items():
+            part.load_state_dict(part_of(state, name, device=device))
+        masks, known = (part_of(state, name, device=device) for name in ("mask", "known"))
+        self.sampler.hold({int(index): Known(masks[index], known[index]) for index in known})
+        self._past = {int(t): x for t, x in part_of(state, "past", device=device).items()}
+        self._open, self._done = (
+            [x for _, x in sorted(part_of(state, name, device=device).items(), key=_number)]
+            for name in ("open", "done")
+        )
+        if "conditioning" in state:
+            self.conditioning = state["conditioning"].numpy()
+        self._passes = self.sampler.passes
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _number(item: tuple[str, Tensor]) -> int:
+    return int(item[0])
+
+
+def packed(value: Any) -> Tensor:
+    """Return what can be JSON as a tensor, for a file of such."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def unpacked(state: State, name: str = "json") -> Any:
+    """Return what was packed into a state.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(state[name].cpu().numpy().tobytes())
+    except (KeyError, ValueError) as error:
+        raise ValueError("this is no state of a generation: give what `save` wrote") from error
 
 
 def write(

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from videoar.core.transformer import VideoTransformer
+from videoar.weights import write_safetensors
 
 TIMEOUT, PATIENCE = timedelta(minutes=10), timedelta(days=7)
 
@@ -125,7 +125,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     dense = {name: value.detach().contiguous() for name, value in tensors.items()}
     if ranks.count == 1:
         folder.mkdir()
-        save_file(dense, folder / "whole.safetensors")
+        write_safetensors(folder / "whole.safetensors", dense)
     else:
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(dense, storage_writer=writer)

@@ -142,8 +142,12 @@ def write_checkpoint(
         partial.mkdir(parents=True)
         write_json(partial / "state.json", state)
     ranks.wait()
-    for stem, named in tensors.items():
-        save(partial / stem, named, ranks)
+    try:
+        for stem, named in tensors.items():
+            save(partial / stem, named, ranks)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it would keep a full disk full
+        raise
     ranks.wait()
     if ranks.first:
         os.replace(partial, target)

@@ -1,0 +1,129 @@
+"""A stream that its user is in: told something else, taken back, branched, put away and resumed."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from videoar.core.units import Unit
+from videoar.files import written_whole
+from videoar.generation.config import Plan
+from videoar.generation.stream import Batch, Generation, State
+from videoar.weights import write_safetensors
+
+KEPT_BYTES = 2**28
+
+
+def _changed_by_setting(name: str, read: Callable[[Plan], Any]) -> Any:
+    """Return a property that shows what holds from the next unit on, and asks for another."""
+
+    def value(session: "Session") -> Any:
+        return read(session.generation.wanted or session.generation.plan)
+
+    return property(value, lambda session, new: session.change(**{name: new}))
+
+
+class Session:
+    """One video in the making; what follows can be changed while it comes.
+
+    with pipe.session("a red ball moves left") as session:
+        for frames in session:
+            if session.seconds > 3:
+                session.prompt = "a blue ball moves left"
+
+    A change holds from the next unit on, other units from the next segment: `change` has the ways
+    in which it can be made. Once a second of video the state is kept, the newest in bounded memory,
+    for `seek`.
+    """
+
+    def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
+        self.generation, self._resume, self.kept_bytes = generation, resume, KEPT_BYTES
+        self._kept: deque[tuple[int, State]] = deque()
+        self._keep()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept.clear()
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
+        while (done := self.step()) is not None:
+            if done[1] is not None:
+                yield done[1][0]
+
+    def step(self) -> tuple[Unit, Batch | None] | None:
+        """Compute one unit; return it and the frames that it finishes, if any; None at the end."""
+        done = self.generation.step()
+        if done is not None and done[1] is not None:
+            self._keep()
+        return done
+
+    @property
+    def fps(self) -> int:
+        return self.generation.begun.options.fps
+
+    @property
+    def seconds(self) -> float:
+        """How much video there is."""
+        return self.generation.stats.frames / self.fps
+
+    prompt = _changed_by_setting("prompt", lambda plan: plan.prompts[0])
+    seed = _changed_by_setting("seed", lambda plan: plan.seeds[0])
+    units = _changed_by_setting("units", lambda plan: plan.options.units)
+    guidance_scale = _changed_by_setting("guidance_scale", lambda p: p.options.guidance_scale)
+
+    def change(self, **changes: Any) -> None:
+        """Ask for something else: `prompt`, `seed`, and what `Generation.change` takes."""
+        self.generation.change(**_of_a_batch(changes))
+
+    def change_at(self, seconds: float, **changes: Any) -> None:
+        """Ask for a change when so much video is finished; in rising order."""
+        self.generation.change_at(round(seconds * self.fps), **_of_a_batch(changes))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write all that `VideoPipeline.resume` needs, in another process too, as safetensors."""
+        target = Path(path).expanduser()
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} exists already: name another file, or overwrite it")
+        with written_whole(target) as partial:
+            write_safetensors(partial, self.generation.state_dict())
+        return target
+
+    def branch(self) -> "Session":
+        """Return another session, which goes on from here on its own."""
+        return self._resume(self.generation.state_dict())
+
+    def seek(self, seconds: float) -> None:
+        """Go back to the last kept point at or before a moment; what came after is forgotten.
+
+        Raises:
+            ValueError: it is no longer kept.
+        """
+        oldest = self._kept[0][0] / self.fps if self._kept else self.seconds
+        if not oldest <= seconds <= self.seconds:
+            raise ValueError(
+                f"{seconds:g} s is not kept: go back to {oldest:.1f} to {self.seconds:.1f} s"
+            )
+        while self._kept[-1][0] > seconds * self.fps:
+            self._kept.pop()
+        self.generation.load_state_dict(self._kept[-1][1])
+
+    def _keep(self) -> None:
+        """Keep the state once a second, and forget the oldest."""
+        frames = self.generation.stats.frames
+        if self._kept and frames < self._kept[-1][0] + self.fps:
+            return
+        self._kept.append((frames, self.generation.state_dict()))
+        held = sum(t.nbytes for _, state in self._kept for t in state.values())
+        while held > self.kept_bytes:
+            held -= sum(tensor.nbytes for tensor in self._kept.popleft()[1].values())
+
+
+def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return changes of one video as those of a batch of one."""
+    several = {"prompt": "prompts", "seed": "seeds"}
+    return {several.get(k, k): [v] if k in several else v for k, v in changes.items()}
