@@ -164,6 +164,7 @@ def _from_json(value: Any, hint: Any, *, name: str, file: Path) -> Any:
         for choice in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(choice) and isinstance(choice, type):
                 return build_config(choice, value, file=file)
+        return {k: _from_json(item, None, name=name, file=file) for k, item in value.items()}
     if isinstance(value, list):
         return tuple(_from_json(item, None, name=name, file=file) for item in value)
     if hint is float and type(value) is int:

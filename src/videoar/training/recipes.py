@@ -19,6 +19,7 @@ from videoar.training.distillation.objectives import DistillationConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig
+from videoar.training.reader import JudgeConfig
 from videoar.training.text_to_video import TextToVideoConfig
 
 TOY_UNITS = (
@@ -115,6 +116,23 @@ def codec() -> TrainConfig:
         log_every=50,
         save_every=100,
         sample_every=100,
+    )
+
+
+def judge() -> TrainConfig:
+    """A judge of labelled videos of your own: `videoar train judge --data.path FOOTAGE`."""
+    return TrainConfig(
+        name="judge",
+        out=Path("runs/judge"),
+        task=JudgeConfig(footage=Path("footage")),
+        steps=2000,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.5),
+        ema_decay=0.99,
+        precision="bfloat16",
+        log_every=50,
+        save_every=100,
+        sample_every=200,
     )
 
 
@@ -317,7 +335,7 @@ def distils(config: TrainConfig) -> bool:
 
 
 ALL = (
-    *(codec_toy, codec_toy_decoder, codec),
+    *(codec_toy, codec_toy_decoder, codec, judge),
     *(toy_images, toy_pairs, toy_short, toy, toy_teacher, finetune),
     *(toy_start, toy_same, toy_dmd, wan_dmd),
 )
