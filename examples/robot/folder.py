@@ -59,7 +59,7 @@ class Folder:
 
     def collect(self, labels: dict[str, dict[str, Any]]) -> None:
         """Write the tables of all clips: what `videoar prepare` reads, and what a judge does."""
-        rows = [labels[name] for name in sorted(labels)]
+        rows = [_in_words(labels[name]) for name in sorted(labels)]
         self._replace(self.root / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for kind in KINDS:
             text = ""
@@ -73,6 +73,13 @@ class Folder:
         partial = self.partial / f"{path.name}-{os.getpid()}"
         partial.write_text(text)
         partial.replace(path)
+
+
+def _in_words(label: dict[str, Any]) -> dict[str, Any]:
+    """Return a label that also says what is done in each part, and how things stand."""
+    parts = [part | {"action": world.TASKS[part["task"]].action} for part in label["parts"]]
+    state = world.state_words(world.TASKS[label["task"]].scene, label["states"])
+    return label | {"parts": parts, "state": state}
 
 
 def write_video(path: Path, pictures: list[np.ndarray]) -> None:

@@ -53,6 +53,8 @@ class Scene:
     """The body whose joint, or that of what hangs on it, tells the state."""
     joint: int = 0
     """Which of its joints."""
+    states: dict[str, float]
+    """Words for how it stands, and what its joint says then."""
     centre: Vector = (0.0, 0.0, 0.0)
     """From the mean of `bodies` to what one would point at, in metres."""
     home: Vector = (-0.06, 0.52, 0.26)
@@ -66,6 +68,7 @@ SCENES = {
         painted=("drawer_link",),
         grey=("drawer_beige",),
         moving="drawer_link",
+        states={"closed": 0.0, "open": -0.15},
         centre=(0.0, -0.1, 0.09),
     ),
     "door": Scene(
@@ -75,6 +78,7 @@ SCENES = {
         bare=("dl_metal",),
         grey=("dl_metal2",),
         moving="door_link",
+        states={"closed": 0.0, "open": -1.4},
         centre=(-0.12, -0.15, 0.0),
         home=(0.2, 0.46, 0.28),
     ),
@@ -84,12 +88,14 @@ SCENES = {
         painted=("window",),
         bare=("window_white", "window_glass"),
         moving="windowb_a",
+        states={"closed": 0.0, "open": 0.2},
     ),
     "faucet": Scene(
         thing="faucet",
         bodies=("faucetBase",),
         painted=("faucet_link",),
         moving="faucet_link2",
+        states={"left": -1.5, "middle": 0.0, "right": 1.5},
         centre=(0.0, -0.06, 0.1),
     ),
     "handle": Scene(
@@ -98,6 +104,7 @@ SCENES = {
         painted=("handle_link",),
         grey=("hdlprs_metal0",),
         moving="handle_link",
+        states={"up": -0.02, "down": -0.1},
         centre=(0.0, -0.1, 0.1),
     ),
     "side handle": Scene(
@@ -106,6 +113,7 @@ SCENES = {
         painted=("handle_link",),
         grey=("hdlprs_metal0",),
         moving="handle_link",
+        states={"up": -0.02, "down": -0.1},
         centre=(0.1, 0.0, 0.1),
     ),
     "plate": Scene(
@@ -114,6 +122,7 @@ SCENES = {
         painted=("puck_channel",),
         moving="puck_channel",
         joint=1,
+        states={"out": 0.0, "in": 0.18},
     ),
     "lock": Scene(
         thing="lock",
@@ -121,6 +130,7 @@ SCENES = {
         painted=("lock_link",),
         grey=("dl_metal2",),
         moving="lock_link",
+        states={"unlocked": 0.0, "locked": 1.4},
         centre=(0.0, -0.12, 0.06),
         home=(-0.15, 0.5, 0.24),
     ),
@@ -129,11 +139,17 @@ SCENES = {
         bodies=("lever",),
         painted=("lever_link1",),
         moving="lever_link1",
+        states={"down": 0.0, "up": -1.5},
         centre=(0.06, -0.05, 0.2),
         home=(0.0, 0.42, 0.22),
     ),
     "dial": Scene(
-        thing="dial", bodies=("dial",), painted=("dial",), moving="dial", centre=(0.0, 0.0, 0.03)
+        thing="dial",
+        bodies=("dial",),
+        painted=("dial",),
+        moving="dial",
+        states={"unturned": 0.0, "turned": -1.6},
+        centre=(0.0, 0.0, 0.03),
     ),
     "button": Scene(
         thing="button",
@@ -141,6 +157,7 @@ SCENES = {
         painted=("button",),
         grey=("btn_yellow",),
         moving="button",
+        states={"out": 0.0, "in": -0.08},
         centre=(0.0, -0.1, 0.0),
     ),
     "upper button": Scene(
@@ -149,6 +166,7 @@ SCENES = {
         painted=("button",),
         grey=("btn_yellow",),
         moving="button",
+        states={"out": 0.0, "in": -0.08},
         centre=(0.0, 0.0, 0.1),
     ),
 }
@@ -413,6 +431,17 @@ def joined_captions(
         text = f"{subject} " + ", then ".join(clauses)
         if text not in said:
             said.append(text)
+    return said
+
+
+def state_words(scene: str, states: Sequence[float]) -> list[str | None]:
+    """Return how a thing stands, frame by frame; None where it is on its way."""
+    words, values = list(SCENES[scene].states), np.array(list(SCENES[scene].states.values()))
+    said = list[str | None]()
+    for away in np.abs(np.asarray(states)[:, None] - values):
+        near, next_near = np.argsort(away)[:2]
+        apart = abs(values[near] - values[next_near])
+        said.append(words[near] if away[near] < 0.35 * apart else None)
     return said
 
 

@@ -81,12 +81,8 @@ def _as(value: Any, hint: Any) -> Any:
     elif origin is typing.Literal:
         if any(type(value) is type(each) and value == each for each in inner):
             return value
-    elif origin is list and isinstance(value, list):
-        return [_as(item, *inner) for item in value]
-    elif origin is tuple and isinstance(value, list | tuple):
-        each = inner[:1] * len(value) if inner[-1] is ... else inner
-        if len(each) == len(value):
-            return tuple(map(_as, value, each))
+    elif origin in (list, tuple, dict) and isinstance(value, list | tuple | dict):
+        return _items(value, origin, inner)
     elif origin in (int, float) and isinstance(value, numbers.Real):
         number: Any = value
         whole = origin is float or (number == int(number) and abs(number) < 2**63)
@@ -96,6 +92,19 @@ def _as(value: Any, hint: Any) -> Any:
         return Path(value)
     elif hint is Any or isinstance(value, origin):
         return value
+    raise TypeError
+
+
+def _items(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
+    """Return what a collection holds as its annotation says."""
+    if kind is dict and isinstance(value, dict):
+        return {key: _as(item, inner[1] if inner else Any) for key, item in value.items()}
+    if kind is list and isinstance(value, list):
+        return [_as(item, *inner) for item in value]
+    if kind is tuple and isinstance(value, list | tuple):
+        each = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(each) == len(value):
+            return tuple(map(_as, value, each))
     raise TypeError
 
 

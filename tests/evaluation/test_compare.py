@@ -75,12 +75,13 @@ def test_checkpoints_are_compared_in_pairs(tmp_path: Path, capsys) -> None:
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
     heads = [row[0] for row in rows]
     assert heads == [
-        *("| videos of", "| ---", "| real clips", "| one", "| two"),
+        *("| videos of", "| ---", "| real clips", "| real clips through the codec"),
+        *("| one", "| two"),
         *("| minus the first", "| ---", "| two"),
         *("| last - first 4 s", "| ---", "| one", "| two"),
     ]
     assert rows[2][4] == "100.0 [100.0, 100.0]"
-    assert rows[7][1] == "0.0 [0.0, 0.0]"  # the same weights, prompts and noise
+    assert rows[8][1] == "0.0 [0.0, 0.0]"  # the same weights, prompts and noise
     found = json.loads(out.read_text())["entries"]
     assert found[f"one {folders[0]}"]["videos"] == found[f"two {folders[1]}"]["videos"]
     assert "one " in said.split("| videos of")[0]

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from jaxtyping import Float, UInt8
 
+from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import (
     Interval,
     bootstrap_interval,
+    kid,
+    motion,
+    motion_distance,
     properties,
     psnr,
     slope,
@@ -177,3 +181,64 @@ def test_xpsnr_falls_with_noise_and_is_infinite_without() -> None:
     assert same == math.inf
     assert little > much > 0
     assert xpsnr(frames[:, :16, :16], frames[:, :16, :16]) is None
+
+
+def _crossing(rng: np.random.Generator) -> np.ndarray:
+    """A textured square that goes to the right at its own height, on a ground with a grain."""
+    frames = rng.integers(90, 130, (1, 64, 64, 3), dtype=np.uint8).repeat(24, axis=0)
+    square, y = rng.integers(256, size=(16, 16, 3), dtype=np.uint8), int(rng.integers(8, 40))
+    for t, frame in enumerate(frames):
+        frame[y : y + 16, 2 * t : 2 * t + 16] = square
+    return frames
+
+
+def test_motion_vectors_tell_amount_and_direction(rng: np.random.Generator) -> None:
+    """A square goes right by two pixels a frame; the blocks that hold it are up to 4 as large."""
+    frames = _crossing(rng)
+    right, left, still = motion(frames), motion(frames[::-1]), motion(frames[:1].repeat(9, 0))
+    assert 0.7 < right["right"] / (1000 * 2 / 64 / 16) < 4.0
+    assert left["right"] == pytest.approx(-right["right"], rel=0.3)
+    assert abs(right["down"]) < 0.2 * right["amount"]
+    assert still["amount"] < 0.01 * right["amount"]
+
+
+def test_frozen_shuffled_and_jumping_videos_are_far_from_real_motion(
+    rng: np.random.Generator,
+) -> None:
+    """Each is farther than other real ones by far: KID, which sees single frames, praises all."""
+    real, other = ([_crossing(rng) for _ in range(12)] for _ in range(2))
+    known = [motion(frames) for frames in real]
+
+    def far(videos: list[np.ndarray]) -> Interval:
+        return motion_distance([motion(frames) for frames in videos], known)
+
+    same = far(other)
+    for spoilt in (
+        [frames[:1].repeat(24, 0) for frames in other],
+        [rng.permutation(frames) for frames in other],
+        [np.roll(frames, 12, axis=0) for frames in other],
+    ):
+        assert far(spoilt).low > same.high + 1
+
+
+def test_kid_is_unbiased_and_orders_what_is_worse(rng: np.random.Generator) -> None:
+    """Over many small sets of one kind it is zero in the mean; the more is changed, the higher."""
+    mixing = rng.standard_normal((8, 8))
+
+    def features(shift: float = 0.0) -> np.ndarray:
+        return rng.standard_normal((12, 2, 8)) @ mixing + shift
+
+    same = [kid(features(), features(), resamples=2).mean for _ in range(60)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(60)
+    near, far = (kid(features(shift), features()) for shift in (1.0, 3.0))
+    assert near.mean < far.mean
+    assert far.low > 0
+
+
+def test_pictures_see_what_a_codec_loses(rng: np.random.Generator) -> None:
+    """Blocks of eight pixels are far from the frames that they are made of."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    real, other = (np.stack([_crossing(rng) for _ in range(6)]) for _ in range(2))
+    blocks = other[:, :, ::8, ::8].repeat(8, 2).repeat(8, 3)
+    near, far = (kid(pictures(clips), pictures(real)) for clips in (other, blocks))
+    assert near.mean < 0.3 * far.mean

@@ -105,3 +105,11 @@ def test_a_missing_renderer_is_one_sentence(tmp_path):
     assert "libosmesa6" in run.stderr
     assert len(run.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_states_are_said_in_words() -> None:
+    """How a thing stands is the nearest word; on its way from one to the other it is none."""
+    said = WORLD["state_words"]
+    assert said("drawer", [0.0, -0.02, -0.075, -0.14]) == ["closed", "closed", None, "open"]
+    assert said("faucet", [-1.5, 0.1, 1.6]) == ["left", "middle", "right"]
+    assert all(len(scene.states) > 1 for scene in WORLD["SCENES"].values())

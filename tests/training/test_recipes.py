@@ -1,5 +1,6 @@
 """Every recipe builds and takes a step at tiny size, and what it exports generates."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.schemes import Cells, KeyDetail, Scheme, box
 from videoar.data.video import Video
 from videoar.data.world import held_out_prompts
+from videoar.evaluation.labels import LABELS
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training import recipes
 from videoar.training.codec import FootageConfig, ReconstructionConfig
 from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
+from videoar.training.reader import JudgeConfig
 from videoar.training.recipes import RECIPES, find
 from videoar.training.run_folder import read_log
 from videoar.training.text_to_video import TextToVideoConfig, learned
@@ -44,6 +47,17 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
             pixels = np.random.default_rng(seed).integers(0, 255, (10, 32, 32, 3), np.uint8)
             Video(frames=pixels, fps=16).save(videos / f"{seed}.mkv")
         small = replace(task, videos=videos, codec=CODEC, size="32x32", num_frames=5)
+    elif isinstance(task, JudgeConfig):
+        footage, rows = folder / task.footage, []
+        footage.mkdir()
+        for seed in range(6):
+            pixels = np.random.default_rng(seed).integers(0, 255, (10, 32, 32, 3), np.uint8)
+            row = {"file_name": f"{seed}.mkv", "frames": 10, "color": ["red", "blue"][seed % 2]}
+            Video(frames=pixels, fps=16).save(footage / row["file_name"])
+            rows.append(json.dumps(row))
+        (footage / LABELS).write_text("\n".join(rows))
+        reader = replace(task.reader, size=16, num_frames=4, channels=(8,), width=8)
+        small = replace(task, footage=footage, reader=reader, held_out=0.5)
     elif isinstance(task, TextToVideoConfig) and task.size is None:  # those of `init`
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -212,13 +213,49 @@ def look(frames: UInt8[np.ndarray, "frames height width 3"], prompt: Json, *, fp
     return {"scores": scores, "seen": {"background": reading.background, "things": things}}
 
 
-def judge_whole(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> list[Json]:
+@runtime_checkable
+class Judge(Protocol):
+    """Who asks for videos of a world, has real ones of them, and says what others show."""
+
+    def prompts(self, count: int, *, seed: int) -> list[Json]:
+        """Return what no training has seen; prompt i does not depend on their number."""
+
+    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
+        """Return real clips of what is asked for."""
+
+    def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
+        """Return what is seen in each clip, the scores, and whatever else it measures."""
+
+
+class WorldJudge:
+    """The judge of the procedural world, which is exact."""
+
+    def prompts(self, count: int, *, seed: int) -> list[Json]:
+        return world.held_out_prompts(count, seed=seed)
+
+    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
+        scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
+        how = {"num_frames": num_frames, "size": size, "fps": fps}
+        return np.stack([world.render(scene, **how) for scene in scenes])
+
+    def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
+        return [look(clip, p, fps=fps) for clip, p in zip(clips, prompts, strict=True)]
+
+
+WORLD = WorldJudge()
+
+
+def judge_whole(
+    blocks: Iterator[Clips], prompts: list[Json], *, fps: int, judge: Judge = WORLD
+) -> list[Json]:
     """Judge short videos."""
-    clips = np.concatenate(list(blocks), axis=1)
-    return [p | look(clip, p, fps=fps) for clip, p in zip(clips, prompts, strict=True)]
+    found = judge.look(np.concatenate(list(blocks), axis=1), prompts, fps=fps)
+    return [prompt | seen for prompt, seen in zip(prompts, found, strict=True)]
 
 
-def judge_ends(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> list[Json]:
+def judge_ends(
+    blocks: Iterator[Clips], prompts: list[Json], *, fps: int, judge: Judge = WORLD
+) -> list[Json]:
     """Judge the first and last window of long videos, and measure drift from window to window.
 
     No more than two windows of frames are kept, however long the videos are.
@@ -233,11 +270,10 @@ def judge_ends(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> lis
             for known, clip in zip(values, window, strict=True):
                 for name, two in properties(clip, fps=fps, window_seconds=half).items():
                     known.setdefault(name, []).extend(two)
-    videos = []
+    videos, looked = [], {end: judge.look(clips, prompts, fps=fps) for end, clips in ends.items()}
     for i, (prompt, known) in enumerate(zip(prompts, values, strict=True)):
         slopes = {name: slope(v, window_seconds=half) for name, v in known.items()}
-        found = {end: look(clips[i], prompt, fps=fps) for end, clips in ends.items()}
-        scores, seen = ({end: found[end][key] for end in found} for key in ("scores", "seen"))
+        scores, seen = ({e: found[i][k] for e, found in looked.items()} for k in ("scores", "seen"))
         videos.append(prompt | scores | {"seen": seen, "slopes": slopes, "values": known})
     return videos
 

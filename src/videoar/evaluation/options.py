@@ -51,7 +51,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """What may be said of videos that are judged on the procedural world, whoever makes them."""
+    """What may be said of videos that are judged, whoever makes them."""
 
     long_prompts: int = 0
     """Prompts for long videos, which show drift; 0: none."""
@@ -61,6 +61,11 @@ class StudyOptions:
     """Of the scenes and of the noise; video i has the seed `seed + i`."""
     batch_size: int = 16
     """Videos that are generated side by side."""
+    judge: str | None = None
+    """Checkpoint of `videoar train judge`; by default the judge that the checkpoint brings along,
+    or that of the procedural world."""
+    footage: Path | None = None
+    """Labelled videos of a judge that was trained; those held out are asked for."""
     out: Path | None = None
     """JSON file with all scores; what it holds is kept, and other settings are refused."""
 
@@ -77,7 +82,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(StudyOptions):
-    """Judge on the procedural world whether videos show what their prompts say, and go on to."""
+    """Judge whether videos show what their prompts say, and go on to."""
 
     checkpoint: Positional[Checkpoint] = "toy"
     """A bundled name or a folder."""
@@ -104,7 +109,7 @@ class Evaluate(StudyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(StudyOptions):
-    """Judge checkpoints beside each other on the procedural world, in pairs and with intervals."""
+    """Judge checkpoints beside each other, in pairs and with intervals."""
 
     entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
     """What is compared; NAME=A,B,C are checkpoints that differ in their seed of training."""

@@ -1,9 +1,10 @@
-"""Faithfulness and drift on the procedural world: does a video show what its prompt says?
+"""Faithfulness and drift: does a video show what its prompt says?
 
 A study is a list of entries, each a checkpoint with fields of `GenerationConfig` beside its own;
-all get the same prompts and seeds, so they are compared in pairs. The judge is `judge.read`; its
-ceiling is its score on real clips of the same scenes. No scene is trained on, but its words may be:
-one thing on a background has only 1,536 combinations of attributes.
+all get the same prompts and seeds, so they are compared in pairs. The judge is that of the
+procedural world, or one that was trained; its ceiling is its score on real clips of the same
+prompts. No scene is trained on, but its words may be: one thing on a background of the procedural
+world has only 1,536 combinations of attributes.
 
 What the file of a study holds is kept and not computed again; of other settings it is refused.
 """
@@ -24,46 +25,48 @@ from jaxtyping import Float
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_same
 from videoar.core.schemes import KINDS, parse
-from videoar.data import world
-from videoar.data.world import held_out_prompts
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.evaluation import tables
-from videoar.evaluation.judge import Clips, judge_ends, judge_whole
+from videoar.evaluation.judge import WORLD, Clips, Judge, judge_ends, judge_whole
 from videoar.evaluation.options import Compare, Evaluate, StudyOptions
+from videoar.evaluation.reader import TrainedJudge
 from videoar.evaluation.tables import CLEAN, CODEC, LONG, cells, markdown
 from videoar.files import Json, load, save, to_json
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
+Report, Asked, Made = Callable[[str], None], list[Json], Iterator[Clips]
+Who = tuple[Judge, Json]
+"""A judge, and what tells it from others in the settings of a study."""
 
-def generated(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
+
+def generated(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
     """Yield the frames of a batch of generated videos as they come."""
     texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
     yield from pipe.generate(texts, num_frames=num_frames, seeds=seeds)
 
 
-def real(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
-    """Yield real clips of the scenes."""
-    scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
-    how = {"num_frames": num_frames, "size": pipe.height, "fps": pipe.sampling.fps}
-    yield np.stack([world.render(scene, **how) for scene in scenes])
+def real(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
+    """Yield real clips of what is asked for."""
+    yield judge.real(prompts, num_frames=num_frames, size=pipe.height, fps=pipe.sampling.fps)
 
 
-def coded(pipe: VideoPipeline, prompts: list[Json], *, num_frames: int) -> Iterator[Clips]:
+def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
     """Yield real clips that went through the codec, which takes whole latent frames."""
     stride = pipe.codec.stride[0]
     whole = 1 + math.ceil((num_frames - 1) / stride) * stride
-    for clips in real(pipe, prompts, num_frames=whole):
+    for clips in real(pipe, prompts, judge, num_frames=whole):
         latents = pipe.codec.encode(from_frames(clips))
         yield to_frames(pipe.codec.decode(latents))[:, :num_frames]
 
 
-def judge_and_describe(blocks: Iterator[Clips], prompts: list[Json], *, fps: int) -> list[Json]:
+def judge_and_describe(blocks: Made, prompts: Asked, *, fps: int, judge: Judge) -> list[Json]:
     """Judge short videos, and describe them by `features`."""
     clips = np.concatenate(list(blocks), axis=1)
-    found = zip(judge_whole(iter([clips]), prompts, fps=fps), features(clips).tolist(), strict=True)
-    return [video | {"features": described} for video, described in found]
+    videos = judge_whole(iter([clips]), prompts, fps=fps, judge=judge)
+    pairs = zip(videos, features(clips).tolist(), strict=True)
+    return [video | {"features": described} for video, described in pairs]
 
 
 def features(frames: Clips) -> Float[np.ndarray, "b c"]:
@@ -94,11 +97,31 @@ class Entry:
     seconds: float
     seeds: int = 1
     """Videos per prompt."""
-    make: Callable[..., Iterator[Clips]] = generated
+    make: Callable[..., Made] = generated
     judge: Callable[..., list[Json]] = judge_whole
 
 
-def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
+def find_judge(config: StudyOptions, checkpoint: str) -> Who:
+    """Return who judges: whom the options name, or whom the checkpoint brings along; and its mark.
+
+    Raises:
+        ValueError: it lacks the videos by which it judges, or there is none.
+    """
+    found = Checkpoint.find(config.judge or checkpoint)
+    folder, footage = found.source / "judge", config.footage
+    trained = folder.is_dir()
+    if trained != (footage is not None) or (config.judge and not trained):
+        raise ValueError(
+            f"{found.source} brings {'a' if trained else 'no'} judge of labelled videos: one takes"
+            " --footage, the folder of these, and --judge, the checkpoint of `videoar train judge`,"
+            " if the first checkpoint brings none"
+        )
+    if footage is None:
+        return WORLD, {}
+    return TrainedJudge(folder, footage), {"judge_weights": found.fingerprint()}
+
+
+def evaluate(config: Evaluate, report: Report) -> str:
     """Judge a checkpoint under every kind of unit, and return the tables."""
     units = config.units or tuple(Checkpoint.find(config.checkpoint).meta.get("units", KINDS))
     for name in units:  # what is wrong with it is said before weights are loaded
@@ -112,7 +135,7 @@ def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
         Entry(name=CODEC, make=coded, overrides=given, **shared),
         *(Entry(name=name, overrides=given | {"units": name}, **shared) for name in units),
     ]
-    found = run(entries, config, report)
+    found = run(entries, config, report, find_judge(config, config.checkpoint))
     titled = tables.unit_tables(found, units=units)
     save(config.out, {"entries": found, "tables": titled})
     text = [markdown(cells(tables.headline(next(iter(titled.values())))))]
@@ -121,7 +144,7 @@ def evaluate(config: Evaluate, report: Callable[[str], None]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def compare(config: Compare, report: Callable[[str], None]) -> str:
+def compare(config: Compare, report: Report) -> str:
     """Judge checkpoints beside each other, and return the tables.
 
     A line is a name with one checkpoint, or with several that differ in their seed of training:
@@ -133,13 +156,15 @@ def compare(config: Compare, report: Callable[[str], None]) -> str:
         raise ValueError("two entries have one name: write NAME=CHECKPOINT with other names")
     shared: Json = {"num_prompts": config.num_prompts, "seconds": config.seconds}
     shared["judge"] = judge_and_describe
-    entries = [Entry(name=CLEAN, checkpoint="toy", make=real, **shared)]
+    first = next(iter(lines.values()))[0].partition("?")[0]
+    makers = {CLEAN: real, CODEC: coded}
+    entries = [Entry(name=k, checkpoint=first, make=make, **shared) for k, make in makers.items()]
     for line, checkpoint in ((line, one) for line, several in lines.items() for one in several):
         path, _, text = checkpoint.partition("?")
         overrides = read_overrides(text) | ({"units": config.units} if config.units else {})
         how: Json = {"checkpoint": path, "overrides": overrides, "seeds": config.seeds}
         entries.append(Entry(name=f"{line} {checkpoint}", **how, **shared))
-    found = run(entries, config, report)
+    found = run(entries, config, report, find_judge(config, first))
     names = {line: [f"{line} {one}" for one in several] for line, several in lines.items()}
     three = tables.checkpoint_tables(found, names)
     save(config.out, {"entries": found, "tables": three})
@@ -176,7 +201,7 @@ def read_overrides(text: str) -> Json:
     return changes
 
 
-def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], None]) -> Json:
+def run(entries: Sequence[Entry], config: StudyOptions, report: Report, who: Who) -> Json:
     """Make and judge the videos of entries, and keep them, with a report of each batch and entry.
 
     If they are asked for, long videos of what generates are judged, too.
@@ -184,7 +209,8 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
     Returns:
         All that the file holds then, by entry: settings, and what was seen in every video.
     """
-    found = load(config.out, "entries", kind="evaluation")
+    found, (judge, mark) = load(config.out, "entries", kind="evaluation"), who
+    judge.prompts(max(entry.num_prompts for entry in entries), seed=config.seed)
     save(config.out, {"entries": found})  # fails now if it must fail
     how: Json = {"num_prompts": config.long_prompts, "seconds": config.long_seconds, "seeds": 1}
     long = [
@@ -206,6 +232,7 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
             | {"num_prompts": entry.num_prompts, "seeds": entry.seeds, "seed": config.seed}
             | {"num_frames": round(entry.seconds * sampling.fps), "weights": weights}
             | {"judge": entry.judge.__name__}
+            | mark
         )
         if entry.name in found:
             held = f"{config.out} holds {entry.name}"
@@ -217,9 +244,9 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Callable[[str], 
     for name, (entry, sampling, settings) in jobs.items():
         pipe = replace(pipelines(entry.checkpoint)[0], sampling=sampling)
         frames, videos = settings["num_frames"], []
-        for batch in _batches(entry, config):
-            blocks = _heard(entry.make(pipe, batch, num_frames=frames), name, paced)
-            videos += entry.judge(blocks, batch, fps=sampling.fps)
+        for batch in _batches(entry, config, judge):
+            blocks = _heard(entry.make(pipe, batch, judge, num_frames=frames), name, paced)
+            videos += entry.judge(blocks, batch, fps=sampling.fps, judge=judge)
             done += len(batch) * frames
             left = (time.perf_counter() - started) * (total / done - 1)
             paced.say(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
@@ -246,9 +273,9 @@ def _heard(blocks: Iterator[Clips], name: str, paced: Paced) -> Iterator[Clips]:
         yield block
 
 
-def _batches(entry: Entry, config: StudyOptions) -> Iterator[list[Json]]:
+def _batches(entry: Entry, config: StudyOptions, judge: Judge) -> Iterator[list[Json]]:
     """Yield the prompts of an entry, once for each of its seeds, in batches."""
-    prompts = held_out_prompts(entry.num_prompts, seed=config.seed)
+    prompts = judge.prompts(entry.num_prompts, seed=config.seed)
     asked = [p | {"seed": p["seed"] + 1_000_003 * k} for k in range(entry.seeds) for p in prompts]
     for start in range(0, len(asked), config.batch_size):
         yield asked[start : start + config.batch_size]

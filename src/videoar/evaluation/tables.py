@@ -35,9 +35,7 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
 
 CLEAN, CODEC = "real clips", "real clips through the codec"
 LONG = ", long"  # ends the names of long videos
-HEADLINE = {"color": "colour", "shape": "shape", "motion": "motion", "all": "all right"}
-COMPARED = {"color": "color", "shape": "shape", "motion": "motion"}
-"""Scores, and the columns that show them."""
+ASIDE = {"size", "background", "count"}  # scores that only the whole table shows
 
 Scores = dict[str, Float[np.ndarray, " prompts"]]
 Rows = list[dict[str, Any]]
@@ -67,10 +65,17 @@ def difference(first: Scores, second: Scores, names: Mapping[str, str]) -> dict[
     return intervals({name: first[name] - second[name] for name in names}, names)
 
 
+def columns_of(scores: Iterable[str]) -> dict[str, str]:
+    """Return the scores that matter most, and the columns that show them."""
+    named = {"color": "colour", "all": "all right"}
+    return {name: named.get(name, name) for name in scores if name not in ASIDE}
+
+
 def headline(rows: Rows) -> Rows:
     """Return few columns, made for a README."""
+    shown = columns_of(name for name in rows[0] if name not in ("units", "videos"))
     return [
-        {"units": row["units"]} | {shown: row[key] for key, shown in HEADLINE.items()}
+        {"units": row["units"]} | {column: row[key] for key, column in shown.items()}
         for row in rows
     ]
 
@@ -84,48 +89,74 @@ def unit_tables(found: Json, *, units: Sequence[str]) -> dict[str, Rows]:
 
     scores = {name: by_prompt([found[name]]) for name in (CLEAN, CODEC, *units)}
     right = {name: intervals(own) for name, own in scores.items()}
+    compared = {name: name for name in columns_of(right[CLEAN])}
     for name in right:
         add("Right, in %, with 95 % intervals over prompts", name, right[name])
     for ceiling, name in itertools.product((CODEC, CLEAN), units):
-        best = {key: right[ceiling][key].mean for key in COMPARED}
+        best = {key: right[ceiling][key].mean for key in compared}
         # It is taken as exact; a judge who is always wrong has none.
-        shares = {key: right[name][key].times(1 / best[key]) for key in COMPARED if best[key]}
+        shares = {key: right[name][key].times(1 / best[key]) for key in compared if best[key]}
         add(f"In % of the score of {ceiling}", name, shares)
+    for name in (CODEC, *units):
+        if beside := looks([found[name]], found[CLEAN]):
+            tables["How it looks and moves beside real clips"].append({"units": name} | beside)
     for name in units[1:]:
-        change = difference(scores[name], scores[units[0]], COMPARED)
+        change = difference(scores[name], scores[units[0]], compared)
         add(f"Minus {units[0]} with the same prompts and seeds, in points", name, change)
     for name in (f"{name}{LONG}" for name in units if f"{name}{LONG}" in found):
         first, last, slopes = (by_prompt([found[name]], key) for key in ("first", "last", "slopes"))
         add(f"The first {WINDOW_SECONDS:g} s of the long videos", name, intervals(first))
         add(f"The last {WINDOW_SECONDS:g} s of the long videos", name, intervals(last))
         add("Change per minute, times 100", name, intervals(slopes))
-        change = difference(last, first, COMPARED)
+        change = difference(last, first, compared)
         add("Last minus first window of the same video, in points", name, change)
     return tables
 
 
 def checkpoint_tables(found: Json, lines: Mapping[str, Sequence[str]]) -> list[Rows]:
     """Return the tables of lines that are one entry, or several that differ in who made them."""
-    real = intervals(by_prompt([found[CLEAN]]), HEADLINE)
+    shown = columns_of(by_prompt([found[CLEAN]]))
     extra = ("Frechet", "diversity", "steps", "passes/s")
-    right: Rows = [{"videos of": CLEAN} | real | dict.fromkeys(extra, "")]
+    right: Rows = []
+    for name in (CLEAN, CODEC):
+        right.append({"videos of": name} | intervals(by_prompt([found[name]]), shown))
+        right[-1] |= dict.fromkeys(extra, "") | looks([found[name]], found[CLEAN])
     minus, drift, first = [], [], {}
     for line, names in lines.items():
         own = [found[name] for name in names]
         scores, settings = by_prompt(own), own[0]["settings"]
         sigmas = settings["sigmas"]
-        right.append({"videos of": line} | intervals(scores, HEADLINE))
+        right.append({"videos of": line} | intervals(scores, shown))
         right[-1]["Frechet"] = _distance(own, _features(found[CLEAN]))
         right[-1]["diversity"] = _diversity(own)
         steps = settings["num_inference_steps"] if sigmas is None else len(sigmas) - 1
         right[-1] |= {"steps": steps, "passes/s": f"{own[0]['passes_per_second']:.1f}"}
+        right[-1] |= looks(own, found[CLEAN])
         if first:
-            minus.append({"minus the first": line} | difference(scores, first, HEADLINE))
+            minus.append({"minus the first": line} | difference(scores, first, shown))
         first = first or scores
         if long := [found[f"{name}{LONG}"] for name in names if f"{name}{LONG}" in found]:
-            change = difference(by_prompt(long, "last"), by_prompt(long, "first"), HEADLINE)
+            change = difference(by_prompt(long, "last"), by_prompt(long, "first"), shown)
             drift.append({f"last - first {WINDOW_SECONDS:g} s": line} | change)
     return [rows for rows in (right, minus, drift) if rows]
+
+
+def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
+    """Return how far frames and motion are from those of real clips, if they were measured."""
+    made, others = [video for sample in samples for video in sample["videos"]], real["videos"]
+    rows = dict[str, str]()
+    if all("pictures" in videos[0] for videos in (made, others)):
+        frames = np.array([video["pictures"] for video in made])
+        frames = np.concatenate(np.split(frames, len(made) // len(others)), axis=1)
+        distance = metrics.kid(frames, np.array([video["pictures"] for video in others]))
+        rows["KID, EfficientNet-lite0"] = f"{distance:.3f}"
+    if all("motion" in videos[0] for videos in (made, others)):
+        moved, moves = ([video["motion"] for video in videos] for videos in (made, others))
+        rows["motion vectors, Fréchet"] = f"{metrics.motion_distance(moved, moves):.2f}"
+        usual = np.mean([video["amount"] for video in moves])
+        amount = bootstrap_interval([video["amount"] / usual for video in moved])
+        rows["motion, % of real"] = f"{amount.times(100):.0f}"
+    return rows
 
 
 def _features(sample: Json) -> Float[np.ndarray, "videos features"]:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
@@ -287,6 +286,24 @@ class Footage:
             yield self.lossless.decode(found["latents"])
 
 
+@torch.no_grad()
+def operations(network: nn.Module, run: Callable[[], object]) -> float:
+    """Count the multiply-adds, twice each, of convolutions and matrices, by shape."""
+    total = 0.0
+
+    def add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * layer.weight[0].numel()
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    layers = [layer for layer in network.modules() if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
@@ -299,13 +316,8 @@ class ReconstructionTask:
         latent_frames = 1 + (num_frames - 1) // codec.stride[0]
         batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
         self.tokens_per_batch = batch * places
-        self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
-
-    def _flops_per_latent(self, height: int, width: int) -> float:
-        """Count the operations of one latent frame, there and back."""
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.objective.module.reconstruct(torch.zeros(1, 5, 3, height, width))
-        return counter.get_total_flops() / 2
+        clip = torch.zeros(1, 5, 3, *size)
+        self.flops_per_batch = 3 * batch * operations(codec, lambda: codec.reconstruct(clip)) / 2
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:

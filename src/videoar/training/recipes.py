@@ -18,6 +18,7 @@ from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import StageConfig
 from videoar.training.optimizer import OptimizerConfig
+from videoar.training.reader import JudgeConfig
 from videoar.training.text_to_video import TextToVideoConfig
 
 TOY_UNITS = (
@@ -106,6 +107,23 @@ def codec() -> TrainConfig:
         optimizer=replace(first.optimizer, decay_fraction=0.25),
         ema_decay=0.998,
         save_every=100,
+    )
+
+
+def judge() -> TrainConfig:
+    """A judge of labelled videos of your own: `videoar train judge --data.path FOOTAGE`."""
+    return TrainConfig(
+        name="judge",
+        out=Path("runs/judge"),
+        task=JudgeConfig(footage=Path("footage")),
+        steps=2000,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.5),
+        ema_decay=0.99,
+        precision="bfloat16",
+        log_every=50,
+        save_every=100,
+        sample_every=200,
     )
 
 
@@ -298,7 +316,7 @@ def distils(config: TrainConfig) -> bool:
 
 
 ALL = (
-    *(codec_toy, codec_toy_decoder, codec),
+    *(codec_toy, codec_toy_decoder, codec, judge),
     *(toy, toy_teacher, video, finetune),
     *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )

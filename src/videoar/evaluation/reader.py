@@ -1,0 +1,170 @@
+"""The judge of own videos: a small network, trained on labelled ones, that reads what one shows."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from videoar.encoders.codec import Video, from_frames
+from videoar.evaluation.judge import Clips
+from videoar.evaluation.labels import Part, Words, outline, read_labels, shrunk, spread
+from videoar.evaluation.looks import pictures
+from videoar.evaluation.metrics import motion
+from videoar.files import Json
+from videoar.weights import load_component
+
+NOTHING = "nothing"
+"""Happens in a clip in which no state changes, and in a frozen one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """Shape of a reader, and its words."""
+
+    size: int = 96
+    """Width and height to which frames are brought."""
+    num_frames: int = 16
+    """Frames it looks at, from the first to the last."""
+    channels: tuple[int, ...] = (24, 48, 96, 128)
+    """Of convolutions, each of which halves the picture."""
+    width: int = 192
+    """Numbers that describe a frame."""
+    apart: tuple[str, ...] = ()
+    """What tells videos apart that were held out, see `labels.read_labels`."""
+    held_out: float = 0.1
+    """Their share."""
+    things: Words = field(default_factory=dict)
+    """Words for what is there, by attribute."""
+    deeds: Words = field(default_factory=dict)
+    """Words for what happens; behind them comes `NOTHING`."""
+    states: Words = field(default_factory=dict)
+    """Words for how things stand in a frame."""
+
+    @property
+    def heads(self) -> Words:
+        """All words that it tells apart, by attribute."""
+        deeds = {name: (*words, NOTHING) for name, words in self.deeds.items()}
+        return self.things | deeds | self.states
+
+
+class StateReader(nn.Module):
+    """Reads a clip: frames one by one, and then what happens from one to the next.
+
+    How things stand is read from single frames, so it is no guess from what happens.
+    """
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config, layers, below = config, list[nn.Module](), 3
+        for channels in config.channels:
+            layers.append(nn.Conv2d(below, channels, 3, stride=2, padding=1))
+            layers += [nn.GroupNorm(8, channels), nn.ReLU()]
+            below = channels
+        rest = -(-config.size // 2 ** len(config.channels))
+        self.frame = nn.Sequential(
+            *layers,
+            nn.Conv2d(below, 16, 1),
+            nn.Flatten(),
+            nn.Linear(16 * rest**2, config.width),
+            nn.ReLU(),
+        )
+        width, self.heads = config.width, nn.ModuleDict()
+        self.time = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(2))
+        for name, words in config.heads.items():
+            self.heads[name] = nn.Linear(width * (2 if name in config.deeds else 1), len(words))
+
+    def described(self, video: Video) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what describes frames, what is there, and what happens."""
+        frames = rearrange(self.frame(video.flatten(0, 1)), "(b t) c -> b c t", b=len(video))
+        moving = frames
+        for layer in self.time:
+            moving = moving + layer(moving).relu()
+        happens = torch.cat([moving.mean(2), moving.amax(2)], dim=1)
+        return frames.mT, frames.mean(2), happens
+
+    def forward(self, video: Video) -> dict[str, Tensor]:
+        """Return logits of the words of every attribute: per frame of states, else per clip."""
+        frames, there, happens = self.described(video)
+        read = dict.fromkeys(self.config.things, there) | dict.fromkeys(self.config.deeds, happens)
+        read |= dict.fromkeys(self.config.states, frames)
+        return {name: self.heads[name](x) for name, x in read.items()}
+
+    def prepared(self, clips: Clips) -> Float[Tensor, "batch chosen 3 size size"]:
+        """Return the frames of clips that it looks at."""
+        chosen = clips[:, spread(clips.shape[1] - 1, self.config.num_frames)]
+        return from_frames(np.stack([shrunk(clip, self.config.size) for clip in chosen]))
+
+    @torch.inference_mode()
+    def read(self, clips: Clips) -> list[Json]:
+        """Return the words for each clip; of states as in `labels.outline`."""
+        found: list[Json] = [{} for _ in clips]
+        for name, logits in self(self.prepared(clips)).items():
+            words = self.config.heads[name]
+            for seen, best in zip(found, logits.argmax(-1).tolist(), strict=True):
+                of_frames = name in self.config.states
+                seen[name] = outline([words[k] for k in best]) if of_frames else words[best]
+        return found
+
+    @torch.inference_mode()
+    def features(self, clips: Clips) -> Float[Tensor, "batch features"]:
+        """Describe clips by what is there and what happens, in vectors of length 1."""
+        _, there, happens = self.described(self.prepared(clips))
+        return nn.functional.normalize(torch.cat([there, happens], dim=1), dim=1)
+
+
+def scores(seen: Json, told: Json) -> dict[str, float]:
+    """Return what was read as it was told, 0 or 1 by attribute; `all`: everything is right."""
+    right = {name: float(word == told[name]) for name, word in seen.items() if name in told}
+    return right | {"all": min(right.values())}
+
+
+class TrainedJudge:
+    """The judge of labelled videos: it asks for what those show that were held out."""
+
+    def __init__(self, folder: Path, footage: Path) -> None:
+        self.reader = load_component(folder, StateReader).float().eval()
+        self.footage, self.config = footage, (config := self.reader.config)
+        how = {"only": tuple(config.heads), "apart": config.apart, "share": config.held_out}
+        parts = read_labels(footage, **how)
+        self.known = [part for part in parts if not part.held_out]
+        # How things stand at first is what follows from the words only where a video begins.
+        self.asked = [part for part in parts if part.held_out and part.first == 0]
+
+    def prompts(self, count: int, *, seed: int) -> list[Json]:
+        if count > len(self.asked):
+            raise ValueError(
+                f"{count} prompts are asked for, but {self.footage} holds out {len(self.asked)}"
+                " videos: ask for fewer, or add videos"
+            )
+        order = np.random.default_rng(seed).permutation(len(self.asked))[:count].tolist()
+        found = list[Json]()
+        for i, part in enumerate(self.asked[k] for k in order):
+            about = {"part": order[i], "told": part.told()}
+            found.append({"prompt": part.caption, "seed": seed + i} | about)
+        return found
+
+    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
+        parts = [self.asked[prompt["part"]] for prompt in prompts]
+        return np.stack([part.clip(num_frames, size=size, fps=fps) for part in parts])
+
+    def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
+        seen, described = self.reader.read(clips), pictures(clips)
+        found = []
+        for k, (words, prompt) in enumerate(zip(seen, prompts, strict=True)):
+            more = {} if described is None else {"pictures": described[k].round(3).tolist()}
+            right = {"seen": words, "scores": scores(words, prompt["told"])}
+            found.append(right | {"motion": motion(clips[k])} | more)
+        return found
+
+    def nearest(self, clips: Clips) -> list[Part]:
+        """Return the part to train on that is nearest to each clip: is it memory or skill?"""
+        own, best = self.reader.features(clips), [(-2.0, 0)] * len(clips)
+        for index, part in enumerate(self.known):
+            one = part.clip(self.config.num_frames, size=self.config.size)[None]
+            alike = (own @ self.reader.features(one)[0]).tolist()
+            best = [max(old, (new, index)) for old, new in zip(best, alike, strict=True)]
+        return [self.known[index] for _, index in best]
