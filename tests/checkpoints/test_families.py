@@ -316,7 +316,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "two experts": (_second, "a second transformer, as Wan 2.2 has"),
     "words for sizes": (
         _state(f"transformer/{CONFIG}", num_layers="two"),
-        "num_layers is 'two', but must be int",
+        "num_layers is 'two': use int",
     ),
     "another patch": (_state(f"transformer/{CONFIG}", patch_size=2), "patch_size 2"),
     "another width": (_state(f"transformer/{CONFIG}", ffn_dim=64), "in shape (48, 24)"),

@@ -148,8 +148,8 @@ def _parts(parts: object) -> Callable[[Path], None]:
     ("change", "words"),
     [
         (_cut, "first/codec/model.safetensors"),
-        (_lose, "takes its codec from 'first', unless --base names another: it has none of its"),
-        (_circle, "takes its codec from 'first', unless --base names another: it has none of its"),
+        (_lose, "takes its codec from 'first', unless base names another: it has none of its"),
+        (_circle, "takes its codec from 'first', unless base names another: it has none of its"),
         (_newer, "takes its codec from 'first'.* has format 2"),
         (_parts({"codec": "second"}), "from 'second', .*: it has none of its own"),
         (_parts({"codec": "first-2"}), "from 'first-2', .* no checkpoint .* did you mean 'first'"),

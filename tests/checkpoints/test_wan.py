@@ -435,7 +435,7 @@ def test_a_scheduler_survives_conversion(folder: Path, tmp_path: Path, case: str
 def test_latents_take_the_place_of_seeded_noise(pipe: VideoPipeline) -> None:
     """Given the noise of a seed, the video is that of the seed, for units in any order."""
     for name in ("full", "chunk:2", "key-detail:3", "cube:1x1x2"):
-        units = Units(parse(name), 3, 2, 2)
+        units = pipe.lattice(name, 9)
         noise = [unit_noise((4,), u.index, (len(u.cells), 64)) for u in units]
         latents = to_latents(torch.cat(noise, dim=1), units)
         options = {"units": name, "num_inference_steps": 2, "guidance_scale": 1.0}

@@ -67,7 +67,7 @@ def test_arguments_are_checked_where_users_call() -> None:
 
     assert repeat("a", np.int64(3)) == "aaa"
     assert repeat(text="a") == "aa"
-    with pytest.raises(ValueError, match="count is 'x', but must be int"):
+    with pytest.raises(ValueError, match="count is 'x': use int"):
         repeat("a", count="x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="argument"):
         repeat("a", times=3)  # type: ignore[call-arg]
