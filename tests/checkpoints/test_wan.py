@@ -71,7 +71,10 @@ def pipe(folder: Path) -> VideoPipeline:
 def test_the_transformer_is_that_of_diffusers(
     folder: Path, dtype: torch.dtype, per_token: bool, timestep: float
 ) -> None:
-    """With the same weights the same velocity: bit for bit in bfloat16, else to 1e-6."""
+    """With the same weights the same velocity, to 1e-6; in bfloat16 nearer to float32 than theirs.
+
+    What is rounded there between two kernels stays in float32 here.
+    """
     reference = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
     ours = Checkpoint.find(folder).transformer().build(dtype=dtype)
     for name, parameter in reference.named_parameters():
@@ -86,7 +89,8 @@ def test_the_transformer_is_that_of_diffusers(
     with torch.inference_mode():
         sample = rearrange(latents, "b t c h w -> b c t h w")
         given = levels if per_token else levels[:, 0]
-        expected = reference(sample, given, text, return_dict=False)[0]
+        expected = reference(sample, given, text, return_dict=False)[0].float()
+        exact = reference.float()(sample.float(), given, text.float(), return_dict=False)[0]
         velocity = ours(
             to_tokens(latents, units),
             coords=units.coords,
@@ -94,10 +98,11 @@ def test_the_transformer_is_that_of_diffusers(
             unit=torch.arange(48) if per_token else units.unit,
             text=ours.encode_text(text),
         ).velocity
-    found = rearrange(to_latents(velocity, units), "b t c h w -> b c t h w")
+    found = rearrange(to_latents(velocity, units), "b t c h w -> b c t h w").float()
     assert expected.abs().max() > 0.2
-    tolerance = 1e-6 if dtype == torch.float32 else 0.0
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert (found - exact).norm() <= 1.05 * (expected - exact).norm() + 1e-5
 
 
 def test_our_names_of_the_original_are_those_of_diffusers() -> None:

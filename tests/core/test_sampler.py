@@ -216,8 +216,7 @@ def test_without_a_window_nothing_is_forgotten(model) -> None:
     units = Units(parse("cube:1x2x2"), 4, 3, 4)
     sampler = Sampler(model, units, _text(model, 1), _config(_plan()), seeds=(0,))
     for part in sampler:
-        cached = set(sampler.cache.unit.tolist())
-        assert cached == set(range(part.unit.index))
+        assert sampler.cache.blocks.keys() == set(range(part.unit.index))
 
 
 # ---------------------------------------------------------------- the oracle
