@@ -35,8 +35,8 @@ class Bench:
     """Length of a video that shows whether cost and memory stay flat, 30 or more; 0: none."""
     uncached_seconds: float = 2.0
     """Length of the video that is also generated without a cache; 0: none."""
-    num_inference_steps: int = 4
-    """Denoising steps per unit."""
+    num_inference_steps: int | None = None
+    """Denoising steps per unit; by default the checkpoint's own."""
     repeats: int = 3
     """How often the short videos are generated."""
     threads: int | None = None

@@ -42,8 +42,7 @@ MARK_SECONDS, SPAN_SECONDS = 10.0, 5.0  # a long video is timed every 10 s, over
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
-    "[lowest, highest], no warm-up. {seconds:g} s of video, {num_inference_steps} steps per unit, "
-    "{hardware}."
+    "[lowest, highest], no warm-up. {seconds:g} s of video, {hardware}."
 )
 
 
@@ -54,6 +53,8 @@ class Row:
     name: str
     runs: tuple[Timing, ...]
     """Of the same video, the first one at the start of a process."""
+    steps: int
+    """Denoising steps per unit."""
     tokens: int
     """Tokens that went through the network for it, cache writes included."""
     flops: float
@@ -136,6 +137,7 @@ def speed_cells(row: Row) -> dict[str, str]:
         "units": row.name,
         "frames/s": _spread([run.fps for run in row.runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
+        "steps": str(row.steps),
         "passes": str(first.passes),
         "units made": str(first.units),
         "tokens/pass": f"{row.tokens / first.passes:.1f}",
@@ -191,6 +193,7 @@ def measure(config: Bench) -> Row:
     done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
     return Row(
         name=config.units[0],
+        steps=done[0][1].steps,
         runs=tuple(timing for timing, _ in done),
         tokens=done[0][1].tokens,
         flops=done[0][1].flops,
@@ -245,6 +248,7 @@ class Counted:
         self.network, self.config = network, network.config
         self.flops_of = transformer.flops
         self.tokens, self.flops = 0, 0.0
+        self.steps = 0
 
     def __call__(self, tokens: Tensor, **inputs: Any) -> Output:
         """Count a pass and do it."""
@@ -258,12 +262,14 @@ class Counted:
 
 def start(pipe: VideoPipeline, config: Bench, *, seconds: float) -> Generation:
     """Prepare to generate a video."""
+    steps = config.num_inference_steps
+    stated: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     return pipe.generate(
         [config.prompt],
         num_frames=max(1, round(seconds * pipe.sampling.fps)),
         seeds=[0],
         units=config.units[0],
-        num_inference_steps=config.num_inference_steps,
+        **stated,
     )
 
 
@@ -280,6 +286,7 @@ def generate(
     """
     generation = start(pipe, config, seconds=seconds)
     counted = Counted(generation.sampler.network, pipe.transformer)
+    counted.steps = generation.sampler.config.num_steps
     generation.sampler.network = counted
     with tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
@@ -324,7 +331,7 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
     visible = config.visible.matrix(torch.arange(len(units.sizes)), units.waves)
     tokens: list[Tensor] = []
     for unit in units:
-        count, size = unit.index + 1, len(unit.cells)
+        count, size = unit.index + 1, unit.size
         row = units.unit[units.unit < count]
         mask = token_mask(visible[:count, :count], row, row)
         shape = size, sampler.network.config.token_dim

@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -20,6 +21,8 @@ class GenerationConfig:
     """Unit scheme, or its name: see `videoar.core.schemes.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
+    unit_steps: Mapping[str, int] = field(default_factory=dict)
+    """The same for kinds of unit, by name, that need others by default."""
     shift: float = 5.0
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
@@ -46,16 +49,27 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "window_frames", "sink_frames", "lag"):
             check_whole(name, getattr(self, name))
+        for name, steps in self.unit_steps.items():
+            check_whole(f"unit_steps of {name}", steps)
+            check(f"unit_steps of {name}", steps, steps >= 1, "1 or more")
         for name in ("shift", "guidance_scale", "context_noise", "fps"):
             value = getattr(self, name)
             check(name, repr(value), isinstance(value, numbers.Real), "a number")
         check("fps", self.fps, 0 < self.fps < math.inf, "a number above 0, such as 16")
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
-        """Return it with other fields; sigmas go with the steps or the shift that they replace."""
+        """Return it with other fields; sigmas go with the steps or the shift that they replace.
+
+        Where no steps are named, they are those of the kind of unit.
+        """
         if {"num_inference_steps", "shift"} & changes.keys():
             changes = {"sigmas": None} | changes
-        return replace(self, **changes)
+        if "num_inference_steps" in changes:
+            return replace(self, **{"unit_steps": {}} | changes)
+        changed = replace(self, **changes)
+        (kind,) = names([changed.units])
+        steps = changed.unit_steps.get(kind, changed.num_inference_steps)
+        return replace(changed, num_inference_steps=steps)
 
     def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
         """Return how to sample after a training on `units`: by its own, if that is among them.
