@@ -51,7 +51,7 @@ def make(args: options.Generate) -> tuple[Timing, str]:
     given = {name: value for name, value in given.items() if value is not None}
     if args.window is not None:
         given["window_frames"] = None if args.window == "all" else args.window
-    names = ("base", "lora", "codec", "preset", "dtype", "device", "offload")
+    names = ("base", "lora", "codec", "preset", "dtype", "codec_dtype", "device", "offload")
     load = {name: getattr(args, name) for name in names}
     pipe = VideoPipeline.from_pretrained(args.model, **load)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
