@@ -45,6 +45,8 @@ class Compare:
     """Kinds of unit."""
     wide: tuple[str, ...] = ("chunk:3", "cube:3x8x14")
     """Kinds of unit at the shape of Wan; none: `--wide`."""
+    wide_frames: int = 12
+    """Latent frames of these."""
     dtype: str = "bfloat16"
     """Of the wide weights."""
     seconds: float = 10.0
@@ -84,8 +86,8 @@ def wide_model(dtype: str) -> Any:
     return model.to(getattr(torch, dtype)).eval()
 
 
-def wide(units: str, dtype: str, steps: int) -> dict[str, Any]:
-    """Generate 12 latent frames of 16 x 28 tokens in a window of 6; return what it took."""
+def wide(units: str, frames: int, dtype: str, steps: int) -> dict[str, Any]:
+    """Generate latent frames of 16 x 28 tokens in a window of 6; return what it took."""
     import torch
 
     from videoar.core.flow import sigma_steps
@@ -93,7 +95,7 @@ def wide(units: str, dtype: str, steps: int) -> dict[str, Any]:
     from videoar.core.schemes import parse
     from videoar.core.units import Units, Visible
 
-    model, lattice = wide_model(dtype), Units(parse(units), 12, 16, 28)
+    model, lattice = wide_model(dtype), Units(parse(units), frames, 16, 28)
     with torch.inference_mode():
         rows = torch.randn(1, 64, 4096, generator=torch.Generator().manual_seed(0))
         text = model.encode_text(rows.to(getattr(torch, dtype)))
@@ -161,7 +163,7 @@ def compare(config: Compare) -> None:
     jobs: list[tuple[Any, ...]] = [
         ("toy", units, config.seconds, steps, config.batch) for units in config.units
     ]
-    jobs += [("wide", units, config.dtype, steps) for units in config.wide]
+    jobs += [("wide", units, config.wide_frames, config.dtype, steps) for units in config.wide]
     print("CPU ms per pass, medians [lowest, highest]; a ratio is of neighbours in time\n")
     print("| what | passes | old | new | old / new | largest difference, share |")
     print("| --- | --- | --- | --- | --- | --- |")

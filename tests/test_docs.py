@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks.compare import Compare
 from benchmarks.distill import BenchDistill
 from benchmarks.prepare import BenchPrepare
 from tiny import TEXT, tiny_pipeline
@@ -21,7 +22,11 @@ from videoar.generation.pipeline import VideoPipeline
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BENCHMARKS = {"benchmarks/distill.py": BenchDistill, "benchmarks/prepare.py": BenchPrepare}
+BENCHMARKS = {
+    "benchmarks/compare.py": Compare,
+    "benchmarks/distill.py": BenchDistill,
+    "benchmarks/prepare.py": BenchPrepare,
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:

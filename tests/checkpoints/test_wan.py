@@ -5,6 +5,7 @@ Everything is tiny and random. The folder is written by diffusers itself.
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,22 @@ def test_the_codec_is_that_of_diffusers(theirs: Any, pipe: VideoPipeline) -> Non
     pixels = rearrange(theirs.vae.decode(raw).sample, "b c t h w -> b t c h w")
     assert pixels.std() > 0.05
     assert torch.equal(pipe.codec.decode(latents), pixels)
+
+
+@torch.inference_mode()
+def test_the_memory_of_a_stream_is_freed_as_it_is_replaced(pipe: VideoPipeline) -> None:
+    """Old and new at once would make a stream need more memory than the whole clip."""
+    stream, latents = pipe.codec.stream_decoder(), pipe.codec.encode(_clip(9))
+    stream(latents[:, :2])
+    old = [weakref.ref(tensor) for tensor in stream._memory if tensor.ndim == 5]
+    alive: list[int] = []
+    last = pipe.codec.vae.decoder.conv_out
+    hook = last.register_forward_pre_hook(
+        lambda *_: alive.append(sum(r() is not None for r in old))
+    )
+    stream(latents[:, 2:])
+    hook.remove()
+    assert alive[0] <= 2 < len(old)
 
 
 @pytest.mark.parametrize("splits", [(1, 4, 4), (5, 4), (9,)])
