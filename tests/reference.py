@@ -200,31 +200,52 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
 
 
+def _standardised(x: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, written out."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def _scaled(norm: nn.RMSNorm, x: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm, written out."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
+
+
+def _heads(x: Tensor, config: ModelConfig) -> Tensor:
+    return x.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+
+
 def _unroped_pass(model, tokens, *, coords, sigma, text, past, past_coords, mask):
     """One pass of the transformer that reads and returns keys without positions."""
     config = model.config
     place = {"theta": config.rope_theta}
     x = F.linear(tokens, model.patch_embedding.weight.flatten(1), model.patch_embedding.bias)
     x = x + model.scale_embedding(coords[:, 3].long())
-    embedded, modulation = model.condition_embedder(sigma[None], x.dtype)
+    embedded, modulation = model.condition_embedder(sigma[None])
     fresh = []
     for layer, block in enumerate(model.blocks):
         parts = (block.scale_shift_table + modulation).unbind(2)
-        normed = block.norm1(x) * (1 + parts[1]) + parts[0]
-        key, value = block.attn1.key_value(normed)
+        normed = _standardised(x, config.eps) * (1 + parts[1]) + parts[0]
+        own, read = block.attn1, block.attn2
+        key = _heads(_scaled(own.norm_k, own.to_k(normed), config.eps), config)
+        value = _heads(own.to_v(normed), config)
         fresh.append((key, value))
         keys, values = turned(key, coords, **place), value
         if past:
             keys = torch.cat([turned(past[layer][0], past_coords, **place), keys], dim=2)
             values = torch.cat([past[layer][1], values], dim=2)
-        query = turned(block.attn1.query(normed), coords, **place)
-        x = x + block.attn1.output(attention(query, keys, values, mask)) * parts[2]
-        query = block.attn2.query(block.norm2(x))
-        everything = torch.ones(1, dtype=torch.bool)
-        x = x + block.attn2.output(attention(query, *text[layer], everything))
-        x = x + block.ffn(block.norm3(x) * (1 + parts[4]) + parts[3]) * parts[5]
+        query = _heads(_scaled(own.norm_q, own.to_q(normed), config.eps), config)
+        seen = attention(turned(query, coords, **place), keys, values, mask)
+        x = x + own.to_out[0](seen.transpose(1, 2).flatten(2)) * parts[2]
+        normed = _standardised(x, config.eps) * block.norm2.weight + block.norm2.bias
+        query = _heads(_scaled(read.norm_q, read.to_q(normed), config.eps), config)
+        seen = attention(query, *text[layer], torch.ones(1, dtype=torch.bool))
+        x = x + read.to_out[0](seen.transpose(1, 2).flatten(2))
+        normed = _standardised(x, config.eps) * (1 + parts[4]) + parts[3]
+        up, _, down = block.ffn["net"]
+        x = x + down(F.gelu(up["proj"](normed), approximate="tanh")) * parts[5]
     shift, scale = (model.scale_shift_table + embedded[:, :, None]).unbind(2)
-    out = model.proj_out(model.norm_out(x) * (1 + scale) + shift)
+    out = model.proj_out(_standardised(x, config.eps) * (1 + scale) + shift)
     channels = config.latent_channels
     return out.unflatten(2, (-1, channels)).transpose(2, 3).flatten(2), fresh
 
@@ -252,12 +273,11 @@ class Oracle(nn.Module):
     def forward(
         self, tokens, *, coords, sigma, unit, text, mask=None, cache=None, offset=None
     ) -> Output:
-        """Return `(x - clean) / sigma`, and keys and values that say nothing."""
+        """Return `(x - clean) / sigma`."""
         rows = [self.where[tuple(place)] for place in coords.tolist()]
         level = sigma[:, unit, None]
         exact = torch.where(level > 0, (tokens - self.clean[:, rows]) / level.clamp(min=1e-6), 0)
         self.asked = exact + self.offset
         if self.asked.requires_grad:
             self.asked.retain_grad()
-        nothing = torch.zeros(len(tokens), 1, tokens.shape[1], 6)
-        return Output(self.asked, [(nothing, nothing)])
+        return Output(self.asked)

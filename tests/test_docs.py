@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.cache import BenchCache
+from benchmarks.compare import Compare
 from benchmarks.distill import BenchDistill
 from benchmarks.length import BenchLength
 from benchmarks.prepare import BenchPrepare
@@ -26,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {
     "benchmarks/cache.py": BenchCache,
+    "benchmarks/compare.py": Compare,
     "benchmarks/distill.py": BenchDistill,
     "benchmarks/length.py": BenchLength,
     "benchmarks/prepare.py": BenchPrepare,

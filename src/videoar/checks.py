@@ -1,10 +1,12 @@
 """One sentence for a wrong value. No torch."""
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib
 import inspect
+import json
 import math
 import numbers
 import os
@@ -177,6 +179,38 @@ def import_named(name: str) -> Any:
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     return getattr(importlib.import_module(module), attribute)
+
+
+def build_named(text: str, base: type, says: str) -> Any:
+    """Build an object of `package.module:Class/field=value`, a dataclass that derives from `base`.
+
+    Raises:
+        ValueError: in a sentence that begins with `says`, the text at its braces.
+    """
+    (name, *options), what = text.split("/"), says.format(text)
+    try:
+        kind = import_named(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{what} cannot be imported ({error}): install it, or start in its folder."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        noun = base.__name__
+        raise ValueError(f"{what} are no {noun.lower()}: derive {kind!r} from {noun}.")
+    known, values = [field.name for field in dataclasses.fields(kind)], {}
+    for option in options:
+        field, _, value = option.partition("=")
+        if field not in known:
+            raise ValueError(f"{name} has no field {field!r}: use one of {', '.join(known)}.")
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{field} of {name} is {value}: write JSON, such as 2.") from error
+        values[field] = tuple(found) if isinstance(found, list) else found
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{what} cannot be built ({error}): give its fields.") from error
 
 
 def import_extra(module: str, says: str) -> Any:

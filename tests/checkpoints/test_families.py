@@ -239,12 +239,14 @@ def test_info_tells_the_parts_and_what_a_video_needs(
     assert "original Wan names, entry generator, file with lora.pt" in out
     assert all(name in out for name in ("WanCodec", "UMT5PromptEncoder", "VideoTransformer"))
     assert "memory for 30 s of 832x480, in a window of 12 latent frames" in out
-    # A chunk of three reads nine frames of 30 x 52 tokens; two layers of 24 channels in float32.
-    tokens = 9 * 30 * 52
+    # A chunk of three reads nine frames of 30 x 52 tokens, and six are in a pass; two layers of 24
+    # channels in float32.
+    tokens, chunk = 9 * 30 * 52, 3 * 30 * 52
     token = 2 * 2 * 24 * 4 / 2**20
-    assert f"{tokens * token:.2f} MiB, {tokens} tokens" in out
-    assert f"{tokens * token / 2:.2f} MiB, {tokens} tokens" in told("--dtype", "bfloat16")
-    assert f"{3 * 1560 * token:.2f} MiB, {3 * 1560} tokens" in told("--window", "6")
+    held = (tokens + 2 * chunk) * token
+    assert f"{held:.2f} MiB, {tokens} tokens and {2 * chunk} of a pass" in out
+    assert f"{held / 2:.2f} MiB, {tokens} tokens" in told("--dtype", "bfloat16")
+    assert f"{3 * chunk * token:.2f} MiB, {chunk} tokens" in told("--window", "6")
     assert "memory for 5 s" in told("--seconds", "5")
 
 

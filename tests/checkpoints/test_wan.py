@@ -5,6 +5,7 @@ Everything is tiny and random. The folder is written by diffusers itself.
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def pipe(folder: Path) -> VideoPipeline:
 def test_the_transformer_is_that_of_diffusers(
     folder: Path, dtype: torch.dtype, per_token: bool, timestep: float
 ) -> None:
-    """With the same weights the same velocity: bit for bit in bfloat16, else to 1e-6."""
+    """With the same weights the same velocity, to 1e-6; in bfloat16 nearer to float32 than theirs.
+
+    What is rounded there between two kernels stays in float32 here.
+    """
     reference = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
     ours = Checkpoint.find(folder).transformer().build(dtype=dtype)
     for name, parameter in reference.named_parameters():
@@ -90,7 +94,8 @@ def test_the_transformer_is_that_of_diffusers(
     with torch.inference_mode():
         sample = rearrange(latents, "b t c h w -> b c t h w")
         given = levels if per_token else levels[:, 0]
-        expected = reference(sample, given, text, return_dict=False)[0]
+        expected = reference(sample, given, text, return_dict=False)[0].float()
+        exact = reference.float()(sample.float(), given, text.float(), return_dict=False)[0]
         velocity = ours(
             to_tokens(latents, units),
             coords=units.coords,
@@ -98,10 +103,11 @@ def test_the_transformer_is_that_of_diffusers(
             unit=torch.arange(48) if per_token else units.unit,
             text=ours.encode_text(text),
         ).velocity
-    found = rearrange(to_latents(velocity, units), "b t c h w -> b c t h w")
+    found = rearrange(to_latents(velocity, units), "b t c h w -> b c t h w").float()
     assert expected.abs().max() > 0.2
-    tolerance = 1e-6 if dtype == torch.float32 else 0.0
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert (found - exact).norm() <= 1.05 * (expected - exact).norm() + 1e-5
 
 
 def test_our_names_of_the_original_are_those_of_diffusers() -> None:
@@ -140,6 +146,22 @@ def test_the_codec_is_that_of_diffusers(theirs: Any, pipe: VideoPipeline) -> Non
     pixels = rearrange(theirs.vae.decode(raw).sample, "b c t h w -> b t c h w")
     assert pixels.std() > 0.05
     assert torch.equal(pipe.codec.decode(latents), pixels)
+
+
+@torch.inference_mode()
+def test_the_memory_of_a_stream_is_freed_as_it_is_replaced(pipe: VideoPipeline) -> None:
+    """Old and new at once would make a stream need more memory than the whole clip."""
+    stream, latents = pipe.codec.stream_decoder(), pipe.codec.encode(_clip(9))
+    stream(latents[:, :2])
+    old = [weakref.ref(tensor) for tensor in stream._memory if tensor.ndim == 5]
+    alive: list[int] = []
+    last = pipe.codec.vae.decoder.conv_out
+    hook = last.register_forward_pre_hook(
+        lambda *_: alive.append(sum(r() is not None for r in old))
+    )
+    stream(latents[:, 2:])
+    hook.remove()
+    assert alive[0] <= 2 < len(old)
 
 
 @pytest.mark.parametrize("splits", [(1, 4, 4), (5, 4), (9,)])

@@ -39,9 +39,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)
 
 FROZEN = {
     "generate": "base lora preset dtype prompt prompts num_videos_per_prompt prompt_at script "
-    "recompute units image video keep fit seconds num_frames seed out model codec height width "
-    "device offload num_inference_steps shift guidance_scale negative_prompt window sink lag "
-    "threads force save_state resume",
+    "recompute units image video keep fit seconds num_frames seed out model codec codec_dtype "
+    "height width device offload num_inference_steps shift guidance_scale negative_prompt window "
+    "sink lag threads force save_state resume",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
@@ -598,6 +598,8 @@ def test_the_forecast_of_the_cache_is_what_a_generation_needs(
     for _ in generation:
         pass
     assert forecast == generation.stats.cache_tokens
+    held = cache.cached_tokens(generation.sampler.units, visible, in_flight=2)
+    assert held * 2 * 2 * 24 * 4 == generation.stats.cache_bytes
 
 
 def test_info_tells_size_and_history(run: Run, checkpoint: str) -> None:
@@ -610,8 +612,9 @@ def test_info_tells_size_and_history(run: Run, checkpoint: str) -> None:
     assert f"{pipe.transformer.num_parameters:,}" in out
     for words in (["recipe", "tiny"], ["steps", "7"], ["hours", "2.00"]):
         assert words in [text.split() for text in out.splitlines()]
-    # 3 frames of 16 tokens are read; keys and values of 2 layers of 24 channels in float32.
-    assert f"{3 * 16 * 2 * 2 * 24 * 4 / 2**20:.2f} MiB, 48 tokens" in out
+    # 3 frames of 16 tokens are read, and 2 in a pass; 2 layers of 24 channels in float32.
+    token = 2 * 2 * 24 * 4 / 2**20
+    assert f"{5 * 16 * token:.2f} MiB, 48 tokens and 32 of a pass" in out
 
 
 def test_units_prints_the_partition(run: Run) -> None:

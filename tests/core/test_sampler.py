@@ -7,6 +7,7 @@ import torch
 from reference import Oracle, Plan, rebased, recomputed
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
@@ -216,8 +217,7 @@ def test_without_a_window_nothing_is_forgotten(model) -> None:
     units = Units(parse("cube:1x2x2"), 4, 3, 4)
     sampler = Sampler(model, units, _text(model, 1), _config(_plan()), seeds=(0,))
     for part in sampler:
-        cached = set(sampler.cache.unit.tolist())
-        assert cached == set(range(part.unit.index))
+        assert sampler.cache.blocks.keys() == set(range(part.unit.index))
 
 
 # ---------------------------------------------------------------- the oracle
@@ -282,3 +282,61 @@ def test_an_endless_stream_cannot_start_all_at_once(model) -> None:
     """With lag 0 every unit would enter before the first pass: it would never begin."""
     with pytest.raises(ValueError, match="lag of 1 or more"):
         Sampler(model, Units(parse("frame"), None, 3, 4), [], _config(_plan(lag=0)), seeds=(0,))
+
+
+# ---------------------------------------------------------------- ready for a GPU
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation and the shape that comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...] | None]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Do it and note it."""
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((str(func), tuple(out.shape) if isinstance(out, torch.Tensor) else None))
+        return out
+
+
+class Watched:
+    """A network whose passes are recorded."""
+
+    def __init__(self, network: VideoTransformer) -> None:
+        self.network, self.config = network, network.config
+        self.passes: list[list[tuple[str, tuple[int, ...] | None]]] = []
+
+    def __call__(self, *args, **inputs):
+        """Record a pass."""
+        with Recorder() as recorder:
+            output = self.network(*args, **inputs)
+        self.passes.append(recorder.seen)
+        return output
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal.default", "isin")
+
+
+@pytest.mark.parametrize("name", ["frame", "chunk:2", "cube:1x2x2", "cube:2x2x1/wavefront"])
+def test_a_stream_repeats_the_same_operations_and_never_waits(model, name: str) -> None:
+    """With a full window a segment costs the operations of the one before, in the same shapes.
+
+    None of them reads a value back, and the cache stays where it is: what a recorded graph needs.
+    """
+    units = Units(parse(name), None, 4, 4)
+    segment = units.units_per_segment
+    config = _config(_plan(window=2 * segment, sink=segment))
+    network = Watched(model)
+    sampler, per_segment = Sampler(network, units, _text(model, 1), config, seeds=(0,)), []
+    begun, storage = 0, set()
+    for count, _ in enumerate(itertools.islice(sampler, 9 * segment), start=1):
+        if count % segment == 0:
+            per_segment.append(network.passes[begun:])
+            begun = len(network.passes)
+            storage.add(sampler.cache._kv.data_ptr())
+    assert per_segment[-1] == per_segment[-2] == per_segment[-3]
+    assert len(storage) == 1
+    for operations in itertools.chain(*per_segment[1:]):
+        assert not [op for op, _ in operations if any(word in op for word in WAITS)]

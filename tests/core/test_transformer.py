@@ -7,6 +7,8 @@ import torch
 from tiny import MODEL, tiny_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
+from videoar import weights
+from videoar.core import transformer
 from videoar.core.cache import KVCache
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_latents, to_tokens
@@ -167,8 +169,9 @@ def test_flops_are_those_that_are_run(cached: int, words: int) -> None:
     text = _text(model, 1)
     cache = KVCache()
     if cached:
-        empty = torch.zeros(1, 4, cached, 48)
-        cache.commit([(empty, empty)] * 3, torch.zeros(cached, dtype=torch.long))
+        shape = (config.num_layers, 2, 1, config.num_heads, config.head_dim)
+        cache.reserve(cached, shape=shape, like=torch.empty(0))
+        cache.commit([(0, cached)])
     inputs = _inputs(units, batch=1)
     tokens = inputs.pop("tokens")
     math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -178,22 +181,46 @@ def test_flops_are_those_that_are_run(cached: int, words: int) -> None:
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 
 
-def test_a_pass_returns_keys_that_the_cache_may_keep() -> None:
-    """They are the pass's own: committing them must not depend on what the scratch holds later."""
-    model, units = tiny_transformer(), Units(parse("frame"), 1, 2, 2)
-    cache, text = KVCache(), _text(model)
+@pytest.mark.parametrize("units_in_pass", [1, 2])
+@pytest.mark.parametrize("limit", ["none", "kept", "joined"])
+def test_fast_forms_compute_what_the_layers_compute(
+    monkeypatch: pytest.MonkeyPatch, limit: str, units_in_pass: int
+) -> None:
+    """One set of equations: with gradients layers are called; without, matrices made of them.
+
+    So are a modulation for every token, and one for each unit of a wide model.
+    """
+    if limit == "kept":
+        monkeypatch.setattr(transformer, "LARGEST_KEPT", 0)
+    if limit == "joined":
+        monkeypatch.setattr(weights, "LARGEST_JOINED", 0)
+    model = tiny_transformer(replace(MODEL, prediction="clean"))
+    units, cache, text = Units(parse("frame"), units_in_pass, 3, 4), KVCache(), _text(model)
     with torch.no_grad():
-        inputs = _inputs(units)
-        first = model(inputs.pop("tokens"), **inputs, text=text, cache=cache)
-        cache.commit(first.key_values, units.unit)
-        inputs = _inputs(units, seed=1)
-        second = model(inputs.pop("tokens"), **inputs, text=text, cache=cache)
-        kept = [(k.clone(), v.clone()) for k, v in second.key_values]
-        inputs = _inputs(units, seed=2)
-        model(inputs.pop("tokens"), **inputs, text=text, cache=cache)
-    for (k, v), (kept_k, kept_v) in zip(second.key_values, kept, strict=True):
-        assert torch.equal(k, kept_k)
-        assert torch.equal(v, kept_v)
+        first = _inputs(Units(parse("frame"), 1, 3, 4), seed=1)
+        model(first.pop("tokens"), **first, text=text, cache=cache)
+    cache.commit([(0, 12)])
+    inputs = _inputs(units)
+    inputs["sigma"] = inputs["sigma"][:1]  # one row for all videos
+    tokens = inputs.pop("tokens")
+    slow = model(tokens, **inputs, text=text, cache=cache).velocity
+    assert slow.requires_grad
+    with torch.no_grad():
+        fast = [model(tokens, **inputs, text=text, cache=cache).velocity for _ in range(2)]
+    assert torch.equal(*fast)  # the second time from what is kept
+    torch.testing.assert_close(fast[0], slow.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_wraps_a_layer_takes_part() -> None:
+    """Offloading and low-rank updates hook into layers: a copy of their weights would miss them."""
+    model, units = tiny_transformer(), Units(parse("frame"), 1, 3, 4)
+    called = []
+    for layer in (model.blocks[0].attn1.to_k, model.blocks[1].ffn["net"][2]):
+        layer.register_forward_pre_hook(lambda layer, _: called.append(layer))
+    inputs, text = _inputs(units), _text(model)
+    with torch.no_grad():
+        model(inputs.pop("tokens"), **inputs, text=text, cache=KVCache())
+    assert called == [model.blocks[0].attn1.to_k, model.blocks[1].ffn["net"][2]]
 
 
 @pytest.mark.parametrize(

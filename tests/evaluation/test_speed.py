@@ -180,6 +180,7 @@ def _made_up() -> Row:
     return Row(
         name="frame",
         runs=(run, replace(run, seconds=1.0), replace(run, seconds=4.0)),
+        steps=4,
         tokens=200,
         flops=4e9,
         load_seconds=1.0,

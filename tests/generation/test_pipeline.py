@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -398,3 +399,19 @@ def test_a_new_scheme_works_everywhere(pipe, frames: int) -> None:
     assert np.array_equal(np.concatenate(list(stream)), clip)
     endless = list(itertools.islice(pipe.stream(PROMPT, units=_Checkerboard()), 2))
     assert np.array_equal(np.concatenate(endless), clip)
+
+
+def test_a_kind_of_unit_has_its_own_steps_unless_others_are_named() -> None:
+    """Distilled cubes lose nothing in one step where frames do; who names steps means them."""
+    pipe = tiny_pipeline()
+    pipe.sampling = replace(pipe.sampling, unit_steps={"frame": 1, "cube:1x2x2": 3})
+
+    def steps(**how: Any) -> int:
+        generation = pipe.generate(["a ball"], num_frames=9, seeds=[0], **how)
+        return generation.sampler.config.num_steps
+
+    assert [steps(units=name) for name in ("frame", "cube:1x2x2", "chunk:2")] == [1, 3, 2]
+    assert steps(units="frame", num_inference_steps=4) == 4
+    assert steps(units=parse("frame")) == 1
+    with pytest.raises(ValueError, match="unit_steps of frame is 0"):
+        replace(pipe.sampling, unit_steps={"frame": 0})

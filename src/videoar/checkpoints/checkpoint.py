@@ -265,14 +265,17 @@ class Checkpoint:
             found = replace(found, weights=merged, format=f"{found.format} with {name}")
         return found
 
-    def codec(self, *, device: torch.device | str = "cpu") -> Codec:
+    def codec(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Codec:
         """Load the codec, in any format."""
-        place = self._place("codec")
-        if not (ours := place / "codec" / CONFIG).is_file():
-            return wan.read_codec(place, device=device).eval()
-        kinds = (TinyCodec, PatchCodec, WanCodec)
-        # Frames are float32, whatever the weights were stored in.
-        return weights.load_component(ours.parent, *kinds, device=device).float().eval()
+        place, kinds = self._place("codec"), (TinyCodec, PatchCodec, WanCodec)
+        if (ours := place / "codec" / CONFIG).is_file():
+            # Frames are float32, whatever the weights were stored in.
+            codec = weights.load_component(ours.parent, *kinds, device=device).float()
+        else:
+            codec = wan.read_codec(place, device=device)
+        return codec.to(dtype).eval()
 
     def text_encoder(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -14,7 +14,7 @@ from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.core.cache import cached_tokens
 from videoar.core.schemes import parse
-from videoar.core.units import Units, Visible
+from videoar.core.units import Units
 from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import columns
 from videoar.files import check_folder
@@ -93,7 +93,7 @@ def _memory(
         # On the meta device: nothing is computed, however large the frames are.
         stride, decoder = codec.stride, codec.to("meta").stream_decoder()
         latents = (codec.latent_channels, height // stride[1], width // stride[2])
-        decoder(torch.zeros(1, 1, *latents, device="meta"))
+        decoder(torch.zeros(1, 2, *latents, device="meta"))  # the first one leaves less behind
         bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())
         own = sum(parameter.nbytes for parameter in codec.parameters())
         decoding = f"decoder {own / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
@@ -104,10 +104,12 @@ def _memory(
     for name in meta.get("units") or [str(sampling.units)]:
         lattice = (height // stride[1] // config.patch, width // stride[2] // config.patch)
         units = Units(parse(name), frames, *lattice)
-        cached = cached_tokens(units, replace(sampling, units=name).visible(units))
+        visible = replace(sampling, units=name).visible(units)
+        cached = cached_tokens(units, visible)
         rows.append([name, f"{sum(units.sizes) * token / frames:.3f} MiB"])
-        rows[-1] += [f"{cached * token:.2f} MiB, {cached} tokens"]
-        rows[-1] += [f"{cached_tokens(units, Visible()) * token:.2f} MiB"]
+        held = cached_tokens(units, visible, in_flight=2)
+        rows[-1] += [f"{held * token:.2f} MiB, {cached} tokens and {held - cached} of a pass"]
+        rows[-1] += [f"{sum(units.sizes) * token:.2f} MiB"]
     return (
         f"memory for {args.seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"

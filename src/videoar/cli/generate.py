@@ -21,7 +21,7 @@ from videoar.generation.timing import Timing
 
 FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_prompt", "lag")
 """Options that are fields of `GenerationConfig` under their own names."""
-LOAD = ("base", "lora", "codec", "preset", "dtype")
+LOAD = ("base", "lora", "codec", "preset", "dtype", "codec_dtype")
 HELD = ("prompt", "model", "height", "width", *LOAD)
 """Options that are in a state."""
 SHARE = 20

@@ -65,6 +65,8 @@ class Generate(CheckpointOptions):
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     codec: str | None = None
     """Another codec: a checkpoint, or a file such as taew2_1.pth."""
+    codec_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the codec; with bfloat16 a third of the pixels differ by a few levels."""
     height: int | None = None
     """Rows of pixels."""
     width: int | None = None

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -24,8 +24,8 @@ def _frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def rope_table(
     coords: Float[Tensor, "*tokens 4"], *, head_dim: int, theta: float
-) -> Float[Tensor, "2 *tokens pairs"]:
-    """Cosines and sines for coordinates (t, h, w, level); the level takes no part.
+) -> Complex[Tensor, "*tokens pairs"]:
+    """Rotations for coordinates (t, h, w, level), as complex numbers; the level takes no part.
 
     Angles are formed in float64: positions have no upper limit, as a table would impose. (Su et
     al. 2021, arXiv:2104.09864, split over three axes.)
@@ -33,17 +33,15 @@ def rope_table(
     frequencies = [f.to(coords.device) for f in _frequencies(head_dim, theta)]
     parts = [coords[..., axis, None].double() * f for axis, f in enumerate(frequencies)]
     angles = torch.cat(parts, dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
 def rotate(
-    x: Float[Tensor, "*batch tokens head_dim"], table: Float[Tensor, "2 #tokens pairs"]
-) -> Float[Tensor, "*batch tokens head_dim"]:
+    x: Float[Tensor, "*batch head_dim"], table: Complex[Tensor, "*#tokens pairs"]
+) -> Float[Tensor, "*batch head_dim"]:
     """Rotate interleaved pairs (2i, 2i+1). Rotations compose, so cached keys can be moved again."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).view(x.shape).type_as(x)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Spans:
     @classmethod
     def of(cls, visible: UnitMask, reader: Tensor, read: Tensor) -> "Spans":
         """Cut `token_mask(visible, reader, read)` into runs."""
-        readers, queries = _runs(reader)
-        reads, keys = _runs(read)
+        readers, queries = runs(reader)
+        reads, keys = runs(read)
         spans = []
         for row in visible[readers][:, reads].tolist():
             pairs = itertools.groupby(zip(keys, row, strict=True), lambda pair: pair[1])
@@ -94,7 +92,7 @@ def attention_mask(
     return token_mask(visible, reader, read).to(device)
 
 
-def _runs(unit: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], list[slice]]:
+def runs(unit: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], list[slice]]:
     """Return the unit of every run of equal units, and where the run lies."""
     units, sizes = torch.unique_consecutive(unit, return_counts=True)
     ends = [0, *sizes.cumsum(0).tolist()]

@@ -21,8 +21,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from videoar.core.attention import Mask, attention_mask, rope_table
-from videoar.core.cache import KVCache
+from videoar.core.attention import Mask, attention_mask
+from videoar.core.cache import KVCache, cached_tokens
 from videoar.core.flow import add_noise, euler_step, step_of
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
@@ -159,7 +159,10 @@ class Sampler:
                 "With lag 0 all units start at once, which an endless stream cannot: "
                 "use a lag of 1 or more, or give a number of frames."
             )
-        self.cache = KVCache()
+        waves = 1 + (config.num_steps // self.lag if self.lag else int(units.waves[-1]))
+        endless = units.count is None and config.visible.window is None
+        room = None if endless else cached_tokens(units, config.visible, in_flight=waves)
+        self.cache = KVCache(room)
         self.row = 0
         self.entered = 0
         """Units that have started."""
@@ -169,7 +172,6 @@ class Sampler:
         """Tokens of the units in flight, the finished but uncommitted ones included."""
         self._before: dict[int, Tensor] = {}
         self._memory: dict[int, Tensor] = {}
-        self._mask_of: tuple[tuple[int, ...], Mask | None] | None = None
         self.passes = 0
         """Forward passes so far."""
         self.on_step: Callable[[int, int, Tensor], Tensor] | None = None
@@ -200,10 +202,13 @@ class Sampler:
             if self._shown(index) < self.config.num_steps:
                 return
             self.delivered += 1
-            yield Finished(self.units.at(index), self.active[index], self._before.get(index))
+            yield Finished(self._unit(index), self.active[index], self._before.get(index))
+
+    def _unit(self, index: int) -> Unit:
+        return self.cache.keep(self.units.at, index)
 
     def _steps_done(self, index: int) -> int:
-        wave = self.units.wave_of(index)
+        wave = self._unit(index).wave
         return step_of(self.row, wave, steps=self.config.num_steps, lag=self.lag)
 
     def _shown(self, index: int) -> int:
@@ -219,10 +224,10 @@ class Sampler:
         before = self.entered
         while self.units.count is None or self.entered < self.units.count:
             index = self.entered
-            unit = self.units.at(index)
+            unit = self._unit(index)
             if unit.wave * self.lag > self.row:
                 break
-            shape = (len(unit.cells), self.network.config.token_dim)
+            shape = (unit.size, self.network.config.token_dim)
             noise = self._noise[index] if self._noise else unit_noise(self.seeds, index, shape)
             self.active[index] = self._hold(index, noise.to(self.device, self.dtype))
             self.entered += 1
@@ -230,19 +235,19 @@ class Sampler:
 
     def _advance(self) -> None:
         """Run one row, unless all in flight are known and none is due for the cache."""
-        group = [self.units.at(index) for index in sorted(self.active)]
+        group = [self._unit(index) for index in sorted(self.active)]
         steps_done = [self._steps_done(unit.index) for unit in group]
         steps = self.config.num_steps
         if steps in steps_done or not self.known_units.issuperset(self.active):
             output = self._forward(group, [self._shown(unit.index) for unit in group])
-            velocities = output.velocity.split([len(unit.cells) for unit in group], dim=1)
+            velocities = output.velocity.split([unit.size for unit in group], dim=1)
             for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
                 if done == steps:
                     del self.active[unit.index]
                     self._before.pop(unit.index, None)
                 elif unit.index not in self.known_units:
                     self.active[unit.index] = self._step(unit.index, done, velocity)
-            self._commit(group, steps_done, output)
+            self._commit(group, steps_done)
         self.row += 1
 
     def _step(self, index: int, done: int, velocity: Tensor) -> Tensor:
@@ -263,9 +268,9 @@ class Sampler:
         return tokens if known is None else torch.where(known.mask[:, None], known.tokens, tokens)
 
     def _forward(self, group: list[Unit], steps_done: list[int]) -> Output:
-        config, device = self.config, self.device
+        config = self.config
         self._place_sinks(group[-1].index)
-        tokens, sigmas, rows = [], [], []
+        tokens, sigmas = [], []
         for unit, done in zip(group, steps_done, strict=True):
             x, sigma = self.active[unit.index], config.told[done]
             if done == config.num_steps and config.context_noise:
@@ -273,74 +278,82 @@ class Sampler:
                 noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=done + 1)
                 x = add_noise(x, noise.to(x), sigma)
             tokens.append(x)
-            rows.append(torch.full((len(unit.cells),), len(sigmas), device=device))
-            sigmas.append(sigma)
-            if unit.index in self.known and done < config.num_steps:
-                rows[-1][self.known[unit.index].mask] = len(sigmas)
-                sigmas.append(0.0)
+            partly = done < config.num_steps and unit.index in self.known
+            sigmas.append((sigma, unit.size, unit.index if partly else -1))
         self.passes += 1
+        keep, indices = self.cache.keep, tuple(unit.index for unit in group)
+        told, rows = keep(self._levels, *sigmas)
         return self.network(
-            torch.cat(tokens, dim=1),
-            coords=torch.cat([unit.coords for unit in group]).to(device),
-            sigma=torch.tensor([sigmas], device=device).expand(len(self.seeds), -1),
-            unit=torch.cat(rows),
+            tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
+            coords=keep(self._coords, *indices),
+            sigma=told,
+            unit=rows,
             text=self.text,
-            mask=self._mask(group),
+            mask=keep(self._mask, self.cache.version, *indices),
             cache=self.cache,
         )
 
-    def _mask(self, group: list[Unit]) -> Mask | None:
-        """What tokens of this pass may read: cached tokens, then each other. None: everything."""
-        key = (self.cache.version, *(unit.index for unit in group))
-        if self._mask_of is None or self._mask_of[0] != key:
-            cached, inverse = torch.unique(self.cache.unit, return_inverse=True)
-            index = torch.cat([cached, torch.tensor([unit.index for unit in group])])
-            wave = torch.tensor([self.units.wave_of(i) for i in index.tolist()])
-            visible = self.config.visible.matrix(index, wave)[len(cached) :]
-            sizes = torch.tensor([len(unit.cells) for unit in group])
-            row = torch.repeat_interleave(torch.arange(len(group)), sizes)
-            reads = torch.cat([inverse, len(cached) + row])
-            self._mask_of = key, attention_mask(visible, row, reads, device=self.device)
-        return self._mask_of[1]
+    def _levels(self, *of_units: tuple[float, int, int]) -> tuple[Tensor, Tensor]:
+        """Return the sigmas of a pass, and for every token which.
+
+        Given are those of the units, the number of tokens, and the index where some are known, -1
+        elsewhere.
+        """
+        sigmas, rows = [sigma for sigma, *_ in of_units] + [0.0], []
+        for row, (_, size, index) in enumerate(of_units):
+            rows.append(torch.full((size,), row, device=self.device))
+            if index >= 0:
+                rows[-1][self.known[index].mask] = len(of_units)
+        count = len(of_units) + any(index >= 0 for *_, index in of_units)
+        return torch.tensor([sigmas[:count]], device=self.device), torch.cat(rows)
+
+    def _coords(self, *indices: int) -> Tensor:
+        """Return the positions of a pass over some units."""
+        return torch.cat([self._unit(index).coords for index in indices]).to(self.device)
+
+    def _mask(self, _: int, *indices: int) -> Mask | None:
+        """Say what tokens of a pass may read: cached ones, then each other; None: everything."""
+        visible, cached = self.config.visible, self.cache.blocks
+        oldest = min((i for i in cached if i >= visible.sink), default=indices[0])
+        if len(indices) == 1 and not visible.expired(oldest, indices[0]):
+            return None
+        group, order = map(self._unit, indices), sorted(cached, key=lambda i: cached[i].start)
+        found = [(i, -1, cached[i].stop - cached[i].start) for i in order]  # of earlier waves
+        found += [(unit.index, unit.wave, unit.size) for unit in group]
+        index, wave, size = torch.tensor(found).unbind(1)
+        reads = torch.repeat_interleave(torch.arange(len(found)), size)
+        seen, reader = visible.matrix(index, wave)[len(order) :], reads[self.cache.tokens :]
+        return attention_mask(seen, reader - len(order), reads, device=self.device)
 
     def _place_sinks(self, newest: int) -> None:
         """Let the window move on while the sinks stay right before it, as they were in training."""
-        visible = self.config.visible
-        if not (self.config.moving_sinks and visible.sink and visible.window):
+        visible, units = self.config.visible, self.units
+        first = newest - (visible.window or 0) + 1
+        moving = self.config.moving_sinks and visible.sink and visible.window
+        if not moving or first <= visible.sink:
             return
-        if newest - visible.window < visible.sink:
-            return
-        window = range(newest - visible.window + 1, newest + 1)
-        shift = min(self.units.start_of(index) for index in window) - self._sink_frames
+        # No unit of a later segment starts earlier than those of the first one.
+        segment = units.units_per_segment
+        window = range(first, min(newest + 1, (first // segment + 1) * segment))
+        shift, model = min(map(units.start_of, window)) - self._sink_frames, self.network.config
         if shift > 0:
-            model = self.network.config
-            coords = torch.tensor([[float(shift), 0, 0, 0]], device=self.device)
-            table = rope_table(coords, head_dim=model.head_dim, theta=model.rope_theta)
-            self.cache.place_sinks(visible.sink, table)
+            how = {"head_dim": model.head_dim, "theta": model.rope_theta}
+            self.cache.place_sinks(visible.sink, shift, **how)
 
     @cached_property
     def _sink_frames(self) -> int:
         """Latent frames that the sinks reach into."""
-        sinks = (self.units.at(index) for index in range(self.config.visible.sink))
-        return 1 + max(cell[0] for unit in sinks for cell in unit.cells)
+        sinks = map(self.units.at, range(self.config.visible.sink))
+        return 1 + max(int(unit.grid_index[:, 0].max()) for unit in sinks)
 
-    def _commit(self, group: list[Unit], steps_done: list[int], output: Output) -> None:
-        """Write the units that were clean in this pass to the cache, and drop what nobody reads."""
-        oldest = min(self.active, default=self.entered)  # what it cannot read, no later unit can
-        visible = self.config.visible
-        cached = torch.unique(self.cache.unit).tolist()
-        self.cache.evict([i for i in cached if visible.expired(i, oldest)])
-        clean = [
-            done == self.config.num_steps and not visible.expired(unit.index, oldest)
-            for unit, done in zip(group, steps_done, strict=True)
-        ]
-        if not any(clean):
-            return
-        sizes = torch.tensor([len(unit.cells) for unit in group])
-        slots = torch.repeat_interleave(torch.tensor(clean), sizes).nonzero()[:, 0]
-        unit = torch.repeat_interleave(torch.tensor([unit.index for unit in group]), sizes)
-        update = [(k[:, :, slots], v[:, :, slots]) for k, v in output.key_values]
-        self.cache.commit(update, unit[slots])
+    def _commit(self, group: list[Unit], steps_done: list[int]) -> None:
+        """Keep the units that were clean in this pass in the cache; drop what nobody reads."""
+        clean = steps_done.count(self.config.num_steps)  # they have the lowest waves, so come first
+        if clean:
+            self.cache.commit([(unit.index, unit.size) for unit in group[:clean]])
+            oldest = min(self.active, default=self.entered)  # what it cannot read, no later can
+            expired = self.config.visible.expired
+            self.cache.evict([i for i in self.cache.blocks if expired(i, oldest)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that are enough to go on in another process."""
@@ -353,7 +366,6 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where the sampler that gave `state` stood, on whatever device that was."""
         self.row, self.entered, self.delivered, self.passes = state["position"].tolist()
-        self._mask_of = None
         self.cache.load_state_dict(part_of(state, "cache", device=self.device))
         active = part_of(state, "active", device=self.device)
         self.active = {int(index): x.to(self.dtype) for index, x in active.items()}
@@ -378,8 +390,8 @@ class Guided:
     def __init__(self, network: VideoTransformer, scale: float):
         self.network, self.scale, self.config = network, scale, network.config
 
-    def __call__(self, tokens: Tensor, *, sigma: Tensor, **inputs) -> Output:
-        output = self.network(torch.cat([tokens] * 2), sigma=torch.cat([sigma] * 2), **inputs)
-        conditional, unconditional = output.velocity.chunk(2)
-        velocity = unconditional + self.scale * (conditional - unconditional)
-        return Output(velocity, output.key_values)
+    def __call__(self, tokens: Tensor, **inputs) -> Output:
+        conditional, unconditional = self.network(torch.cat([tokens] * 2), **inputs).velocity.chunk(
+            2
+        )
+        return Output(unconditional + self.scale * (conditional - unconditional))

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-from videoar.checks import checked, hint, import_named
+from videoar.checks import build_named, checked, hint
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
@@ -187,7 +187,7 @@ def parse(text: str) -> Scheme:
     `module:Class`, with its fields after slashes: `rows:Rows/frames=2`. Else raises ValueError.
     """
     if re.fullmatch(r"[\w.]+:[A-Z]\w*(/\w+=[^/]+)*", text.strip()):
-        return _own(text.strip())
+        return build_named(text.strip(), Scheme, "Units {!r}")
     if len(text) <= 100:
         for _, pattern, build in _KINDS:
             if match := re.fullmatch(pattern, text.strip()):
@@ -202,33 +202,6 @@ def parse(text: str) -> Scheme:
 def names(units: Iterable[str | Scheme]) -> tuple[str, ...]:
     """Return the names of schemes, of each in the one way in which it writes itself."""
     return tuple((parse(each) if isinstance(each, str) else each).name for each in units)
-
-
-def _own(text: str) -> Scheme:
-    """Build a scheme of one's own."""
-    name, *options = text.split("/")
-    try:
-        kind = import_named(name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"Units {text!r} cannot be imported ({error}): install it, or start in its folder."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Scheme)):
-        raise ValueError(f"Units {text!r} are no scheme: derive {kind!r} from Scheme.")
-    known, values = [field.name for field in fields(kind)], {}
-    for option in options:
-        field, _, value = option.partition("=")
-        if field not in known:
-            raise ValueError(f"{name} has no field {field!r}: use one of {', '.join(known)}.")
-        try:
-            found = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{field} of {name} is {value}: write JSON, such as 2.") from error
-        values[field] = tuple(found) if isinstance(found, list) else found
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"Units {text!r} cannot be built ({error}): give its fields.") from error
 
 
 KINDS = ("frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")

@@ -1,14 +1,12 @@
 """Latents to tokens in unit order, and back; tokens that are known."""
 
 import itertools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from videoar.core.units import Unit, Units
@@ -28,19 +26,20 @@ def to_tokens(latents: Latents, units: Units, *, patch: int = 2) -> Tokens:
     found = (latents.shape[1], *latents.shape[3:])
     if found != expected:
         raise ValueError(f"Latents of {found} (t, h, w) do not fit units over {expected}.")
-    return _gather(latents, [cell for unit in units.clip for cell in unit.cells], patch)
+    return _gather(latents, torch.cat([unit.grid_index for unit in units.clip]), patch)
 
 
-def _gather(latents: Latents, cells: Sequence[tuple[int, ...]], patch: int) -> Tokens:
-    levels = sorted({cell[3] for cell in cells})
-    grids, starts, start = [], {}, 0
-    for level in levels:
-        pooled = _pooled(latents, 2**level, patch)
+def _gather(latents: Latents, cells: Int[Tensor, "tokens 4"], patch: int) -> Tokens:
+    t, h, w, level = cells.unbind(1)
+    grids, index, start = [], torch.zeros_like(t), 0
+    for n in level.unique().tolist():
+        pooled = _pooled(latents, 2**n, patch)
         grid = rearrange(pooled, "b t c (h p) (w q) -> b t h w (c p q)", p=patch, q=patch)
-        starts[level], start = (start, *grid.shape[2:4]), start + math.prod(grid.shape[1:4])
-        grids.append(rearrange(grid, "b t h w c -> b (t h w) c"))
-    index = [starts[n][0] + (t * starts[n][1] + h) * starts[n][2] + w for t, h, w, n in cells]
-    return torch.cat(grids, dim=1)[:, torch.tensor(index, device=latents.device)]
+        place = start + (t * grid.shape[2] + h) * grid.shape[3] + w
+        index = torch.where(level == n, place, index)
+        grids.append(grid.flatten(1, 3))
+        start += grids[-1].shape[1]
+    return torch.cat(grids, dim=1)[:, index.to(latents.device)]
 
 
 def to_latents(tokens: Tokens, units: Units, *, patch: int = 2) -> Latents:
@@ -77,12 +76,12 @@ def known_tokens(latents: Latents, units: Units, *, patch: int = 2) -> dict[int,
     frames, known = latents.shape[1], {}
     for unit in itertools.islice(units, units.units_of(frames)):
         # Levels pool height and width alone, so a token is known if its frame is.
-        mask = torch.tensor([cell[0] < frames for cell in unit.cells], device=latents.device)
+        mask = unit.grid_index[:, 0] < frames
         if mask.any():
-            start = unit.frame_start
-            cells = [(t - start, *cell) for t, *cell in unit.cells if t < frames]
-            end = start + 1 + max(cell[0] for cell in cells)
+            start, end = unit.frame_start, int(unit.grid_index[mask, 0].max()) + 1
+            cells = unit.grid_index[mask] - torch.tensor([start, 0, 0, 0])
             values = _gather(latents[:, start:end], cells, patch)
+            mask = mask.to(latents.device)
             tokens = values.new_zeros(len(latents), len(mask), values.shape[2])
             tokens[:, mask] = values
             known[unit.index] = Known(mask, tokens)
@@ -94,28 +93,32 @@ class Assembler:
 
     def __init__(self, units: Units, *, patch: int = 2):
         self.units, self.patch, self.done = units, patch, 0
-        self._open: dict[int, Tensor] = {}
+        self._open: Float[Tensor, "batch cells features"] | None = None
+        """The cells of a segment, whose frames are overwritten by those of the next one."""
 
     def add(self, unit: Unit, tokens: Tokens) -> Latents | None:
         """Store a unit; return the newly complete latent frames, None if there are none."""
-        finest = [i for i, cell in enumerate(unit.cells) if cell[3] == 0]
-        for t, group in itertools.groupby(finest, key=lambda i: unit.cells[i][0]):
-            rows = list(group)
-            shape = len(tokens), self.units.height, self.units.width, tokens.shape[2]
-            frame = self._open.setdefault(t, tokens.new_empty(shape))
-            h, w = zip(*(unit.cells[i][1:3] for i in rows), strict=True)
-            frame[:, list(h), list(w)] = tokens[:, rows]
-        if unit.complete_frames == self.done:
+        height, width, segment = self.units.height, self.units.width, self.units.segment_frames
+        area = height * width
+        if self._open is None:
+            self._open = tokens.new_zeros(len(tokens), area * segment, tokens.shape[2])
+        t, h, w, level = unit.grid_index.to(tokens.device).unbind(1)
+        finest, places = level == 0, (t % segment * height + h) * width + w
+        self._open[:, places[finest]] = tokens[:, finest]
+        start, count = self.done % segment, unit.complete_frames - self.done
+        if not count:
             return None
-        frames = [self._open.pop(t) for t in range(self.done, unit.complete_frames)]
-        grid = torch.stack(frames, dim=1)
         self.done = unit.complete_frames
-        return rearrange(grid, "b t h w (c p q) -> b t c (h p) (w q)", p=self.patch, q=self.patch)
+        axes = "b (t h w) (c p q) -> b t c (h p) (w q)"
+        grid = self._open[:, area * start : area * (start + count)].clone()
+        return rearrange(grid, axes, h=height, w=width, p=self.patch, q=self.patch)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The frames that are begun but not complete."""
-        return {"done": torch.tensor(self.done)} | {str(t): f for t, f in self._open.items()}
+        begun = {} if self._open is None else {"open": self._open.clone()}
+        return {"done": torch.tensor(self.done)} | begun
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.done = int(state["done"])
-        self._open = {int(t): frame for t, frame in state.items() if t != "done"}
+        """Go on like the one that gave `state`."""
+        self.done, begun = int(state["done"]), state.get("open")
+        self._open = None if begun is None else begun.clone()

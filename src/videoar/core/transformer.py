@@ -8,78 +8,26 @@ Causality is not a property of the network: it lies in the mask and in what the 
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from videoar.checks import check_options, check_types
-from videoar.core.attention import Mask, attend, rope_table, rotate
+from videoar.core.attention import Mask, rope_table, runs
+from videoar.core.block import LARGEST_KEPT, Block, ModelConfig, modulated, vectors
 from videoar.core.cache import KeyValue, KVCache
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Size of a `VideoTransformer`; the defaults are Wan2.1-T2V-1.3B."""
-
-    latent_channels: int = 16
-    """Channels of the codec's latents."""
-    patch: int = 2
-    """Latent pixels per token in height and width."""
-    num_layers: int = 30
-    """Transformer blocks."""
-    num_heads: int = 12
-    """Attention heads."""
-    head_dim: int = 128
-    """Channels per head; even."""
-    ffn_dim: int = 8960
-    """Hidden channels of the feed-forward layers."""
-    text_dim: int = 4096
-    """Channels of the text embeddings."""
-    freq_dim: int = 256
-    """Channels of the sinusoidal embedding of sigma."""
-    num_levels: int = 5
-    """Rows of the scale embedding: levels of multiscale units."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    eps: float = 1e-6
-    """Added to variances."""
-    prediction: Literal["velocity", "clean"] = "velocity"
-    """What the last layer says. `clean` suits small models: noise need not pass through the
-    network (Li and He 2025, arXiv:2511.13720). The model returns a velocity either way."""
-    min_sigma: float = 0.05
-    """With `clean`, the smallest sigma that divides."""
-
-    def __post_init__(self):
-        check_types(self)
-        counts = ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels")
-        check_options(self, least=dict.fromkeys(counts, 1))
-        if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:
-            sizes = f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim}"
-            raise ValueError(f"{sizes} must be even numbers.")
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def token_dim(self) -> int:
-        """Features of one token: channels x rows x columns of a patch."""
-        return self.latent_channels * self.patch**2
+from videoar.weights import as_one
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one pass returns."""
+    """What one pass returns; the keys and values of its tokens are in the cache."""
 
     velocity: Float[Tensor, "batch tokens features"]
-    key_values: list[KeyValue]
-    """Per layer, keys and values of the tokens of this pass: what a cache may commit. They alias
-    the pass's own tensors, never the cache."""
 
 
 TextContext = list[KeyValue]
@@ -112,7 +60,6 @@ class VideoTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.scale_embedding = nn.Embedding(config.num_levels, size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm_out = LayerNorm(size, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(size, config.token_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, size))
         nn.init.normal_(self.scale_shift_table, std=size**-0.5)
@@ -130,7 +77,7 @@ class VideoTransformer(nn.Module):
         tokens: Float[Tensor, "batch tokens features"],
         *,
         coords: Float[Tensor, "tokens 4"],
-        sigma: Float[Tensor, "batch units"],
+        sigma: Float[Tensor, "#batch units"],
         unit: Int[Tensor, " tokens"],
         text: TextContext,
         mask: Mask | None = None,
@@ -139,40 +86,72 @@ class VideoTransformer(nn.Module):
     ) -> Output:
         """Predict the velocity of every token.
 
+        Without gradients, what depends on weights, `coords`, or `sigma` and `unit` alone is kept in
+        the cache for later passes that bring the same tensors: weights must not change meanwhile.
+
         Args:
             tokens: noisy or clean tokens, features ordered (channel, row, column).
             coords: (t, h, w, level) of the tokens.
-            sigma: the sigma of every unit in this pass.
+            sigma: the sigma of every unit in this pass, one row for all videos or one for each.
             unit: for every token, the row of its unit in `sigma`.
             text: from `encode_text`.
             mask: which keys a token may read; keys are the cached tokens, then these tokens.
-            cache: read, never written.
+            cache: read, and behind what is read the keys and values of these tokens are left.
             offset: added to the embedding of sigma: what else a pass should know.
         """
-        config = self.config
+        config, (batch, count) = self.config, tokens.shape[:2]
+        keep, linears = (lambda make, *given: make(*given)), None
         if cache is not None:
-            cache.reserve(tokens.shape[1])
+            shape = config.num_layers, 2, batch, config.num_heads, config.head_dim
+            cache.reserve(count, shape=shape, like=text[0][0])
+            if not torch.is_grad_enabled():
+                keep, linears = cache.keep, cache.keep(self._linears, None)
         weight = self.patch_embedding.weight.flatten(1)
         # Latents stay in float32 through all steps, as in diffusers; only the network is narrower.
         x = F.linear(tokens.to(weight.dtype), weight, self.patch_embedding.bias)
-        x = x + self.scale_embedding(coords[:, 3].long())
-        embedded, modulation = self.condition_embedder(sigma, x.dtype, offset)
-        if sigma.shape[1] > 1:  # gathered once for all layers: the backward of a gather is slow
-            embedded, modulation = embedded[:, unit], modulation[:, unit]
-        table = rope_table(coords, head_dim=config.head_dim, theta=config.rope_theta)
-        key_values = []
+        levels, table = keep(self._place, coords)
+        x = x + levels
+        runs, last, divisor = keep(self._modulation, sigma, unit, offset, linears is not None)
         for layer, block in enumerate(self.blocks):
-            x, key_value = block(x, modulation, table, text[layer], mask, cache, layer)
-            key_values.append(key_value)
-        shift, scale = (self.scale_shift_table.float() + embedded[:, :, None].float()).unbind(2)
-        x = (self.norm_out(x.float()) * (1 + scale) + shift).type_as(x)
+            own = (None, runs) if linears is None else (linears[layer], runs[layer])
+            x = block(x, table, text[layer], mask, cache, layer, *own)
+        out = self.proj_out(modulated(x, last, 0, config.eps))
         # Wan's output features are ordered (row, column, channel), its inputs (channel, row,
         # column).
-        out = rearrange(self.proj_out(x), "b n (p c) -> b n (c p)", c=config.latent_channels)
-        if config.prediction == "clean":
-            per_token = sigma[:, unit, None]
-            out = (tokens - out) / per_token.clamp(min=config.min_sigma)
-        return Output(out, key_values)
+        out = out.view(batch, count, -1, config.latent_channels).transpose(2, 3).flatten(2)
+        return Output((tokens - out) / divisor if config.prediction == "clean" else out)
+
+    def _linears(self, _: None) -> list[Any] | None:
+        """Return the fast linear maps of all blocks; None if FSDP gathers their weights."""
+        hooked = any(module._forward_pre_hooks for module in (self, *self.blocks))
+        return None if hooked else [block.linears(as_one) for block in self.blocks]
+
+    def _place(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what tokens get for their levels, and the rotations of their positions."""
+        config = self.config
+        table = rope_table(coords, head_dim=config.head_dim, theta=config.rope_theta)
+        return self.scale_embedding(coords[:, 3].long()), table[:, None, None]
+
+    def _modulation(
+        self, sigma: Tensor, unit: Tensor, offset: Tensor | None, apart: bool
+    ) -> tuple[Any, Any, Tensor]:
+        """Return what blocks, last layer and prediction need to know of sigma.
+
+        Tokens have a modulation each, if that is not too much to keep; else every unit has one.
+        """
+        embedded, blocks = self.condition_embedder(sigma, offset)
+        both, divisor = (embedded[:, :, None], blocks), sigma[:, :, None]
+        rows: list[slice] = [slice(None)]
+        at: list[Any] = [slice(None)]
+        if sigma.shape[1] > 1:  # gathered once for all layers: the backward of a gather is slow
+            at, divisor = [unit], divisor[:, unit]
+            if apart and len(unit) * embedded.shape[-1] > LARGEST_KEPT:
+                units, rows = runs(unit)
+                at = list(units[:, None])
+        whole, each = ([(r, part[:, i]) for r, i in zip(rows, at, strict=True)] for part in both)
+        last = vectors(self.scale_shift_table, whole)
+        own = [vectors(block.scale_shift_table, each) for block in self.blocks] if apart else each
+        return own, last, divisor.clamp(min=self.config.min_sigma)
 
     @property
     def num_parameters(self) -> int:
@@ -186,8 +165,7 @@ class VideoTransformer(nn.Module):
             keys: keys that a token reads on average, its own pass included.
             words: text rows read by cross-attention; their projection is done once and not counted.
         """
-        config = self.config
-        size = config.hidden_size
+        config, size = self.config, self.config.hidden_size
         linear = config.num_layers * (6 * size**2 + 2 * size * config.ffn_dim)
         attention = config.num_layers * 2 * size * (keys + words)
         return 2 * tokens * (linear + attention + 2 * size * config.token_dim)
@@ -198,16 +176,14 @@ class ConditionEmbedder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.freq_dim = config.freq_dim
-        size = config.hidden_size
-        self.time_embedder = TwoLayers(config.freq_dim, size, nn.SiLU())
+        self.freq_dim, size = config.freq_dim, config.hidden_size
+        self.time_embedder = _two_layers(config.freq_dim, size, nn.SiLU())
         self.time_proj = nn.Linear(size, 6 * size)
-        self.text_embedder = TwoLayers(config.text_dim, size, nn.GELU(approximate="tanh"))
+        self.text_embedder = _two_layers(config.text_dim, size, nn.GELU(approximate="tanh"))
 
     def forward(
         self,
         sigma: Float[Tensor, "batch units"],
-        dtype: torch.dtype,
         offset: Float[Tensor, " channels"] | None = None,
     ) -> tuple[Float[Tensor, "batch units channels"], Float[Tensor, "batch units 6 channels"]]:
         """Embed sigma; Wan was trained on `timestep = 1000 * sigma`."""
@@ -217,133 +193,13 @@ class ConditionEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=sigma.device)
         angles = (1000 * sigma.float())[..., None] * torch.exp(-math.log(10000) * steps / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
-        embedded = embedded if offset is None else embedded + offset.to(dtype)
+        embedded = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))
+        embedded = embedded.to(self.time_proj.weight.dtype)
+        embedded = embedded if offset is None else embedded + offset.to(embedded.dtype)
         return embedded, self.time_proj(F.silu(embedded)).unflatten(-1, (6, -1))
 
 
-class TwoLayers(nn.Module):
+def _two_layers(channels: int, size: int, activation: nn.Module) -> Any:
     """Linear, activation, linear, under Wan's key names."""
-
-    def __init__(self, channels: int, size: int, activation: nn.Module):
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, size)
-        self.linear_2 = nn.Linear(size, size)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32, whatever goes in."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        normed = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
-        return normed.to(input.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with queries and keys normalised over all heads together."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.num_heads = config.num_heads
-        self.to_q = nn.Linear(size, size)
-        self.to_k = nn.Linear(size, size)
-        self.to_v = nn.Linear(size, size)
-        self.to_out = nn.ModuleList([nn.Linear(size, size)])
-        self.norm_q = nn.RMSNorm(size, eps=config.eps)
-        self.norm_k = nn.RMSNorm(size, eps=config.eps)
-
-    def query(self, x: Tensor) -> Float[Tensor, "batch heads tokens head_dim"]:
-        return self._heads(_normed(self.norm_q, self.to_q(x)))
-
-    def key_value(self, x: Tensor) -> KeyValue:
-        return self._heads(_normed(self.norm_k, self.to_k(x))), self._heads(self.to_v(x))
-
-    def output(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
-        return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
-
-
-def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """Normalise in one kernel: under autocast torch has none for wide weights of narrow inputs."""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
-
-
-class FeedForward(nn.Module):
-    """GELU feed-forward layers under diffusers' key names `net.0.proj` and `net.2`."""
-
-    def __init__(self, size: int, ffn_dim: int):
-        super().__init__()
-        self.net = nn.Sequential(Projection(size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class Projection(nn.Module):
-    """A linear layer and a tanh GELU."""
-
-    def __init__(self, size: int, ffn_dim: int):
-        super().__init__()
-        self.proj = nn.Linear(size, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class Block(nn.Module):
-    """Self-attention over tokens, cross-attention to text, feed-forward.
-
-    The first and last are modulated by sigma, one per token, or a single one.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.norm1 = LayerNorm(size, config.eps, elementwise_affine=False)
-        self.attn1 = Attention(config)
-        self.norm2 = LayerNorm(size, config.eps, elementwise_affine=True)
-        self.attn2 = Attention(config)
-        self.norm3 = LayerNorm(size, config.eps, elementwise_affine=False)
-        self.ffn = FeedForward(size, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, size))
-        nn.init.normal_(self.scale_shift_table, std=size**-0.5)
-
-    def text(self, hidden: Float[Tensor, "batch words channels"]) -> KeyValue:
-        """Return the keys and values of the text: FSDP gathers weights for methods."""
-        return self.attn2.key_value(hidden)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens channels"],
-        modulation: Float[Tensor, "batch sigmas 6 channels"],
-        table: Float[Tensor, "2 tokens pairs"],
-        text: KeyValue,
-        mask: Mask | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> tuple[Float[Tensor, "batch tokens channels"], KeyValue]:
-        modulated = self.scale_shift_table.float() + modulation.float()
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulated.unbind(2)
-
-        normed = (self.norm1(x.float()) * (1 + scale) + shift).type_as(x)
-        key, value = self.attn1.key_value(normed)
-        own = rotate(key, table), value
-        seen = own if cache is None else cache.extend(layer, *own)
-        attended = self.attn1.output(attend(rotate(self.attn1.query(normed), table), *seen, mask))
-        x = (x.float() + attended * gate).type_as(x)
-
-        normed = self.norm2(x.float()).type_as(x)
-        x = x + self.attn2.output(attend(self.attn2.query(normed), *text))
-
-        normed = (self.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
-        x = (x.float() + self.ffn(normed).float() * ffn_gate).type_as(x)
-        return x, own
+    layers = {"linear_1": nn.Linear(channels, size), "activation": activation}
+    return nn.Sequential(OrderedDict(layers, linear_2=nn.Linear(size, size)))

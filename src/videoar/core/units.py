@@ -24,7 +24,7 @@ A new scheme is a frozen dataclass with `frames` and `segment`: see `docs/extend
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -37,14 +37,14 @@ from videoar.core.schemes import Cells, Scheme, box
 MAX_SEGMENT, MAX_CLIP = 2**20, 2**22  # tokens that are held as lists, of a segment and in all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """One unit of a clip or stream."""
 
     index: int
     wave: int
     """Units of the same wave are generated together."""
-    cells: Cells
+    grid_index: Int[Tensor, "tokens 4"]
     """(t, h, w, level) of its tokens, t counted from the start of the stream."""
     coords: Float[Tensor, "tokens 4"]
     """The same in coordinates of level 0: a coarse token sits at the centre of what it covers."""
@@ -52,6 +52,16 @@ class Unit:
     """Latent frames of the stream that are finished once this unit is."""
     frame_start: int
     """Smallest t of its cells."""
+
+    @property
+    def size(self) -> int:
+        """Its number of tokens."""
+        return len(self.coords)
+
+    @property
+    def cells(self) -> Cells:
+        """The same as `grid_index`, to be read by people and programs without tensors."""
+        return tuple((t, h, w, level) for t, h, w, level in self.grid_index.tolist())
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Units:
         if (size := self.segment_frames * self.height * self.width) > MAX_SEGMENT:
             raise ValueError(f"A segment has {size} tokens of {MAX_SEGMENT}: use smaller units.")
 
-    @property
+    @cached_property
     def segment_frames(self) -> int:
         """Latent frames of a full segment, or of a clip that is shorter."""
         return min(size for size in (self.scheme.frames, self.frames) if size is not None)
@@ -89,7 +99,12 @@ class Units:
 
     @property
     def units_per_segment(self) -> int:
-        return len(self._segment(self.segment_frames))
+        return len(self._whole)
+
+    @cached_property
+    def _whole(self) -> tuple[Unit, ...]:
+        """A segment in full length."""
+        return self._segment(self.segment_frames)
 
     @cached_property
     def count(self) -> int | None:
@@ -104,19 +119,23 @@ class Units:
         if index < 0 or (self.count is not None and index >= self.count):
             raise IndexError(f"Unit {index} of {self.count}.")
         unit, start = self._local(index)
-        return Unit(
+        moved = unit.grid_index.clone(), unit.coords.clone()
+        for places in moved:
+            places[:, 0] += start
+        return replace(
+            unit,
             index=index,
             wave=self.wave_of(index),
-            cells=tuple((t + start, h, w, level) for t, h, w, level in unit.cells),
-            coords=unit.coords + torch.tensor([start, 0, 0, 0], dtype=unit.coords.dtype),
+            grid_index=moved[0],
+            coords=moved[1],
             complete_frames=start + unit.complete_frames,
             frame_start=start + unit.frame_start,
         )
 
     def wave_of(self, index: int) -> int:
         """The wave of unit `index`."""
-        template = self._segment(self.segment_frames)
-        return index // len(template) * (template[-1].wave + 1) + self._local(index)[0].wave
+        segments = index // self.units_per_segment
+        return segments * (self._whole[-1].wave + 1) + self._local(index)[0].wave
 
     def start_of(self, index: int) -> int:
         """The first frame of unit `index`."""
@@ -127,8 +146,9 @@ class Units:
         """A unit counted from the start of its segment, and the first frame of that segment."""
         segment, local = divmod(index, self.units_per_segment)
         start = segment * self.segment_frames
-        rest = self.segment_frames if self.frames is None else self.frames - start
-        return self._segment(min(self.segment_frames, rest))[local], start
+        if self.frames is None or self.frames - start >= self.segment_frames:
+            return self._whole[local], start
+        return self._segment(self.frames - start)[local], start
 
     def _segment(self, frames: int) -> tuple[Unit, ...]:
         return _template(self.scheme, frames, self.height, self.width)
@@ -148,7 +168,8 @@ class Units:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Tokens per unit."""
-        return tuple(len(unit.cells) for unit in self.clip)
+        assert self.count is not None, "an endless stream has no last unit"
+        return tuple(self._local(index)[0].size for index in range(self.count))
 
     @cached_property
     def coords(self) -> Float[Tensor, "tokens 4"]:
@@ -160,7 +181,7 @@ class Units:
 
     @cached_property
     def waves(self) -> Int[Tensor, " units"]:
-        return torch.tensor([unit.wave for unit in self.clip])
+        return torch.tensor([self.wave_of(index) for index in range(len(self.sizes))])
 
     @cached_property
     def complete_frames(self) -> tuple[int, ...]:
@@ -188,12 +209,13 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
                 left[t] -= 1
             while done < frames and not left[done]:
                 done += 1
+            grid_index = torch.tensor(cells)
             units.append(
                 Unit(
                     index=len(units),
                     wave=wave,
-                    cells=cells,
-                    coords=_centres(cells, height, width),
+                    grid_index=grid_index,
+                    coords=_centres(grid_index, height, width),
                     complete_frames=done,
                     frame_start=min(cell[0] for cell in cells),
                 )
@@ -203,8 +225,8 @@ def _template(scheme: Scheme, frames: int, height: int, width: int) -> tuple[Uni
     return tuple(units)
 
 
-def _centres(cells: Cells, height: int, width: int) -> Float[Tensor, "tokens 4"]:
-    t, h, w, level = torch.tensor(cells).unbind(1)
+def _centres(cells: Tensor, height: int, width: int) -> Float[Tensor, "tokens 4"]:
+    t, h, w, level = cells.unbind(1)
 
     def centre(index: Tensor, limit: int) -> Tensor:
         first, last = index * 2**level, ((index + 1) * 2**level).clamp(max=limit) - 1

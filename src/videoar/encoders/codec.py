@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from videoar.checks import check_types
 
-Memory = tuple[Tensor, ...]
-"""What a network remembers of the frames before; None stands for the beginning of a clip."""
+Memory = list[Tensor]
+"""What a network remembers of the frames before; None stands for the beginning of a clip. A step
+may use it up, so that old and new do not fill the memory at once."""
 
 Video = Float[Tensor, "batch frames channels height width"]
 """Pixels in [-1, 1]."""
@@ -117,7 +118,8 @@ class _Stream:
     def _walk(self, step: Callable[..., tuple[Tensor, Memory]], groups: Iterable[Tensor]) -> Tensor:
         results = []
         for group in groups:
-            result, self._memory = step(group, self._memory)
+            used, self._memory = self._memory, None
+            result, self._memory = step(group, used)
             results.append(result)
         return torch.cat(results, dim=1)
 
@@ -133,7 +135,7 @@ class _Stream:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where the stream that gave `state` stood."""
         kept = [state[f"memory.{index}"] for index in range(len(state) - 1)]
-        self._memory = tuple(kept) if state else None
+        self._memory = kept if state else None
 
 
 class StreamEncoder(_Stream):
@@ -194,10 +196,10 @@ class PatchCodec(Codec):
         self._sides = dict(zip("tyx", config.stride, strict=True))
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
-        return rearrange(frames, f"{self.PIXELS} -> {self.PATCHES}", **self._sides), ()
+        return rearrange(frames, f"{self.PIXELS} -> {self.PATCHES}", **self._sides), []
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
-        return rearrange(latents, f"{self.PATCHES} -> {self.PIXELS}", **self._sides), ()
+        return rearrange(latents, f"{self.PATCHES} -> {self.PIXELS}", **self._sides), []
 
 
 def to_frames(

@@ -30,6 +30,7 @@ def run(
 ) -> tuple[Float[Tensor, "batch time_out _ _ _"], Memory]:
     """Apply layers to groups of frames; return also what each block remembers of them."""
     batch = len(clips)
+    clips = clips.to(next(layers.parameters()).dtype)
     x = rearrange(clips, "batch time c h w -> (time batch) c h w")
     # 3.5 times as fast as channels first on a CPU (16 channels, 64x64 pixels).
     x = x.contiguous(memory_format=torch.channels_last)
@@ -46,7 +47,7 @@ def run(
             x = layer(x, batch=batch)
         else:
             x = layer(x)
-    return rearrange(x, "(time batch) c h w -> batch time c h w", batch=batch), tuple(kept)
+    return rearrange(x, "(time batch) c h w -> batch time c h w", batch=batch), kept
 
 
 def build_encoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
@@ -257,8 +258,8 @@ class TinyCodec(Codec):
         if self.config.pixel_range == "unit":
             frames = frames * 0.5 + 0.5
         x, kept = run(self.encoder, F.pixel_unshuffle(frames, self.config.patch_size), memory)
-        mean, std = self.statistics(x)
-        return (x - mean) / std, kept
+        mean, std = self.statistics(frames)
+        return (x.type_as(frames) - mean) / std, kept
 
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         video, kept = self._decode(latents, memory)
@@ -267,7 +268,7 @@ class TinyCodec(Codec):
     def _decode(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         mean, std = self.statistics(latents)
         x, kept = run(self.decoder, latents * std + mean, memory)
-        video = F.pixel_shuffle(x, self.config.patch_size)
+        video = F.pixel_shuffle(x.type_as(latents), self.config.patch_size)
         return video * 2 - 1 if self.config.pixel_range == "unit" else video, kept
 
     def reconstruct(

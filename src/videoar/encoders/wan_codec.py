@@ -1,7 +1,9 @@
 """Wan's codec behind our interface. diffusers is imported where it is used, and nowhere else."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -71,11 +73,16 @@ class WanCodec(Codec):
         self, part: str, x: Tensor, memory: Memory | None, **options: bool
     ) -> tuple[Tensor, Memory]:
         x = x.to(self.vae.quant_conv.weight.dtype)
+        if x.dtype != torch.float32:  # there it takes more memory for 5 % of the time, here 11 %
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         if part == "decoder":
             x = self.vae.post_quant_conv(x)
         # A saved stream holds tensors only: what is empty or a word there is an empty tensor here.
         words, count = {1: None, 2: "Rep"}, self.vae._cached_conv_counts[part]
-        past = [None] * count if memory is None else [words.get(t.ndim, t) for t in memory]
+        past: list[Any] = [None] * count if memory is None else memory
+        past[:] = [t if t is None else words.get(t.ndim, t) for t in past]
+        # The list is written entry by entry, so that no more than one is there twice.
         x = getattr(self.vae, part)(x, feat_cache=past, feat_idx=[0], **options)
         kept = {type(None): x.new_empty(0), str: x.new_empty(1, 0)}
-        return x, tuple(kept.get(type(t), t) for t in past)
+        past[:] = [kept.get(type(t), t) for t in past]
+        return x, past

@@ -31,8 +31,8 @@ class Bench:
     """What is generated."""
     seconds: float = 20.0
     """Length of the video that is timed."""
-    num_inference_steps: int = 4
-    """Denoising steps per unit."""
+    num_inference_steps: int | None = None
+    """Denoising steps per unit; by default the checkpoint's own."""
     repeats: int = 3
     """How often the short videos are generated."""
     threads: int | None = None

@@ -36,8 +36,7 @@ from videoar.generation.timing import Timing
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
-    "[lowest, highest], no warm-up. {seconds:g} s of video, {num_inference_steps} steps per unit, "
-    "{hardware}."
+    "[lowest, highest], no warm-up. {seconds:g} s of video, {hardware}."
 )
 
 
@@ -48,6 +47,8 @@ class Row:
     name: str
     runs: tuple[Timing, ...]
     """Of the same video, the first one at the start of a process."""
+    steps: int
+    """Denoising steps per unit."""
     tokens: int
     """Tokens that went through the network for it, cache writes included."""
     flops: float
@@ -116,6 +117,7 @@ def speed_cells(row: Row) -> dict[str, str]:
         "units": row.name,
         "frames/s": _spread([run.fps for run in row.runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
+        "steps": str(row.steps),
         "passes": str(first.passes),
         "units made": str(first.units),
         "tokens/pass": f"{row.tokens / first.passes:.1f}",
@@ -145,6 +147,7 @@ def measure(config: Bench) -> Row:
     done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
     return Row(
         name=config.units[0],
+        steps=done[0][1].steps,
         runs=tuple(timing for timing, _ in done),
         tokens=done[0][1].tokens,
         flops=done[0][1].flops,
@@ -170,6 +173,7 @@ class Counted:
         self.network, self.config = network, network.config
         self.flops_of = transformer.flops
         self.tokens, self.flops = 0, 0.0
+        self.steps = 0
 
     def __call__(self, tokens: Tensor, **inputs: Any) -> Output:
         """Count a pass and do it."""
@@ -192,14 +196,17 @@ def generate(
 
     After every write `show` gets the frames and the seconds so far.
     """
+    steps = config.num_inference_steps
+    stated: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     generation = pipe.generate(
         [config.prompt],
         num_frames=max(1, round(seconds * pipe.sampling.fps)),
         seeds=[0],
         units=config.units[0],
-        num_inference_steps=config.num_inference_steps,
+        **stated,
     )
     counted = Counted(generation.sampler.network, pipe.transformer)
+    counted.steps = generation.sampler.config.num_steps
     generation.sampler.network = counted
     with tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -28,6 +28,8 @@ class GenerationConfig:
     """Unit scheme, or its name: see `videoar.core.schemes.parse`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
+    unit_steps: Mapping[str, int] = field(default_factory=dict)
+    """The same for kinds of unit, by name, that need others by default."""
     shift: float = 5.0
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
@@ -54,6 +56,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name, steps in self.unit_steps.items():
+            check(f"unit_steps of {name}", steps, steps >= 1, "1 or more")
         check("fps", self.fps, 0 < self.fps <= 1000, "1 to 1000, such as 16")
 
     @property
@@ -63,10 +67,18 @@ class GenerationConfig:
         return self.sigmas or sigma_steps(steps, shift=shift, grid=self.step)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
-        """Return it with other fields; sigmas go with the steps or the shift that they replace."""
+        """Return it with other fields; sigmas go with the steps or the shift that they replace.
+
+        Where no steps are named, they are those of the kind of unit.
+        """
         if {"num_inference_steps", "shift"} & changes.keys():
             changes = {"sigmas": None} | changes
-        return replace(self, **changes)
+        if "num_inference_steps" in changes:
+            return replace(self, **{"unit_steps": {}} | changes)
+        changed = replace(self, **changes)
+        (kind,) = names([changed.units])
+        steps = changed.unit_steps.get(kind, changed.num_inference_steps)
+        return replace(changed, num_inference_steps=steps)
 
     def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
         """Return how to sample after a training on `units`: by its own, if that is among them.
