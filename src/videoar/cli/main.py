@@ -95,6 +95,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
 
 COMMANDS: dict[str, type] = {
     "generate": options.Generate,
+    "serve": options.Serve,
     "train": options.Train,
     "distill": options.Distill,
     "convert": options.Convert,
@@ -113,6 +114,8 @@ def command_of(name: str) -> Callable[..., int | None]:
     """Return the function of a command; what it needs is imported only now."""
     if name == "generate":
         from videoar.cli.generate import generate as command
+    elif name == "serve":
+        from videoar.cli.serve import serve as command
     elif name in ("train", "distill"):
         from videoar.cli.train import train as command
     elif name == "convert":

@@ -14,6 +14,8 @@ from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.files import Json
 
+MAX_STEPS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -52,6 +54,8 @@ class GenerationConfig:
         for name in ("shift", "guidance_scale", "context_noise", "fps"):
             value = getattr(self, name)
             check(name, repr(value), isinstance(value, numbers.Real), "a number")
+        steps = self.num_inference_steps
+        check("num_inference_steps", steps, steps <= MAX_STEPS, f"1 to {MAX_STEPS}")
         check("fps", self.fps, 0 < self.fps < math.inf, "a number above 0, such as 16")
 
     def replaced(self, **changes: Any) -> "GenerationConfig":

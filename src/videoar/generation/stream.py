@@ -77,6 +77,8 @@ class Generation:
         """Latent frames of whole segments that a unit may yet read: the first, and the newest."""
         self._whole = 0
         """Latent frames of whole segments."""
+        self.offset = 0
+        """Latent frames before those that the sampler counts."""
         self._open: list[Tokens] = []
         """Units of the segment that is not whole, and the latent frames that they finished."""
         self._done: list[Latents] = []
@@ -150,6 +152,7 @@ class Generation:
         if self._frames is not None:
             sampler = self._begin(self.plan, len(kept) + self._frames - self._whole)
         self._take(sampler)
+        self.offset = self._whole - len(kept)
         units, known = sampler.units, {}
         if kept:
             latents = torch.cat([self._past[t] for t in kept], dim=1)
@@ -261,6 +264,7 @@ class Generation:
             "lattice": sampler.units.frames,
             "frames": self.stats.frames,
             "whole": self._whole,
+            "offset": self.offset,
         }
         state = {"json": packed({"about": self.about, "now": now})}
         for name, part in self._parts().items():
@@ -290,7 +294,7 @@ class Generation:
         if plan != self.plan or plan.stretch:
             self._take(self._begin(plan, now["lattice"]))
         self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
-        self._anew, self._whole = now["anew"], now["whole"]
+        self._anew, self._whole, self.offset = (now[k] for k in ("anew", "whole", "offset"))
         self.script = [(frame, changes) for frame, changes in now["script"]]
         self.stats.frames = now["frames"]
         for name, part in self._parts().items():
