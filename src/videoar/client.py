@@ -18,7 +18,7 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-from videoar.serve.messages import Change, Control, Pause, Seek, Seen, Start, plain
+from videoar.serve.messages import Change, Control, Seen, Start, plain
 
 
 class Watched:
@@ -60,20 +60,12 @@ class Watched:
                 raise ValueError(event["message"])
 
     def say(self, message: Control) -> None:
-        """Send a message."""
+        """Send a message, such as `Pause` or `Seek`."""
         self.socket.send(json.dumps(plain(message)))
 
     def change(self, **changes: Any) -> None:
         """Ask for something else: the fields of `Change`."""
         self.say(Change(**changes))
-
-    def seek(self, seconds: float) -> None:
-        """Go back."""
-        self.say(Seek(seconds=seconds))
-
-    def pause(self, paused: bool) -> None:
-        """Stop, or go on."""
-        self.say(Pause(paused=paused))
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import Response
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from videoar.data.video import Frames
 from videoar.data.workers import Pool
@@ -26,7 +26,10 @@ FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
 KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 MAX_UPLOAD = 32 * 2**20
 """Bytes of a picture or clip."""
-CONTROL: TypeAdapter[Any] = TypeAdapter(Control)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+CONTROL: TypeAdapter[Any] = TypeAdapter(
+    Annotated[Control, Field(discriminator="type")], config=STRICT
+)
 POLICY = "default-src 'self'; media-src blob:; img-src 'self' blob: data:"
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 

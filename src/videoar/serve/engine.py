@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
@@ -142,14 +142,14 @@ class Live:
 
     def _computed(self, unit: Unit, took: float) -> Computed:
         generation = self.session.generation
-        sampler, offset = generation.sampler, generation.offset
+        sampler, kept = generation.sampler, generation.kept
         busy, made = (sum(values) for values in zip(*self._took, strict=True))
         cached = [sampler.units.at(index) for index in sampler.cache.unit.unique().tolist()]
         return Computed(
             index=generation.stats.units,
-            cells=runs([unit], offset),
-            next=runs([sampler.units.at(sampler.delivered)], offset),
-            cached=runs(cached, offset),
+            cells=runs([unit], kept),
+            next=runs([sampler.units.at(sampler.delivered)], kept),
+            cached=runs(cached, kept),
             seconds=self.session.seconds,
             unit_ms=1000 * took,
             fps=made / busy,
@@ -174,14 +174,16 @@ class Live:
             self._shows = False
 
 
-def runs(units: Iterable[Unit], offset: int) -> list[list[int]]:
-    """Return the cells of units as (frame, row, first column, last column, level)."""
+def runs(units: Iterable[Unit], kept: Sequence[int]) -> list[list[int]]:
+    """Return cells as (frame, row, first column, last column, level); the first frames are kept."""
     found: list[list[int]] = []
+    later = 1 + kept[-1] - len(kept) if kept else 0
     for t, h, w, level in (cell for unit in units for cell in unit.cells):
-        if found and found[-1][:2] + found[-1][3:] == [t + offset, h, w - 1, level]:
+        frame = kept[t] if t < len(kept) else t + later
+        if found and found[-1][:2] + found[-1][3:] == [frame, h, w - 1, level]:
             found[-1][3] = w
         else:
-            found.append([t + offset, h, w, w, level])
+            found.append([frame, h, w, w, level])
     return found
 
 

@@ -4,17 +4,14 @@ A viewer sends `Control`, the server answers with `Event`. After each `Begin` th
 are one fragmented MP4, its head first: what came before is of another way, and forgotten.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
-
-STRICT = {"extra": "forbid", "allow_inf_nan": False}
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Begin a session, or begin it anew; None: as the checkpoint says."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["start"] = "start"
     prompt: str
     units: str | None = None
@@ -29,7 +26,6 @@ class Start:
 class Change:
     """Ask for something else from the next unit on: see `Generation.change`."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["change"] = "change"
     id: int = 0
     """Comes back in `Changed`."""
@@ -46,7 +42,6 @@ class Change:
 class Pause:
     """Stop, or go on."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["pause"] = "pause"
     paused: bool
 
@@ -55,7 +50,6 @@ class Pause:
 class Seek:
     """Go back to a moment, in seconds of the session."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["seek"] = "seek"
     seconds: float
 
@@ -64,7 +58,6 @@ class Seek:
 class Seen:
     """Say what was played since `Begin`: the server stays a little ahead of that, and no more."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["seen"] = "seen"
     seconds: float
 
@@ -73,7 +66,6 @@ class Seen:
 class Branch:
     """Ask for another session that goes on from here on its own: `Branched` names it."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     type: Literal["branch"] = "branch"
 
 
@@ -148,7 +140,7 @@ class Refused:
     type: Literal["refused"] = "refused"
     message: str
     id: int = 0
-    fatal: bool = field(default=False)
+    fatal: bool = False
     """Whether the session is over."""
 
 
