@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="the extra `app` is not installed")
 
 import uvicorn
 
-from videoar.serve.app import make_app
+from videoar.serve.app import SOCKETS, make_app
 from videoar.serve.engine import Engine
 
 
@@ -25,9 +25,8 @@ def serving(
     """Serve a model; return where, and the engine."""
     engine = Engine(pipe, limit=limit)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as bound:
-        config = uvicorn.Config(
-            make_app(engine, token=token), log_level="error", ws_max_size=2**16, lifespan="on"
-        )
+        app = make_app(engine, token=token)
+        config = uvicorn.Config(app, log_level="error", lifespan="on", **SOCKETS)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

@@ -93,7 +93,8 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
         raise ValueError(error.read().decode()) from error
     socket = f"ws://{urlsplit(url).netloc}/api/sessions/{name}{query}"
     try:
-        with open_socket(socket, max_size=None) as opened:
+        # Who reads slowly has the answers to its own pings in the queue.
+        with open_socket(socket, max_size=None, ping_interval=None) as opened:
             yield Watched(opened, name)
     finally:
         end = urllib.request.Request(f"{where}/{name}{query}", method="DELETE")

@@ -239,6 +239,17 @@ def test_a_session_that_nobody_watches_ends(url: str, engine, wait, monkeypatch)
         assert json.loads(socket.recv())["message"].startswith("the session has ended")
 
 
+def test_a_session_has_one_viewer(url: str) -> None:
+    """Who comes later has it, and the first is told so, and not left waiting."""
+    with connect(url, PROMPT, units="frame") as first:
+        shown = iter(first)
+        next(shown)
+        with open_socket(f"{url.replace('http', 'ws')}/api/sessions/{first.name}") as socket:
+            assert len(next(iter(Watched(socket, first.name)))) > 0
+            with pytest.raises(ValueError, match="watched from elsewhere"):
+                list(shown)
+
+
 def test_sessions_that_come_and_go_leave_nothing(url: str, engine, wait) -> None:
     """Neither in the engine nor in what holds tensors."""
     gone = []

@@ -14,12 +14,19 @@ def serve(args: options.Serve) -> None:
     """Load the model, say where the page is, and serve until Ctrl-C."""
     uvicorn = import_extra("uvicorn", "serving needs more: `pip install videoar[app]` ({})")
     # Bound before the model is loaded, so that a port in use is told at once.
-    bound = socket.create_server((args.host, args.port), family=_family(args.host))
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        bound = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"{args.host} cannot be listened to at port {args.port} ({error.strerror}): choose"
+            " another --port, or --host"
+        ) from error
     with bound:
         import torch
 
         from videoar.generation.pipeline import VideoPipeline
-        from videoar.serve.app import make_app
+        from videoar.serve.app import SOCKETS, make_app
         from videoar.serve.engine import Engine
 
         if args.threads is not None:
@@ -32,9 +39,5 @@ def serve(args: options.Serve) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         query = f"?token={token}" if token else ""
         say(f"open http://{host}:{bound.getsockname()[1]}/{query} in a browser; Ctrl-C ends it")
-        config = uvicorn.Config(app, log_level="warning", ws_max_size=2**16)
+        config = uvicorn.Config(app, log_level="warning", **SOCKETS)
         uvicorn.Server(config).run(sockets=[bound])
-
-
-def _family(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -31,6 +31,8 @@ CONTROL: TypeAdapter[Any] = TypeAdapter(
     Annotated[Control, Field(discriminator="type")], config=STRICT
 )
 POLICY = "default-src 'self'; media-src blob:; img-src 'self' blob: data:"
+SOCKETS = {"ws_max_size": 2**16, "ws_ping_timeout": 120.0}
+"""Limits of uvicorn: bytes of a message, and seconds in which a viewer that is there answers."""
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -137,6 +139,8 @@ async def _called(engine: Engine, function: Any, *args: Any) -> Any:
 
 
 def _add_sessions(app: FastAPI, engine: Engine) -> None:
+    decoding = asyncio.Lock()
+
     @app.post("/api/sessions", status_code=201)
     async def begin(start: Start) -> dict[str, str]:
         """Begin a session; its video comes over the WebSocket `/api/sessions/{session}`."""
@@ -154,9 +158,10 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
                 raise HTTPException(413, f"the file is larger than {MAX_UPLOAD >> 20} MiB: cut it")
         pipe = engine.pipe
         try:
-            frames = await asyncio.to_thread(
-                decoded, bytes(data), pipe.height, pipe.width, float(pipe.sampling.fps)
-            )
+            async with decoding:
+                frames = await asyncio.to_thread(
+                    decoded, bytes(data), pipe.height, pipe.width, float(pipe.sampling.fps)
+                )
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         live.given = {"video": frames}

@@ -70,6 +70,8 @@ class Live:
 
     def watch(self, viewer: Viewer | None) -> None:
         """Show it to somebody, or to nobody; another who watched sees no more of it."""
+        if viewer is not None:
+            self.tell(Refused(message="the session is watched from elsewhere now", fatal=True))
         self.viewer, self.left_at = viewer, time.monotonic()
         if viewer is not None:
             self.begin()
