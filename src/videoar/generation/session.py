@@ -36,7 +36,7 @@ class Session:
 
     A change holds from the next unit on, other units from the next segment: `change` has the ways
     in which it can be made. Once a second of video the state is kept, the newest in bounded memory,
-    for `seek`.
+    for `seek`, until the end of a `with`.
     """
 
     def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
