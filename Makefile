@@ -6,13 +6,17 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks
 
-.PHONY: setup demo test check docs golden clean
+.PHONY: setup demo live test check docs golden clean
 
 setup: $(VENV)/.ok-dev
 
 # Prompt to video on a CPU, with the checkpoint that comes with the package.
 demo: $(VENV)/.ok-core
 	$(BIN)/python examples/demo.py
+
+# A page on which a video is made while you watch; see docs/live.md.
+live: $(VENV)/.ok-app
+	$(BIN)/videoar serve --threads 1
 
 # One thread in each worker: a second one took half as much processor time again, and no less time.
 test: $(VENV)/.ok-dev

@@ -28,6 +28,8 @@ ROOMS = (
     ("generation",),
     ("evaluation",),
     ("training",),
+    ("serve",),
+    ("client",),
     ("cli",),
 )
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
@@ -39,7 +41,7 @@ NO_ITEM = {"sampler", "cache", "transformer"}
 LIGHT = {"__init__", "__main__", "cli.main"}
 MAX_FILE, MAX_FUNCTION = 400, 80
 # What is new here, and all of it with the parts around: see docs/decisions/size.md.
-MAX_CORE, MAX_TOTAL = 1250, 9500
+MAX_CORE, MAX_TOTAL = 1250, 10500
 
 
 def _module(path: Path) -> str:

@@ -42,6 +42,7 @@ FROZEN = {
     "recompute units image video keep fit seconds num_frames seed out model codec codec_dtype "
     "height width device offload num_inference_steps shift guidance_scale negative_prompt window "
     "sink lag threads force save_state resume",
+    "serve": "base lora preset dtype model host port sessions device threads",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
@@ -354,6 +355,8 @@ BAD = [
     (("generate", "--prompt-at", "2", "square", "--script", "/dev/null"), "hold from 2 s on"),
     (("generate", "ball", "--script", "missing"), "No such file"),
     (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
+    (("serve", "--port", "99999"), "--port is 99999: use 0 to 65535"),
+    (("serve", "--sessions", "0"), "sessions is 0"),
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
     (("units",), "no scheme"),

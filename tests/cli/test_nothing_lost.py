@@ -27,7 +27,7 @@ from videoar.training.loop import TrainConfig
 from videoar.training.run_folder import Report
 
 PROMPT = "a red ball"
-STORY = ("--prompt-at", "1.5", "a blue square", "--recompute")
+STORY = "0 a red ball\n\n1.5 a blue square\n"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_a_killed_generation_is_that_of_one_never_killed(
     """
     whole, file, state = (tmp_path / name for name in ("whole.mp4", "a.mp4", "state"))
     words = ["--units", kind, "--model", checkpoint, "--seconds", str(seconds)]
-    begin = ["generate", PROMPT, *STORY, *words]
+    (tmp_path / "story.txt").write_text(STORY)
+    begin = ["generate", "--script", str(tmp_path / "story.txt"), "--recompute", *words]
     assert _forked([*begin, "--out", str(whole)]).code == 0
     expected = read_video(whole).frames
     moments, kills = random.Random(kind), 0
@@ -104,7 +105,7 @@ def test_a_killed_generation_is_that_of_one_never_killed(
         assert _forked(first).code == 0
     assert file.read_bytes() == whole.read_bytes()
     assert len(read_video(file).frames) == 16 * seconds
-    left = {path.name for path in tmp_path.iterdir()} - {".state.partial"}
+    left = {path.name for path in tmp_path.iterdir()} - {".state.partial", "story.txt"}
     assert left == {"a.mp4", "whole.mp4"}
 
 

@@ -22,7 +22,7 @@ from videoar.generation.timing import Timing
 FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_prompt", "lag")
 """Options that are fields of `GenerationConfig` under their own names."""
 LOAD = ("base", "lora", "codec", "preset", "dtype", "codec_dtype")
-HELD = ("prompt", "model", "height", "width", *LOAD)
+HELD = ("model", "height", "width", *LOAD)
 """Options that are in a state."""
 SHARE = 20
 """Of the time, saving the state takes one part in so many, or less."""
@@ -217,9 +217,8 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
 
     if args.save_state is None or (file := writer.state_dict()) is None:
         return
-    held = {name: to_json(getattr(args, name)) for name in HELD} | {
-        "out": str(writer.path.absolute())
-    }
+    held = {name: to_json(getattr(args, name)) for name in HELD}
+    held |= {"out": str(writer.path.absolute()), "prompt": generation.begun.prompts[0]}
     pending = torch.from_numpy(np.array(file.pop("pending"), dtype=np.uint8))
     parts = {"args": packed(held), "file": packed(file), "pending": pending}
     with written_whole(args.save_state) as partial:

@@ -103,6 +103,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (options.Generate, "videoar.cli.generate:generate"),
+    "serve": (options.Serve, "videoar.cli.serve:serve"),
     "train": (options.Train, "videoar.cli.train:train"),
     "distill": (options.Distill, "videoar.cli.train:train"),
     "convert": (options.Convert, "videoar.cli.checkpoints:convert"),

@@ -134,6 +134,29 @@ class Generate(CheckpointOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve(CheckpointOptions):
+    """Open a page on which a video is made while you watch, and told what comes next."""
+
+    model: str = "toy"
+    """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
+    host: str = "127.0.0.1"
+    """Address to listen at; another than this machine's own prints a token that is asked for."""
+    port: int = 8000
+    """Port; 0 for any that is free."""
+    sessions: int = 8
+    """Sessions at a time."""
+    device: str = "cpu"
+    """Where to compute, such as cuda."""
+    threads: int | None = None
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sessions", "threads")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port is {self.port}: use 0 to {2**16 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a recipe, or go on with its run: `videoar train RECIPE --help` shows all its fields."""
 

@@ -36,7 +36,7 @@ class Session:
 
     A change holds from the next unit on, other units from the next segment: `change` has the ways
     in which it can be made. Once a second of video the state is kept, the newest in bounded memory,
-    for `seek`.
+    for `seek`, until the end of a `with`.
     """
 
     def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
@@ -71,6 +71,11 @@ class Session:
         """How much video there is."""
         return self.generation.stats.frames / self.fps
 
+    @property
+    def oldest(self) -> float:
+        """The first moment to which `seek` can go."""
+        return self._kept[0][0] / self.fps if self._kept else self.seconds
+
     prompt = _changed_by_setting("prompt", lambda plan: plan.prompts[0])
     seed = _changed_by_setting("seed", lambda plan: plan.seeds[0])
     units = _changed_by_setting("units", lambda plan: plan.options.units)
@@ -103,10 +108,9 @@ class Session:
         Raises:
             ValueError: it is no longer kept.
         """
-        oldest = self._kept[0][0] / self.fps if self._kept else self.seconds
-        if not oldest <= seconds <= self.seconds:
+        if not self.oldest <= seconds <= self.seconds:
             raise ValueError(
-                f"{seconds:g} s is not kept: go back to {oldest:.1f} to {self.seconds:.1f} s"
+                f"{seconds:g} s is not kept: go back to {self.oldest:.1f} to {self.seconds:.1f} s"
             )
         while self._kept[-1][0] > seconds * self.fps:
             self._kept.pop()

@@ -78,6 +78,8 @@ class Generation:
         """Latent frames of whole segments that a unit may yet read: the first, and the newest."""
         self._whole = 0
         """Latent frames of whole segments."""
+        self.kept: list[int] = []
+        """The latent frames of the video that are the first of the sampler."""
         self._open: list[Tokens] = []
         """Units of the segment that is not whole, and the latent frames that they finished."""
         self._done: list[Latents] = []
@@ -152,6 +154,7 @@ class Generation:
             sampler = self._begin(self.plan, len(kept) + self._frames - self._whole)
         sampler.on_step = self.sampler.on_step
         self._take(sampler)
+        self.kept = kept
         units, known = sampler.units, {}
         if kept:
             latents = torch.cat([self._past[t] for t in kept], dim=1)
@@ -273,6 +276,7 @@ class Generation:
             "lattice": sampler.units.frames,
             "frames": self.stats.frames,
             "whole": self._whole,
+            "kept": self.kept,
         }
         state = {"json": packed({"about": self.about, "now": now})}
         for name, part in self._parts().items():
@@ -302,7 +306,7 @@ class Generation:
         if plan != self.plan or plan.stretch:
             self._take(self._begin(plan, now["lattice"]))
         self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
-        self._anew, self._whole = now["anew"], now["whole"]
+        self._anew, self._whole, self.kept = (now[k] for k in ("anew", "whole", "kept"))
         self.script = [(frame, changes) for frame, changes in now["script"]]
         self.stats.frames = now["frames"]
         for name, part in self._parts().items():
@@ -311,7 +315,12 @@ class Generation:
         self.sampler.hold({int(index): Known(masks[index], known[index]) for index in known})
         self._past = {int(t): x for t, x in part_of(state, "past", device=device).items()}
         self._open, self._done = (
-            [x for _, x in sorted(part_of(state, name, device=device).items(), key=_number)]
+            [
+                x
+                for _, x in sorted(
+                    part_of(state, name, device=device).items(), key=lambda item: int(item[0])
+                )
+            ]
             for name in ("open", "done")
         )
         if "conditioning" in state:
@@ -321,10 +330,6 @@ class Generation:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _number(item: tuple[str, Tensor]) -> int:
-    return int(item[0])
 
 
 def packed(value: Any) -> Tensor:

@@ -1,0 +1,128 @@
+"""Measure a live server: frames per second beside the bare pipeline, and how soon a prompt shows.
+
+    python benchmarks/live.py
+
+The server is a process of its own, as in use; this one plays the viewers, who decode nothing.
+"""
+
+import itertools
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import tyro
+
+from videoar.client import connect
+from videoar.core.schemes import KINDS
+from videoar.data.fragments import encode
+from videoar.generation.pipeline import VideoPipeline
+from videoar.serve.messages import Seen
+
+PROMPTS = (
+    "a small red ball moves left on a black background",
+    "a large blue square stays still on a white background",
+)
+
+
+@contextmanager
+def server(model: str, threads: int) -> Iterator[str]:
+    """Start `videoar serve`; yield where it is."""
+    words = ["serve", "--model", model, "--threads", str(threads), "--port", "0"]
+    command = [sys.executable, "-m", "videoar", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split()[1]
+        finally:
+            process.terminate()
+
+
+def bare(pipe: VideoPipeline, units: str, seconds: float) -> float:
+    """Return the frames per second of generating and encoding, with nobody to watch."""
+    shown, begun = 0, time.perf_counter()
+    for index, frames in enumerate(pipe.stream(PROMPTS[0], units=units)):
+        encode(frames, fps=16, first=shown, index=index, lossless=False)
+        shown += len(frames)
+        if time.perf_counter() > begun + seconds:
+            return shown / (time.perf_counter() - begun)
+    raise AssertionError("a stream has no end")
+
+
+def watched(url: str, units: str, seconds: float, rates: list[float]) -> None:
+    """Add the frames per second of a session whose viewer is never behind."""
+    with connect(url, PROMPTS[0], units=units) as session:
+        begun, shown = time.perf_counter(), 0.0
+        for _ in session.fragments():
+            session.say(Seen(seconds=1e9))
+            units_seen = [event for event in session.events if event["type"] == "unit"]
+            shown = units_seen[-1]["seconds"] if units_seen else shown
+            session.events.clear()
+            if time.perf_counter() > begun + seconds:
+                break
+        rates.append(16 * shown / (time.perf_counter() - begun))
+
+
+def reactions(url: str, units: str, count: int, *, recompute: bool) -> list[float]:
+    """Return the milliseconds from sending a prompt to having its first changed fragment."""
+    found: list[float] = []
+    with connect(url, PROMPTS[0], units=units) as session:
+        fragments = session.fragments()
+        for index in range(count):
+            for _ in itertools.islice(fragments, 4):
+                session.say(Seen(seconds=1e9))
+            session.events.clear()
+            sent = time.perf_counter()
+            session.change(id=index, prompt=PROMPTS[(index + 1) % 2], recompute=recompute)
+            for _ in fragments:
+                session.say(Seen(seconds=1e9))
+                if any(event["type"] == "changed" for event in session.events):
+                    break
+            found.append(1000 * (time.perf_counter() - sent))
+    return found
+
+
+def main(model: str = "toy", seconds: float = 20.0, count: int = 20, threads: int = 1) -> None:
+    """Print two tables.
+
+    Args:
+        model: checkpoint.
+        seconds: of each measurement of speed.
+        count: prompts for each kind of unit.
+        threads: of the model.
+    """
+    torch.set_num_threads(threads)
+    pipe = VideoPipeline.from_pretrained(model)
+    with server(model, threads) as url:
+        print(
+            "| units | bare | one session | of bare | four sessions, all |\n|---|---|---|---|---|"
+        )
+        for units in KINDS:
+            alone, one, four = [], list[float](), list[float]()
+            for _ in range(2):  # in turn, so that a busy machine is as busy for both
+                alone.append(bare(pipe, units, seconds / 2))
+                watched(url, units, seconds / 2, one)
+            viewers = [
+                threading.Thread(target=watched, args=(url, units, seconds, four)) for _ in range(4)
+            ]
+            for viewer in viewers:
+                viewer.start()
+            for viewer in viewers:
+                viewer.join()
+            a, b = statistics.mean(alone), statistics.mean(one)
+            print(f"| `{units}` | {a:.1f} | {b:.1f} | {b / a:.0%} | {sum(four):.1f} |", flush=True)
+        print("\n| units | keep: median | p90 | recompute: median | p90 |\n|---|---|---|---|---|")
+        for units in KINDS:
+            cells = []
+            for recompute in (False, True):
+                times = sorted(reactions(url, units, count, recompute=recompute))
+                cells += [statistics.median(times), times[int(0.9 * (len(times) - 1))]]
+            print(f"| `{units}` | " + " | ".join(f"{ms:.0f} ms" for ms in cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,43 @@
+"""`videoar serve`."""
+
+import secrets
+import socket
+
+from videoar.checks import import_extra
+from videoar.cli import options
+from videoar.cli.progress import say
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(args: options.Serve) -> None:
+    """Load the model, say where the page is, and serve until Ctrl-C."""
+    uvicorn = import_extra("uvicorn", "serving needs more: `pip install videoar[app]` ({})")
+    # Bound before the model is loaded, so that a port in use is told at once.
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        bound = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"{args.host} cannot be listened to at port {args.port} ({error.strerror}): choose"
+            " another --port, or --host"
+        ) from error
+    with bound:
+        import torch
+
+        from videoar.generation.pipeline import VideoPipeline
+        from videoar.serve.app import SOCKETS, make_app
+        from videoar.serve.engine import Engine
+
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        names = ("base", "lora", "preset", "dtype", "device")
+        load = {name: getattr(args, name) for name in names}
+        pipe = VideoPipeline.from_pretrained(args.model, **load)
+        token = "" if args.host in LOOPBACK else secrets.token_urlsafe(24)
+        app = make_app(Engine(pipe, limit=args.sessions), token=token)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        query = f"?token={token}" if token else ""
+        say(f"open http://{host}:{bound.getsockname()[1]}/{query} in a browser; Ctrl-C ends it")
+        config = uvicorn.Config(app, log_level="warning", **SOCKETS)
+        uvicorn.Server(config).run(sockets=[bound])

@@ -1,0 +1,101 @@
+"""A client of `videoar serve` in Python: frames as they come, and what follows changed on the way.
+
+with connect("http://127.0.0.1:8000", "a red ball moves left") as session:
+    for frames in session:
+        session.change(prompt="a blue ball moves up")
+"""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+from videoar.serve.messages import Change, Control, Seen, Start, plain
+
+
+class Watched:
+    """A session on a server: iterate for newly finished frames, `frames height width 3`."""
+
+    def __init__(self, socket: Any, name: str):
+        self.socket, self.name = socket, name
+        self.events: list[dict[str, Any]] = []
+        """All messages since the last frames, but the video."""
+        self._head, self._frames, self._fps = b"", 0, 16
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
+        for fragment in self.fragments():
+            with av.open(BytesIO(self._head + fragment), "r") as container:
+                shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            self._frames += len(shown)
+            yield np.stack(shown)
+            self.say(Seen(seconds=self._frames / self._fps))
+            self.events.clear()
+
+    def fragments(self) -> Iterator[bytes]:
+        """Yield fragments of MP4 as they are; the head is the first after each beginning.
+
+        Raises:
+            ValueError: the server says that the session is over.
+        """
+        for message in self.socket:
+            if isinstance(message, bytes):
+                if not self._head:
+                    self._head = message
+                    continue
+                yield message
+                continue
+            event = json.loads(message)
+            self.events.append(event)
+            if event["type"] == "begin":
+                self._head, self._frames, self._fps = b"", 0, event["fps"]
+            if event.get("fatal"):
+                raise ValueError(event["message"])
+
+    def say(self, message: Control) -> None:
+        """Send a message, such as `Pause` or `Seek`."""
+        self.socket.send(json.dumps(plain(message)))
+
+    def change(self, **changes: Any) -> None:
+        """Ask for something else: the fields of `Change`."""
+        self.say(Change(**changes))
+
+
+@contextmanager
+def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterator[Watched]:
+    """Begin a session on a server, and end it.
+
+    Args:
+        url: as `http://127.0.0.1:8000`.
+        prompt: what to show.
+        token: of a server that is not on this machine.
+        options: fields of `Start`.
+
+    Raises:
+        ValueError: the server refuses it.
+    """
+    from websockets.sync.client import connect as open_socket
+
+    query, body = f"?token={token}", json.dumps(plain(Start(prompt=prompt, **options))).encode()
+    where = f"{url.rstrip('/')}/api/sessions"
+    kind = {"Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(where + query, body, kind)) as answer:
+            name = json.load(answer)["session"]
+    except HTTPError as error:
+        raise ValueError(error.read().decode()) from error
+    socket = f"ws://{urlsplit(url).netloc}/api/sessions/{name}{query}"
+    try:
+        # Who reads slowly has the answers to its own pings in the queue.
+        with open_socket(socket, max_size=None, ping_interval=None) as opened:
+            yield Watched(opened, name)
+    finally:
+        end = urllib.request.Request(f"{where}/{name}{query}", method="DELETE")
+        urllib.request.urlopen(end).close()

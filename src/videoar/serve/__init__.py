@@ -1,0 +1,1 @@
+"""One page, one stream: sessions over a WebSocket."""

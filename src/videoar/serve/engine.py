@@ -1,0 +1,285 @@
+"""Sessions that share one model: they take turns unit by unit, in a thread of their own."""
+
+import functools
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from videoar.core.units import Unit
+from videoar.data.fragments import encode
+from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.session import Session
+from videoar.machine import peak_bytes
+from videoar.serve.messages import (
+    Begin,
+    Branch,
+    Branched,
+    Change,
+    Changed,
+    Computed,
+    Control,
+    Event,
+    Pause,
+    Refused,
+    Seek,
+    Seen,
+    Start,
+    plain,
+)
+
+AHEAD = 1.0
+"""Seconds of video that are computed before they are played."""
+MAX_UNSENT = 64
+"""Messages that may wait for a slow connection."""
+IDLE = 60.0
+"""Seconds after which a session that nobody watches ends."""
+KEPT_BYTES = 2**26
+"""Of the moments that a session can go back to."""
+RECENT = 32
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """The other end of a session."""
+
+    def send(self, way: int, message: Event | bytes) -> None:
+        """Send a message of a way; those of an old one are dropped. Called from any thread."""
+
+    @property
+    def unsent(self) -> int:
+        """Messages that wait."""
+
+
+class Live:
+    """A session, its encoder, and who watches it; all of it belongs to the engine's thread."""
+
+    def __init__(self, session: Session, *, height: int, width: int):
+        self.id, self.left_at = secrets.token_urlsafe(12), time.monotonic()
+        self.height, self.width = height, width
+        self.viewer: Viewer | None = None
+        self.given: dict[str, Any] = {}
+        """The picture or clip that `Start` may begin with."""
+        self.way = 0
+        self.take(session)
+
+    def watch(self, viewer: Viewer | None) -> None:
+        """Show it to somebody, or to nobody; another who watched sees no more of it."""
+        if viewer is not None:
+            self.tell(Refused(message="the session is watched from elsewhere now", fatal=True))
+        self.viewer, self.left_at = viewer, time.monotonic()
+        if viewer is not None:
+            self.begin()
+
+    def take(self, session: Session) -> None:
+        """Show this session from now on."""
+        self.session, session.kept_bytes = session, KEPT_BYTES
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a way: its video is a stream of its own."""
+        session, units = self.session, self.session.generation.sampler.units
+        self.way, self.paused = self.way + 1, False
+        self.frames, self.fragments, self.seen = 0, 0, 0.0
+        self._asked: list[tuple[int, float]] = []
+        self._shows = False
+        """Whether what was asked for has begun."""
+        self._took: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        black = np.zeros((1, self.height, self.width, 3), dtype=np.uint8)
+        head = encode(black, fps=session.fps, first=0, index=0, lossless=False).head
+        profile = head[head.index(b"avcC") + 5 :][:3].hex()
+        self.tell(
+            Begin(
+                mime=f'video/mp4; codecs="avc1.{profile}"',
+                seconds=session.seconds,
+                oldest=session.oldest,
+                fps=session.fps,
+                width=self.width,
+                height=self.height,
+                lattice=(units.height, units.width),
+                prompt=session.prompt,
+                units=str(session.units),
+                seed=session.seed,
+                num_inference_steps=session.generation.plan.options.num_inference_steps,
+            )
+        )
+        self.tell(head)
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for a unit."""
+        ahead = self.frames / self.session.fps - self.seen
+        free = self.viewer is not None and self.viewer.unsent < MAX_UNSENT
+        return free and not self.paused and ahead < AHEAD
+
+    def tell(self, message: Event | bytes) -> None:
+        if self.viewer is not None:
+            self.viewer.send(self.way, message)
+
+    def step(self) -> None:
+        """Compute one unit, and send what it finishes."""
+        before, plan = time.perf_counter(), self.session.generation.plan
+        done = self.session.step()
+        assert done is not None, "a stream has no end"
+        generation = self.session.generation
+        self._shows |= generation.plan != plan or generation.wanted is None
+        unit, batch = done
+        took = time.perf_counter() - before
+        self._took.append((took, 0 if batch is None else batch.shape[1]))
+        if batch is not None:
+            place = {"first": self.frames, "index": self.fragments}
+            part = encode(batch[0], fps=self.session.fps, lossless=False, **place)
+            if self._asked and self._shows:
+                waited = 1000 * (time.perf_counter() - self._asked[0][1])
+                self.tell(Changed(ids=[number for number, _ in self._asked], ms=waited))
+                self._asked, self._shows = [], False
+            self.tell(part.body)
+            self.frames, self.fragments = self.frames + batch.shape[1], self.fragments + 1
+        self.tell(self._computed(unit, took))
+
+    def _computed(self, unit: Unit, took: float) -> Computed:
+        generation = self.session.generation
+        sampler, kept = generation.sampler, generation.kept
+        busy, made = (sum(values) for values in zip(*self._took, strict=True))
+        cached = [sampler.units.at(index) for index in sampler.cache.blocks]
+        return Computed(
+            index=generation.stats.units,
+            cells=runs([unit], kept),
+            next=runs([sampler.units.at(sampler.delivered)], kept),
+            cached=runs(cached, kept),
+            seconds=self.session.seconds,
+            unit_ms=1000 * took,
+            fps=made / busy,
+            units=str(generation.plan.options.units),
+            cache_bytes=generation.stats.cache_bytes,
+            process_bytes=peak_bytes(),
+        )
+
+    def obey(self, message: Change | Pause | Seek | Seen) -> None:
+        """Do what the viewer asks for; a wrong value is a `ValueError`, and changes nothing."""
+        if isinstance(message, Pause):
+            self.paused = message.paused
+        elif isinstance(message, Seen):
+            self.seen = min(message.seconds, self.frames / self.session.fps)
+        elif isinstance(message, Seek):
+            self.session.seek(message.seconds)
+            self.begin()
+        else:
+            said = {k: v for k, v in plain(message).items() if k not in ("type", "id")}
+            self.session.change(**said)
+            self._asked.append((message.id, time.perf_counter()))
+            self._shows = False
+
+
+def runs(units: Iterable[Unit], kept: Sequence[int]) -> list[list[int]]:
+    """Return cells as (frame, row, first column, last column, level); the first frames are kept."""
+    found: list[list[int]] = []
+    later = 1 + kept[-1] - len(kept) if kept else 0
+    for t, h, w, level in (cell for unit in units for cell in unit.cells):
+        frame = kept[t] if t < len(kept) else t + later
+        if found and found[-1][:2] + found[-1][3:] == [frame, h, w - 1, level]:
+            found[-1][3] = w
+        else:
+            found.append([frame, h, w, w, level])
+    return found
+
+
+class Engine(threading.Thread):
+    """The thread that computes: what others want done, and one unit of each session in turn."""
+
+    def __init__(self, pipe: VideoPipeline, *, limit: int = 8):
+        super().__init__(daemon=True)
+        self.pipe, self.limit = pipe, limit
+        self.lives: dict[str, Live] = {}
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._wake, self._ended = threading.Condition(), False
+
+    def call(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Have a function called between two units; what it returns, or raises, comes later."""
+        future: Future[Any] = Future()
+        with self._wake:
+            self._calls.append((future, functools.partial(function, *args)))
+            self._wake.notify()
+        return future
+
+    def run(self) -> None:
+        while not self._ended:
+            for live in list(self.lives.values()):
+                self._answer()
+                if live.id in self.lives and live.waits:
+                    self._turn(live)
+            with self._wake:
+                if not self._calls and not any(live.waits for live in self.lives.values()):
+                    self._wake.wait(0.2)  # who reads slowly does not say when it has read
+            self._answer()
+            gone = time.monotonic() - IDLE
+            for live in list(self.lives.values()):
+                if live.viewer is None and live.left_at < gone:
+                    del self.lives[live.id]
+
+    def _answer(self) -> None:
+        while self._calls:
+            future, function = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():  # who asked has left
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _turn(self, live: Live) -> None:
+        try:
+            live.step()
+        except Exception as error:  # of this session; the others go on
+            live.tell(Refused(message=f"the session has ended: {error}", fatal=True))
+            del self.lives[live.id]
+
+    def end(self) -> None:
+        self._ended = True
+
+    def add(self, session: Session) -> str:
+        """Take a session in; return its name."""
+        live = Live(session, height=self.pipe.height, width=self.pipe.width)
+        self.lives[live.id] = live
+        return live.id
+
+    def make(self, message: Start, given: dict[str, Any]) -> Session:
+        """Begin a session."""
+        self.check_units(message)
+        said = {k: v for k, v in plain(message).items() if k not in ("type", "given")}
+        return self.pipe.session(**said, **(given if message.given else {}))
+
+    def check_units(self, message: Start | Change) -> None:
+        """Raise for a class that a client names: it would be imported."""
+        own, units = (self.pipe.sampling.units, *self.pipe.meta.get("units", ())), message.units
+        if units is not None and units not in own and units != units.lower():
+            raise ValueError(f"units {units[:100]!r} are none that a client may name: use frame")
+
+    def open(self, message: Start) -> str:
+        """Begin a session of its own; return its name."""
+        self.check_room()
+        return self.add(self.make(message, {}))
+
+    def check_room(self) -> None:
+        if len(self.lives) >= self.limit:
+            raise ValueError(f"there are {self.limit} sessions already: try again later")
+
+    def obey(self, live: Live, message: Control) -> None:
+        """Do what a viewer asks for, or say why not."""
+        try:
+            if isinstance(message, Start):
+                live.take(self.make(message, live.given))
+            elif isinstance(message, Branch):
+                self.check_room()
+                live.tell(Branched(session=self.add(live.session.branch())))
+            else:
+                if isinstance(message, Change):
+                    self.check_units(message)
+                live.obey(message)
+        except ValueError as error:
+            live.tell(Refused(message=str(error), id=getattr(message, "id", 0)))

@@ -1,0 +1,176 @@
+"""The page in a real browser, with the bundled model: it plays, obeys and goes back."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from serving import serving
+
+from videoar.data.video import read_video
+from videoar.generation.pipeline import VideoPipeline
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no browser: install chromium"),
+    pytest.mark.xdist_group("browser"),
+]
+
+BLACK = "a small red ball moves left on a black background"
+WHITE = "a large blue ball moves left on a white background"
+BRIGHT = """() => {
+  const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+  canvas.width = canvas.height = 8;
+  pen.drawImage(document.getElementById("video"), 0, 0, 8, 8);
+  return pen.getImageData(0, 0, 8, 8).data.reduce((sum, value) => sum + value, 0) / 256;
+}"""
+PLAYED = "() => document.getElementById('video').currentTime"
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[tuple[str, Any]]:
+    """A server of the bundled model."""
+    with serving(VideoPipeline.from_pretrained("toy")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser of this system."""
+    with playwright.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(toy: tuple[str, Any], browser: Any) -> Iterator[Any]:
+    """The page; no error in its console, and no request to another host."""
+    url = toy[0]
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    errors, asked = [], []
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    yield page
+    page.close()
+    toy[1].call(toy[1].lives.clear).result()
+    assert errors == []
+    hosts = {address.split("/")[2] for address in asked if address.startswith("http")}
+    assert hosts == {url.split("/")[2]}
+
+
+def _until(holds: Callable[[], Any], seconds: float = 60) -> float:
+    """Wait until something holds; return how long it took."""
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < seconds, "it did not come to hold"
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def _start(page: Any, prompt: str = BLACK, units: str = "frame") -> None:
+    page.fill("#prompt", prompt)
+    page.click(f"text={units}")
+    page.click("#start")
+    _until(lambda: page.evaluate(PLAYED) > 0.1)
+
+
+def test_it_plays_and_a_new_prompt_is_obeyed(page: Any) -> None:
+    """Typed and sent by the keyboard alone: black becomes white, and the figures say when."""
+    page.fill("#prompt", BLACK)
+    page.focus("#start")
+    page.keyboard.press("Enter")
+    _until(lambda: page.evaluate(PLAYED) > 0.5)
+    assert page.evaluate(BRIGHT) < 130  # of 255, and a quarter of it is opacity
+    page.focus("#prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type(WHITE)
+    page.keyboard.press("Enter")
+    _until(lambda: page.evaluate(BRIGHT) > 190)
+    assert page.inner_text("#latency").endswith(" ms")
+    assert float(page.inner_text("#fps")) > 0
+    assert page.inner_text("#status") == "live"
+    assert [item.inner_text() for item in page.query_selector_all("#history li")] == [WHITE, BLACK]
+
+
+def test_units_change_and_the_lattice_shows_them(page: Any, toy: tuple[str, Any]) -> None:
+    """The engine computes other units while the video plays on, and the picture is drawn."""
+    _start(page)
+    page.click("text=chunk:2")
+    (live,) = toy[1].lives.values()
+    _until(lambda: live.session.generation.plan.options.units == "chunk:2")
+    before = page.evaluate(PLAYED)
+    _until(lambda: page.evaluate(PLAYED) > before)
+    drawn = "() => document.getElementById('lattice').toDataURL().length"
+    assert page.evaluate(drawn) > 1000
+    page.fill("#steps", "0")
+    page.press("#steps", "Enter")
+    _until(lambda: "num_inference_steps is 0" in page.inner_text("#status"))
+
+
+def test_pause_back_branch_and_reset(page: Any, toy: tuple[str, Any], browser: Any) -> None:
+    """Each does what it says, and a branch is a page of its own."""
+    _start(page)
+    _until(lambda: page.evaluate(PLAYED) > 1.3)
+    page.click("#pause")
+    stood = page.evaluate(PLAYED)
+    time.sleep(0.3)
+    assert page.evaluate(PLAYED) == pytest.approx(stood, abs=0.1)
+    page.click("#branch")
+    _until(lambda: page.query_selector("#links a"))
+    page.click("#pause")
+    page.click("#back")
+    _until(lambda: page.evaluate(PLAYED) < 1 and page.evaluate(PLAYED) > 0)
+    branch = page.get_attribute("#links a", "href")
+    assert len(toy[1].lives) == 2
+    other = browser.new_page()
+    other.goto(toy[0] + branch)
+    _until(lambda: other.evaluate(PLAYED) > 0)
+    assert float(other.inner_text("#clock").split()[0]) > 1
+    other.close()
+    page.click("#reset")
+    _until(lambda: 0 < float(page.inner_text("#clock").split()[0]) < 1)
+
+
+def test_a_recording_plays_elsewhere(page: Any, tmp_path: Any) -> None:
+    """It begins at 0, without a gap, and has the frames of what was seen."""
+    _start(page)
+    page.click("#record")
+    before = page.evaluate(PLAYED)
+    _until(lambda: page.evaluate(PLAYED) > before + 1)
+    page.click("#record")
+    with page.expect_download() as got:
+        page.click("#links a")
+    file = tmp_path / "recorded.mp4"
+    got.value.save_as(file)
+    seen = read_video(file)
+    assert seen.fps == 16
+    assert seen.frames.shape[1:] == (64, 64, 3)
+    assert len(seen.frames) >= 8
+
+
+def test_a_reload_goes_on_with_the_session(page: Any, toy: tuple[str, Any]) -> None:
+    """The address has its name; the video goes on where it was."""
+    _start(page)
+    _until(lambda: page.evaluate(PLAYED) > 0.5)
+    name = page.url.partition("#")[2]
+    page.reload()
+    _until(lambda: page.evaluate(PLAYED) > 0)
+    assert page.url.partition("#")[2] == name
+    assert float(page.inner_text("#clock").split()[0]) > 0.5
+
+
+def test_it_fits_a_phone(page: Any) -> None:
+    """At 390 pixels nothing stands over, and all that can be pressed has a name."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    _start(page)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    nameless = (
+        "() => [...document.querySelectorAll('button, input')].filter("
+        "e => !(e.textContent || e.labels?.length || e.ariaLabel)).length"
+    )
+    assert page.evaluate(nameless) == 0
