@@ -309,8 +309,7 @@ class Checkpoint:
             # Hidden files are what a download notes down.
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
                 digest.update(name.as_posix().encode())
-                for piece in contents(file):
-                    digest.update(piece)
+                digest.update(contents(file))
         return digest.hexdigest()[:16]
 
 
