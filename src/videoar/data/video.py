@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import islice
@@ -249,17 +249,14 @@ def check_streamed(path: Path) -> None:
 
 def decode_frames(path: str | Path) -> Iterator[Picture]:
     """Yield the frames of a video file one after the other."""
-    with _open_input(path) as container:
-        try:
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-        except av.FFmpegError as error:
-            raise ValueError(f"{path} is damaged ({error.strerror}); copy it again") from error
+    with _opened(path) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
 
 
 def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
     """Read a whole video file into memory; one with more than `max_frames` frames is refused."""
-    with _open_input(path) as container:
+    with _opened(path) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
     if rate is None:
@@ -299,19 +296,20 @@ def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
     first.save(path, kind, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _open_input(path: str | Path) -> InputContainer:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[InputContainer]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; give the path of a video")
     try:
-        container = av.open(str(path))
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video stream; give a file with pictures")
+            yield container
     except av.FFmpegError as error:
         raise ValueError(
-            f"{path} is no video that FFmpeg knows ({error.strerror}); convert it to MP4 first"
+            f"{path} is no video that FFmpeg knows, or damaged ({error.strerror}); convert it to"
+            " MP4 or copy it again"
         ) from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path} has no video stream; give a file with pictures")
-    return container
 
 
 MAX_PICTURES = 1000  # of an animation or contact sheet, which is held in memory until complete
