@@ -98,14 +98,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         typed(_Meta, known)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if type(version) is not int or version < 1:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise ValueError(
-            f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
-        )
-    if version > FORMAT:
-        raise ValueError(
-            f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
-            "update it with `pip install --upgrade videoar`"
+            f"{file} gives format {version!r}, but VideoAR {__version__} reads integers up to "
+            f"{FORMAT}; {AGAIN}, or update with `pip install --upgrade videoar`"
         )
     named = isinstance(parts, dict) and all(type(name) is str for name in parts.values())
     if not named or parts.keys() - PARTS.keys():
