@@ -93,9 +93,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return {}
     meta = weights.read_json(file)
     version, parts = meta.get("format"), meta.get("parts", {})
-    known = {name: value for name, value in meta.items() if name in _Meta.__annotations__}
     try:
-        typed(_Meta, known)
+        typed(_Meta, meta)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if type(version) is not int or not 1 <= version <= FORMAT:

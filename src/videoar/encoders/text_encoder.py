@@ -216,11 +216,8 @@ class TinyPromptEncoder:
 
     def __post_init__(self) -> None:
         ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
-        if ids > rows:
-            raise ValueError(
-                f"The tokenizer has {ids} ids, but the encoder knows {rows}: "
-                "load both from one checkpoint."
-            )
+        few = f"the {rows} or fewer that the encoder knows: load both from one checkpoint"
+        check("the number of ids of the tokenizer", ids, ids <= rows, few)
 
     @property
     def trainable(self) -> TextEncoder:
