@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from videoar.checks import Note, import_extra, typed
+from videoar.checks import Note, check, import_extra, typed
 from videoar.files import check_kind, write_json, written_whole
 
 META = "videoar.json"
@@ -63,9 +63,7 @@ def load_component(
             raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
     values = read_json(config)
     name, known = values.pop("class", None), {each.__name__: each for each in classes}
-    if name not in known:
-        fits = ", ".join(sorted(known))
-        raise ValueError(f"{config} names class {name!r}; only {fits} fits here")
+    check(f"the class in {config}", repr(name), name in known, " or ".join(sorted(known)))
     config_class = typing.get_type_hints(known[name].__init__)["config"]
     module = build_empty(known[name], build_config(config_class, values, file=config))
     return assign_weights(module, read_safetensors(weights, device=device), file=weights)

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 
-from videoar.checks import check_types, checked
+from videoar.checks import check_positive, check_types, checked
 from videoar.data.fragments import encode, remux
 from videoar.files import Json, check_place, written_whole
 
@@ -50,8 +50,7 @@ class Video:
         check_types(self)
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
-        if not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}; it must be above 0")
+        check_positive(self, "fps")
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
