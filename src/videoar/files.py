@@ -14,16 +14,14 @@ Json = dict[str, Any]
 MAX_WHOLE_BYTES, PIECES, PIECE_BYTES = 64 << 20, 1024, 4096
 
 
-def contents(file: Path) -> Iterator[bytes]:
-    """Yield what tells a file from others: all of it, or evenly spaced pieces of a large one."""
+def contents(file: Path) -> bytes:
+    """Return what tells a file from others: all of it, or evenly spaced pieces of a large one."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         if size <= MAX_WHOLE_BYTES:
-            yield opened.read()
-            return
-        for k in range(PIECES):
-            opened.seek(k * (size - PIECE_BYTES) // (PIECES - 1))
-            yield opened.read(PIECE_BYTES)
+            return opened.read()
+        places = (k * (size - PIECE_BYTES) // (PIECES - 1) for k in range(PIECES))
+        return b"".join(opened.read(PIECE_BYTES) for at in places if opened.seek(at) == at)
 
 
 # What lies where a file should be, by its first bytes.

@@ -6,7 +6,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -62,16 +61,14 @@ def hardware(device: str) -> str:
 
 def measure_matmul_rate(device: str | torch.device, *, precision: str) -> float:
     """Return the floating point operations per second of a large matrix product, best of 0.3 s."""
+    from torch.utils.benchmark import Timer  # takes a second
+
     place = torch.device(device)
     size = 8192 if place.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     matrix = torch.ones(size, size, device=place, dtype=dtype)
-    times: list[float] = []
-    while sum(times) < 0.3 or len(times) < 2:  # the first one warms up
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times)
+    timer = Timer("x @ x", globals={"x": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
 def check_device(device: str) -> None:

@@ -4,6 +4,7 @@ Files are mapped into memory, so a tensor costs nothing until it is used. Pickle
 `weights_only=True`: code in them is refused, not run. Nothing here knows which modules there are.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ import re
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from videoar.checks import Note, import_extra, typed
-from videoar.files import check_kind, written_whole
+from videoar.checks import Note, check, import_extra, typed
+from videoar.files import check_kind, write_json, written_whole
 
 META = "videoar.json"
 CONFIG = "config.json"
@@ -43,14 +44,12 @@ def save_component(folder: Path, module: nn.Module) -> None:
 
 def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write tensors, which must not share memory, and their `config.json` beside them."""
-    # Serialise first: a config that is no JSON must not leave half a component.
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     with written_whole(file) as partial:
         write_safetensors(partial, tensors, {"format": "pt"})
-    (file.parent / CONFIG).write_text(text, encoding="utf-8")
+    write_json(file.parent / CONFIG, config, allow_nan=False)
 
 
 def load_component(
@@ -66,9 +65,7 @@ def load_component(
             raise ValueError(f"{folder} has no {file.name}; copy or download the folder again")
     values = read_json(config)
     name, known = values.pop("class", None), {each.__name__: each for each in classes}
-    if name not in known:
-        fits = ", ".join(sorted(known))
-        raise ValueError(f"{config} names class {name!r}; only {fits} fits here")
+    check(f"the class in {config}", repr(name), name in known, " or ".join(sorted(known)))
     config_class = typing.get_type_hints(known[name].__init__)["config"]
     module = build_empty(known[name], build_config(config_class, values, file=config))
     return assign_weights(module, read_safetensors(weights, device=device), file=weights)
@@ -101,10 +98,12 @@ def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[
     try:
         return load_file(file, device=str(device))
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is truncated or damaged "
-            f"({error}); copy or download it again"
-        ) from error
+        raise ValueError(_damaged(file, f" ({error})")) from error
+
+
+def _damaged(file: Path, why: str = "") -> str:
+    size = file.stat().st_size
+    return f"{file} ({size} bytes) is truncated or damaged{why}; copy or download it again"
 
 
 def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
@@ -175,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
-    """Build a config, nested ones included, from what JSON made of it."""
+    """Build a config from what JSON made of it."""
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(
@@ -187,19 +186,10 @@ def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> A
             raise ValueError(
                 f"{file} lacks the field {name!r}, which {config_class.__name__} needs; {AGAIN}"
             )
-    hints = typing.get_type_hints(config_class)
-    for name, value in values.items():
-        nested = [kind for kind in (hints[name], *typing.get_args(hints[name])) if _is_config(kind)]
-        if isinstance(value, dict) and nested:
-            values = values | {name: build_config(nested[0], value, file=file)}
     try:
         return config_class(**typed(config_class, values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not make a {config_class.__name__}: {error}") from error
-
-
-def _is_config(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) and isinstance(kind, type)
 
 
 def _list(keys: list[str]) -> str:
@@ -209,6 +199,15 @@ def _list(keys: list[str]) -> str:
         alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key, count=1), []).append(key)
     counted = [f"{name!r} x {len(k)}" if k[1:] else repr(k[0]) for name, k in alike.items()]
     return f" ({', '.join(counted)})"
+
+
+@contextlib.contextmanager
+def usable(file: Path) -> Iterator[None]:
+    """Say in one sentence what a library finds wrong with a file."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ValueError(f"{file} cannot be used ({error}); copy or download it again") from error
 
 
 def library(name: str) -> Any:
@@ -255,19 +254,15 @@ def _read_file(source: Path) -> dict[str, Any]:
     head = check_kind(source)
     if source.suffix == ".safetensors" or head[8:9] == b"{":
         return dict(read_safetensors(source))
-    damaged = (
-        f"{source} ({source.stat().st_size} bytes) is truncated or damaged; "
-        "copy or download it again"
-    )
     mapped = head.startswith(b"PK")
     if mapped and not zipfile.is_zipfile(source):
-        raise ValueError(damaged)
+        raise ValueError(_damaged(source))
     try:
         # What was saved before torch 1.6 is no zip file and cannot be mapped.
         tree = torch.load(source, map_location="cpu", mmap=mapped or None, weights_only=True)
     except Exception as error:  # whatever the bytes lead the unpickler to
         if not any(word in str(error) for word in ("GLOBAL", "Unsupported class")):
-            raise ValueError(damaged) from error
+            raise ValueError(_damaged(source)) from error
         raise ValueError(
             f"{source} holds more than tensors, and what else it holds could run code; it is not "
             "read: ask its author for safetensors"
@@ -352,15 +347,14 @@ def _unscaled(weights: Weights, file: Path) -> Weights:
     return plain
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """Return a precision that models can run in; None stays None."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if name is not None and dtype not in DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"a model cannot run in {name}: choose the dtype {known}")
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if name is not None and dtype is None:
+        raise ValueError(f"a model cannot run in {name}: choose the dtype {', '.join(DTYPES)}")
     return dtype
 
 

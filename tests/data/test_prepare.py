@@ -536,7 +536,7 @@ def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, prepare: Run
         ((tmp_path / "none", tmp_path / "latents"), "there is no folder"),
         ((videos, videos / "latents"), "lies in"),
         ((videos, tmp_path / "full"), "is not empty"),
-        ((videos, tmp_path / "new", "--sizes", "60x64"), "must be multiples of 16"),
+        ((videos, tmp_path / "new", "--sizes", "60x64"), "a size is 60x64: use multiples of 16"),
         ((videos, tmp_path / "new", "--fps", "nan"), "fps is nan"),
     ):
         code, _, error = prepare(*words)

@@ -93,19 +93,14 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return {}
     meta = weights.read_json(file)
     version, parts = meta.get("format"), meta.get("parts", {})
-    known = {name: value for name, value in meta.items() if name in _Meta.__annotations__}
     try:
-        typed(_Meta, known)
+        typed(_Meta, meta)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if type(version) is not int or version < 1:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise ValueError(
-            f"{file} gives format {version!r}, not an integer from 1 to {FORMAT}; {AGAIN}"
-        )
-    if version > FORMAT:
-        raise ValueError(
-            f"{file} has format {version}, but VideoAR {__version__} reads formats up to {FORMAT}; "
-            "update it with `pip install --upgrade videoar`"
+            f"{file} gives format {version!r}, but VideoAR {__version__} reads integers up to "
+            f"{FORMAT}; {AGAIN}, or update with `pip install --upgrade videoar`"
         )
     named = isinstance(parts, dict) and all(type(name) is str for name in parts.values())
     if not named or parts.keys() - PARTS.keys():
@@ -312,8 +307,7 @@ class Checkpoint:
             # Hidden files are what a download notes down.
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
                 digest.update(name.as_posix().encode())
-                for piece in contents(file):
-                    digest.update(piece)
+                digest.update(contents(file))
         return digest.hexdigest()[:16]
 
 

@@ -116,22 +116,21 @@ def _write_diffusers(
         "transformer_2": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    codec, text = parts.get("codec"), parts.get("text")
-    for part, kind in ((codec, wan_codec.WanCodec), (text, umt5.UMT5PromptEncoder)):
-        if part is not None and not isinstance(part, kind):
+    for part in parts.values():
+        if isinstance(part, wan_codec.WanCodec):
+            index["vae"] = ["diffusers", "AutoencoderKLWan"]
+            stated = {"_class_name": "AutoencoderKLWan", **asdict(part.config)}
+            save_weights(folder / "vae" / wan.FILE, part.vae.state_dict(), stated)
+        elif isinstance(part, umt5.UMT5PromptEncoder):
+            part.save(folder, encoder="text_encoder")
+            index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
+            stated = read_json(part.tokenizer / "tokenizer_config.json")
+            index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
+        else:
             raise ValueError(
                 f"{home} has a {type(part).__name__}, which diffusers does not know; write it with "
                 "the format videoar"
             )
-    if isinstance(codec, wan_codec.WanCodec):
-        index["vae"] = ["diffusers", "AutoencoderKLWan"]
-        stated = {"_class_name": "AutoencoderKLWan", **asdict(codec.config)}
-        save_weights(folder / "vae" / wan.FILE, codec.vae.state_dict(), stated)
-    if isinstance(text, umt5.UMT5PromptEncoder):
-        text.save(folder, encoder="text_encoder")
-        index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
-        stated = read_json(text.tokenizer / "tokenizer_config.json")
-        index["tokenizer"] = ["transformers", stated.get("tokenizer_class", "T5TokenizerFast")]
     if (stated := home / "model_index.json").is_file():  # of the same kind: as it is there
         shutil.copytree(home / "scheduler", folder / "scheduler")
         theirs = read_json(stated)

@@ -63,15 +63,14 @@ def merge_lora(weights: Weights, source: Path, *, strength: float = 1.0) -> Weig
         for part, (key, factor) in added.items():
             if (change := update.get(part)) is None:
                 continue
-            if key not in weights or change.shape != weights[key].shape:
-                shape = (
-                    tuple(weights[key].shape) if key in weights else "none: there is no such tensor"
-                )
+            old = weights.get(key)
+            if old is None or change.shape != old.shape:
+                shape = "none: there is no such tensor" if old is None else tuple(old.shape)
                 raise ValueError(
                     f"{source} updates {key!r} by {tuple(change.shape)}, but its shape is {shape}; "
                     "use a LoRA of this model"
                 )
-            merged[key] = (merged[key].float() + factor * change.float()).to(weights[key].dtype)
+            merged[key] = (merged[key].float() + factor * change.float()).to(old.dtype)
     return merged
 
 

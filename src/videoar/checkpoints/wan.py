@@ -173,20 +173,16 @@ def _config_of(
 ) -> ModelConfig:
     """Read sizes from the config if there is one, and from the shapes of the weights if not."""
     if "num_attention_heads" in stated:
-        for name, value in FIXED.items():
+        patch = stated.get("patch_size", [1, 2, 2])
+        square = [1, *2 * (patch[1:2] or [2])] if isinstance(patch, list) else [1, 2, 2]
+        for name, value in (FIXED | {"patch_size": square}).items():
             if stated.get(name, value) != value:
                 raise ValueError(
                     f"{file}/config.json gives {name} {stated[name]!r}, but only {value!r} can be "
                     "run; use a text-to-video model of Wan 2.1"
                 )
         fields = {ours: stated[name] for name, ours in FIELDS.items() if name in stated}
-        patch = stated.get("patch_size", [1, 2, 2])
-        if not isinstance(patch, list) or patch != [1, *2 * patch[1:2]]:
-            raise ValueError(
-                f"{file}/config.json gives patch_size {patch!r}, but only one frame and a square "
-                "of it, such as [1, 2, 2], can be run; use a text-to-video model of Wan 2.1"
-            )
-        return build_config(ModelConfig, {**fields, "patch": patch[1]}, file=file / CONFIG)
+        return build_config(ModelConfig, {**fields, "patch": square[1]}, file=file / CONFIG)
     places = (base / "transformer" / CONFIG, base / CONFIG)
     theirs = next((read_json(place) for place in places if place.is_file()), {})
     head_dim = _head_dim(stated) or _head_dim(theirs) or 128

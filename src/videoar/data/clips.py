@@ -23,14 +23,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
-from videoar.data import world
 from videoar.data.containers import Unusable, duration
 from videoar.data.decode import cut, read
 from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
 from videoar.data.sources import Source
 from videoar.data.video import Frames, VideoWriter
-from videoar.data.world import scene_of
+from videoar.data.world import Scene, caption, render, scene_of
 from videoar.encoders.codec import Codec, from_frames
 from videoar.files import replaced_folder, write_json
 from videoar.weights import write_safetensors
@@ -143,7 +142,7 @@ class Encoded:
 
     latents: Float[Tensor, "frames channels height width"]
     captions: list[str]
-    scene: world.Scene
+    scene: Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +160,14 @@ class WorldEncoder:
         for first in range(0, len(indices), 16):
             scenes = [scene_of(index, seed=self.seed) for index in indices[first : first + 16]]
             clips = [
-                world.render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
+                render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
                 for scene, rng in scenes
             ]
             # Half the time in bfloat16, and what is lost is below the precision of shards.
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 latents = self.codec.encode(from_frames(np.stack(clips))).float()
             for (scene, rng), latent in zip(scenes, latents, strict=True):
-                yield Encoded(latent, [world.caption(scene, rng) for _ in range(6)], scene)
+                yield Encoded(latent, [caption(scene, rng) for _ in range(6)], scene)
 
     def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
         """Keep the latents and captions of the world's first videos in a new folder."""

@@ -190,9 +190,8 @@ def _fit(raw: _Raw, width: int, height: int, scaler: VideoReformatter) -> Pictur
     columns, rows = (high, wide) if turns % 2 else (wide, high)
     # Untagged videos are in the matrix of their time: BT.709 since there is HD.
     hd = frame.colorspace == UNTAGGED and frame.height >= 720
-    matrix, flags = Colorspace.ITU709 if hd else None, SHRINK
-    if 1.5 * columns >= frame.width:
-        flags = ENLARGE
+    matrix = Colorspace.ITU709 if hd else None
+    flags = ENLARGE if 1.5 * columns >= frame.width else SHRINK
     if has_alpha(frame):  # what is transparent has a colour, too, that must not run into others
         size = frame.width, frame.height
         frame = over_black(scaler.reformat(frame, *size, "rgba", matrix, None, flags, threads=1))

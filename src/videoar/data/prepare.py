@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checks import check, check_same
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import ALL, Prepare
@@ -86,9 +87,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         _make_parts(config, listing.sources[config.turns], todo, show)
     if config.share != ALL:
         return {}
-    path = Path(config.codec)
-    source = str(path.resolve()) if path.is_dir() else config.codec
-    info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=source)
+    info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=config.codec)
     statistics = _join(folder, listing, info, about | sources, encoder, show)
     shutil.rmtree(work)
     return statistics
@@ -97,33 +96,25 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
 def _check_sizes(config: Prepare, codec: Codec) -> None:
     time_stride, *sides = codec.stride
     for length in config.num_frames:
-        if (length - 1) % time_stride:
-            below = 1 + (length - 1) // time_stride * time_stride
-            raise ValueError(
-                f"num_frames is {length}, but latent frames end at 1 + {time_stride} * k: use"
-                f" {below} or {below + time_stride}"
-            )
-    for size in config.pixels or ():
-        # Transformers take patches of 2 x 2 latents.
-        if size[0] % (2 * sides[1]) or size[1] % (2 * sides[0]):
-            raise ValueError(
-                f"a size is {size[0]}x{size[1]}, but width and height must be multiples of"
-                f" {2 * sides[1]} and {2 * sides[0]}: change it"
-            )
+        below = 1 + (length - 1) // time_stride * time_stride
+        ends = f"{below} or {below + time_stride}: latent frames end at 1 + {time_stride} * k"
+        check("num_frames", length, length == below, ends)
+    high, wide = (2 * side for side in sides)  # transformers take patches of 2 x 2 latents
+    for width, height in config.pixels or ():
+        fits = not (width % wide or height % high)
+        check("a size", f"{width}x{height}", fits, f"multiples of {wide} and {high}")
 
 
 def _claim(path: Path, about: Json) -> None:
     """Write what a folder is made of and how, or raise if it is made otherwise."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
-    for key, value in about.items():
-        if old.get(key) != value:
-            change = f"{key} was {old.get(key)}, but it is {value} now"
-            if key == "sources":
-                change = "the videos were others: some were added, removed or changed since"
-            raise ValueError(
-                f"{path} says that {change}: keep all as it was, or name a new folder for the"
-                " latents"
-            )
+    if old.get("sources") != about.get("sources"):
+        raise ValueError(
+            f"{path} is of other videos, of which some were added, removed or changed since: name"
+            " a new folder for the latents"
+        )
+    now = {key: old.get(key) for key in about}
+    check_same(now, about, held=f"{path} is of latents", other="folder for them")
     if old is about:  # of two machines that write, one would miss the hidden file
         write_json(path, about)
 

@@ -189,10 +189,7 @@ class _Walk:
                     raise ValueError("no file_name")
                 name = posixpath.join(posixpath.dirname(shown), row["file_name"])
                 name = posixpath.normpath(name)
-                key = unicodedata.normalize(
-                    "NFC", name
-                )  # disks and tables write accents in two ways
-                self.texts[key] += [(name, text) for text in _captions_in(row)]
+                self.texts[_key(name)] += [(name, text) for text in _captions_in(row)]
             except ValueError as error:
                 if line:
                     self.rejected[f"{shown}, row {number}"] = str(error)

@@ -1,4 +1,4 @@
-"""Video files and pictures of videos: read, write as a stream, contact sheet, side by side.
+"""Video files and pictures of videos: read, write as a stream, contact sheet.
 
 Frames are uint8 arrays, `frames height width 3`. Nothing here knows of tensors or models.
 """
@@ -8,8 +8,8 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import islice
@@ -20,9 +20,9 @@ import numpy as np
 from av.container import InputContainer
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from videoar.checks import check_types, checked
+from videoar.checks import check_positive, check_types, checked
 from videoar.data.fragments import encode, remux
 from videoar.files import Json, check_place, written_whole
 
@@ -34,7 +34,7 @@ STREAMS = {".mp4": "mp4", ".mkv": "matroska"}
 PICTURES = (".webp", ".gif", ".png")
 GROUP = 32
 """Frames of a fragment: what is lost if the process is killed, and has no state."""
-PAPER, INK = 224, 0  # not white: a white clip must have an edge
+PAPER = 224  # not white: a white clip must have an edge
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +50,7 @@ class Video:
         check_types(self)
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
-        if not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}; it must be above 0")
+        check_positive(self, "fps")
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
@@ -249,17 +248,14 @@ def check_streamed(path: Path) -> None:
 
 def decode_frames(path: str | Path) -> Iterator[Picture]:
     """Yield the frames of a video file one after the other."""
-    with _open_input(path) as container:
-        try:
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-        except av.FFmpegError as error:
-            raise ValueError(f"{path} is damaged ({error.strerror}); copy it again") from error
+    with _opened(path) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
 
 
 def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
     """Read a whole video file into memory; one with more than `max_frames` frames is refused."""
-    with _open_input(path) as container:
+    with _opened(path) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
     if rate is None:
@@ -274,11 +270,6 @@ def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
     return Video(frames=np.stack(frames), fps=float(rate))
 
 
-def upscale(frames: Frames, factor: int) -> UInt8[np.ndarray, "frames rows columns 3"]:
-    """Enlarge every pixel to a square: small frames stay sharp where players would blur them."""
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     """Lay frames out on one picture in the order of reading."""
     columns = min(columns, len(frames))
@@ -287,33 +278,6 @@ def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     tiles = np.pad(frames, ((0, empty), (gap, 0), (gap, 0), (0, 0)), constant_values=PAPER)
     sheet = rearrange(tiles, "(y x) h w c -> (y h) (x w) c", x=columns)
     return np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
-
-
-def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int = 1) -> Video:
-    """Show videos beside each other, enlarged, below their labels; short ones hold their end."""
-    if len(videos) != len(labels):
-        raise ValueError(f"{len(videos)} videos have {len(labels)} labels; give one to each video")
-    kinds = sorted({(*video.frames.shape[1:3], video.fps) for video in videos})
-    if len(kinds) > 1:
-        raise ValueError(f"the videos must agree in (height, width, fps), but have {kinds}")
-    moments = np.arange(max(len(video.frames) for video in videos))
-    tiles = []
-    for video, label in zip(videos, labels, strict=True):
-        frames = upscale(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
-        tiles.append(np.pad(frames, ((0, 0), (20, 0), (0, 0), (0, 0))))
-        tiles[-1][:, :20] = _label(label, width=frames.shape[2])
-    sheets = [contact_sheet(row, columns=len(videos), gap=4) for row in np.stack(tiles, axis=1)]
-    return Video(frames=np.stack(sheets), fps=videos[0].fps)
-
-
-def _label(text: str, *, width: int) -> Picture:
-    """Draw one line of text, smaller if it is long, cut if it is longer still."""
-    picture = Image.new("RGB", (width, 20), (PAPER,) * 3)
-    draw = ImageDraw.Draw(picture)
-    fonts = [ImageFont.load_default(size) for size in range(14, 7, -1)]
-    font = next((font for font in fonts if draw.textlength(text, font) <= width), fonts[-1])
-    draw.text((0, 10), text, fill=(INK,) * 3, font=font, anchor="lm")
-    return np.asarray(picture)
 
 
 def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
@@ -331,19 +295,20 @@ def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
     first.save(path, kind, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _open_input(path: str | Path) -> InputContainer:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[InputContainer]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; give the path of a video")
     try:
-        container = av.open(str(path))
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video stream; give a file with pictures")
+            yield container
     except av.FFmpegError as error:
         raise ValueError(
-            f"{path} is no video that FFmpeg knows ({error.strerror}); convert it to MP4 first"
+            f"{path} is no video that FFmpeg knows, or damaged ({error.strerror}); convert it to"
+            " MP4 or copy it again"
         ) from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path} has no video stream; give a file with pictures")
-    return container
 
 
 MAX_PICTURES = 1000  # of an animation or contact sheet, which is held in memory until complete

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from videoar.checks import check_options
 from videoar.files import Json
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -71,7 +72,7 @@ class Thing:
 
     def __post_init__(self) -> None:
         for name, known in WORDS.items():
-            _check(name, getattr(self, name), known)
+            check_options(self, (name, getattr(self, name) in known, f"one of {', '.join(known)}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ class Scene:
     background: str
 
     def __post_init__(self) -> None:
-        _check("background", self.background, BACKGROUNDS)
+        known = ", ".join(BACKGROUNDS)
+        check_options(self, ("background", self.background in BACKGROUNDS, f"one of {known}"))
         colors = [thing.color for thing in self.things]
         if not colors or len(set(colors)) < len(colors):
             raise ValueError(f"things have the colors {colors}; give at least one, no color twice")
@@ -95,11 +97,6 @@ class Scene:
     def from_json(cls, data: dict[str, Any]) -> "Scene":
         """Build the scene that `to_json` described."""
         return cls(**data | {"things": tuple(Thing(**thing) for thing in data["things"])})
-
-
-def _check(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def _pick(rng: np.random.Generator, options: Collection[str]) -> str:

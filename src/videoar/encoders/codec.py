@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from videoar.checks import check_types
+from videoar.checks import check, check_types
 
 Memory = list[Tensor]
 """What a network remembers of the frames before; None stands for the beginning of a clip. A step
@@ -181,8 +181,7 @@ class PatchCodecConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.stride) < 1:
-            raise ValueError(f"The stride {self.stride} is below 1: raise it to at least 1.")
+        check("stride", self.stride, min(self.stride) >= 1, "1 or more on each side")
 
 
 class PatchCodec(Codec):

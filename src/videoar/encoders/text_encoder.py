@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from videoar.checks import check, check_options, check_types
-from videoar.weights import load_component, save_component
+from videoar.weights import load_component, save_component, usable
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
@@ -34,11 +34,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> "Tokenizer":
         """Learn the merges of a corpus; the same corpus gives the same tokenizer."""
-        if vocab_size < 257:
-            raise ValueError(
-                f"A vocabulary of {vocab_size} has no room for every byte and the padding token: "
-                "raise it to 257 or more."
-            )
+        room = "257 or more: there are 256 bytes and the padding token"
+        check("vocab_size", vocab_size, vocab_size > 256, room)
         backend = tokenizers.ByteLevelBPETokenizer()
         how = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": ["<pad>"]}
         backend.train_from_iterator(texts, show_progress=False, **how)
@@ -48,12 +45,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
         """Read the text of a `tokenizer.json`."""
-        try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(
-                f"The tokenizer is damaged ({error}): copy or download tokenizer.json again."
-            ) from error
+        return cls(tokenizers.Tokenizer.from_str(text))
 
     def to_json(self) -> str:
         """Return the text of a `tokenizer.json`."""
@@ -224,11 +216,8 @@ class TinyPromptEncoder:
 
     def __post_init__(self) -> None:
         ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
-        if ids > rows:
-            raise ValueError(
-                f"The tokenizer has {ids} ids, but the encoder knows {rows}: "
-                "load both from one checkpoint."
-            )
+        few = f"the {rows} or fewer that the encoder knows: load both from one checkpoint"
+        check("the number of ids of the tokenizer", ids, ids <= rows, few)
 
     @property
     def trainable(self) -> TextEncoder:
@@ -272,8 +261,9 @@ class TinyPromptEncoder:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         encoder = load_component(folder, TextEncoder, device=device)
-        words = (folder / "tokenizer.json").read_text("utf-8", errors="surrogateescape")
-        return cls(Tokenizer.from_json(words), encoder.float().eval())
+        with usable(file := folder / "tokenizer.json"):
+            tokenizer = Tokenizer.from_json(file.read_text("utf-8"))
+        return cls(tokenizer, encoder.float().eval())
 
     def save(self, folder: Path) -> None:
         save_component(folder, self.encoder)

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checks import check_types
+from videoar.checks import check, check_options, check_types
 from videoar.encoders.codec import Codec, Latents, Memory, Padded, StreamEncoder, Video
 
 Frames = Float[Tensor, "time_batch _ _ _"]
@@ -198,17 +198,15 @@ class TinyCodecConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = (self.image_channels, self.latent_channels, self.num_blocks, self.patch_size)
-        if min(*sizes, *self.encoder_channels, *self.decoder_channels) < 1:
-            raise ValueError(f"A size of {self} is below 1: raise it to at least 1.")
-        if any(width % 2 for width in self.encoder_channels + self.decoder_channels):
-            raise ValueError(f"Some channels of {self} are odd: make them even.")
-        for values in (self.latents_mean, self.latents_std):
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(
-                    f"The latent statistics have {len(values)} values, but there are "
-                    f"{self.latent_channels} latent channels: give one value per channel."
-                )
+        sizes = ("image_channels", "latent_channels", "num_blocks", "patch_size")
+        check_options(self, least=dict.fromkeys(sizes, 1))
+        for name in ("encoder_channels", "decoder_channels"):
+            widths = getattr(self, name)
+            check(name, widths, all(w > 0 and w % 2 == 0 for w in widths), "even widths")
+        for name in ("latents_mean", "latents_std"):
+            values, count = getattr(self, name), self.latent_channels
+            fits = values is None or len(values) == count
+            check(name, values, fits, f"{count} values, one per latent channel")
 
     @classmethod
     def toy(cls) -> "TinyCodecConfig":

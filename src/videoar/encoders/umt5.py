@@ -10,7 +10,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from videoar.weights import (
     read_json,
     read_safetensors,
     read_weights,
+    usable,
     write_safetensors,
 )
 
@@ -73,7 +74,7 @@ class UMT5PromptEncoder:
         self.encoder, self.tokenizer, self.device, self.dtype = encoder, tokenizer, device, dtype
         self.to(device, dtype)
         self.cache = Path.home() / ".cache" / "videoar" / "text"
-        with _said(tokenizer / "tokenizer.json"):
+        with usable(tokenizer / "tokenizer.json"):
             self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self._words.no_padding()
         self._words.no_truncation()
@@ -113,7 +114,10 @@ class UMT5PromptEncoder:
                 # One at a time: the same bits whatever else is in the batch.
                 inputs = torch.tensor([ids[prompt]], device=self.device)
                 rows[prompt] = model(inputs).last_hidden_state[0].cpu()
-                _write_rows(files[prompt], rows[prompt])
+                with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
+                    self.cache.mkdir(parents=True, exist_ok=True)
+                    with written_whole(files[prompt]) as partial:
+                        write_safetensors(partial, {"rows": rows[prompt].contiguous()})
         found = [rows[prompt] for prompt in cleaned]
         return torch.stack([F.pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in found])
 
@@ -126,8 +130,7 @@ class UMT5PromptEncoder:
         parts = sorted(self.encoder.iterdir()) if self.encoder.is_dir() else [self.encoder]
         digest = hashlib.sha256()
         for part in (*filter(Path.is_file, parts), self.tokenizer / "tokenizer.json"):
-            for piece in contents(part):
-                digest.update(piece)
+            digest.update(contents(part))
         return f"umT5-{digest.hexdigest()[:12]}"
 
     def _file(self, prompt: str, ids: list[int]) -> Path:
@@ -150,7 +153,7 @@ class UMT5PromptEncoder:
         transformers, weights = library("transformers"), self.weights()
         whole = self.encoder.is_dir()
         stated = read_json(self.encoder / CONFIG) if whole else _t5_config(weights, self.encoder)
-        with _said(self.encoder):
+        with usable(self.encoder):
             model = build_empty(transformers.UMT5EncoderModel, transformers.UMT5Config(**stated))
         if self.dtype is not None:
             weights = {key: tensor.to(self.dtype) for key, tensor in weights.items()}
@@ -177,26 +180,10 @@ class UMT5PromptEncoder:
         return [tensor for name, tensor in self.weights().items() if name != TIED[0]]
 
 
-@contextlib.contextmanager
-def _said(file: Path) -> Iterator[None]:
-    """Say in one sentence what a library finds wrong with a file."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises no narrower kind
-        raise ValueError(f"{file} cannot be used ({error}); copy or download it again") from error
-
-
 def clean(prompt: str) -> str:
     """Clean a prompt as Wan does: broken Unicode, HTML entities, white space."""
     fixed = library("ftfy").fix_text(check_text(prompt))
     return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()
-
-
-def _write_rows(file: Path, rows: Tensor) -> None:
-    with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(file) as partial:
-            write_safetensors(partial, {"rows": rows.contiguous()})
 
 
 def _t5_names(weights: Weights) -> Weights:
