@@ -8,13 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
 from videoar.checks import check_positive
 from videoar.cli import arguments, options
 from videoar.cli.generate import make
 from videoar.cli.main import exit_code
 from videoar.cli.progress import say
 from videoar.core.schemes import KINDS
-from videoar.data.video import decode_frames, read_video, side_by_side
+from videoar.data.video import (
+    PAPER,
+    Frames,
+    Picture,
+    Video,
+    contact_sheet,
+    decode_frames,
+    read_video,
+)
 from videoar.evaluation import judge
 from videoar.evaluation.lengths import WINDOW_SECONDS
 from videoar.evaluation.speed import apart
@@ -56,6 +67,38 @@ def demo(args: Demo) -> None:
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
     rows.append(_row(replace(one, seconds=args.seconds, units=KINDS[-1], out=minute)))
     say(f"\n{columns(cells(rows))}\n\n{minute} and {out / 'units.webp'} are ready")
+
+
+def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int = 1) -> Video:
+    """Show videos beside each other, enlarged, below their labels; short ones hold their end."""
+    if len(videos) != len(labels):
+        raise ValueError(f"{len(videos)} videos have {len(labels)} labels; give one to each video")
+    kinds = sorted({(*video.frames.shape[1:3], video.fps) for video in videos})
+    if len(kinds) > 1:
+        raise ValueError(f"the videos must agree in (height, width, fps), but have {kinds}")
+    moments = np.arange(max(len(video.frames) for video in videos))
+    tiles = []
+    for video, label in zip(videos, labels, strict=True):
+        frames = upscale(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
+        tiles.append(np.pad(frames, ((0, 0), (20, 0), (0, 0), (0, 0))))
+        tiles[-1][:, :20] = _label(label, width=frames.shape[2])
+    sheets = [contact_sheet(row, columns=len(videos), gap=4) for row in np.stack(tiles, axis=1)]
+    return Video(frames=np.stack(sheets), fps=videos[0].fps)
+
+
+def _label(text: str, *, width: int) -> Picture:
+    """Draw one line of text, smaller if it is long, cut if it is longer still."""
+    picture = Image.new("RGB", (width, 20), (PAPER,) * 3)
+    draw = ImageDraw.Draw(picture)
+    fonts = [ImageFont.load_default(size) for size in range(14, 7, -1)]
+    font = next((font for font in fonts if draw.textlength(text, font) <= width), fonts[-1])
+    draw.text((0, 10), text, fill=(0, 0, 0), font=font, anchor="lm")
+    return np.asarray(picture)
+
+
+def upscale(frames: Frames, factor: int) -> np.ndarray:
+    """Enlarge every pixel to a square: small frames stay sharp where players would blur them."""
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _generate(args: options.Generate) -> Timing:

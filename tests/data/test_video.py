@@ -19,8 +19,6 @@ from videoar.data.video import (
     contact_sheet,
     decode_frames,
     read_video,
-    side_by_side,
-    upscale,
 )
 
 
@@ -299,15 +297,6 @@ def test_a_video_needs_frames_and_speed() -> None:
         Video(frames=np.zeros((1, 4, 4, 3), np.uint8), fps=0)
 
 
-def test_upscaling_repeats_pixels() -> None:
-    """Every pixel becomes a square, so taking every n-th gives the original back."""
-    frames = _noise(2, 3, 5)
-    large = upscale(frames, 3)
-    for dy in range(3):
-        for dx in range(3):
-            assert np.array_equal(large[:, dy::3, dx::3], frames)
-
-
 def test_a_contact_sheet_reads_from_left_to_right() -> None:
     """Frame k stands in row k // columns; unused places are blank."""
     frames = _noise(5, 4, 6) // 2
@@ -317,28 +306,3 @@ def test_a_contact_sheet_reads_from_left_to_right() -> None:
         top, left = 1 + 5 * (k // 3), 1 + 7 * (k % 3)
         assert np.array_equal(sheet[top : top + 4, left : left + 6], frames[k])
     assert len(np.unique(sheet[6:, 15:])) == 1
-
-
-def test_side_by_side_shows_each_video_below_its_label() -> None:
-    """Tiles hold the enlarged frames in order, short videos their last frame, labels have ink."""
-    first, second = _noise(4, 32, 48), _noise(2, 32, 48) // 2
-    both = side_by_side(
-        [Video(frames=first, fps=16), Video(frames=second, fps=16)], ["frame", "cube"], scale=2
-    )
-    assert both.fps == 16
-    assert len(both.frames) == 4
-    top = 4 + 20
-    assert np.array_equal(both.frames[:, top : top + 64, 4:100], upscale(first, 2))
-    tile = both.frames[:, top : top + 64, 104:200]
-    assert np.array_equal(tile, upscale(second, 2)[[0, 1, 1, 1]])
-    for left in (4, 104):
-        assert both.frames[0, 4:24, left : left + 96].min() < 100
-
-
-def test_side_by_side_refuses_what_does_not_match() -> None:
-    """Sizes, speeds and numbers of labels must agree; nothing is resized in silence."""
-    small = Video(frames=_noise(1, 4, 4), fps=16)
-    with pytest.raises(ValueError, match="1 videos have 2 labels"):
-        side_by_side([small], ["a", "b"])
-    with pytest.raises(ValueError, match=r"\(4, 4, 8\).*\(4, 4, 16\)"):
-        side_by_side([small, Video(frames=_noise(1, 4, 4), fps=8)], ["a", "b"])

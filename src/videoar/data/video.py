@@ -1,4 +1,4 @@
-"""Video files and pictures of videos: read, write as a stream, contact sheet, side by side.
+"""Video files and pictures of videos: read, write as a stream, contact sheet.
 
 Frames are uint8 arrays, `frames height width 3`. Nothing here knows of tensors or models.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -20,7 +20,7 @@ import numpy as np
 from av.container import InputContainer
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from videoar.checks import check_types, checked
 from videoar.data.fragments import encode, remux
@@ -34,7 +34,7 @@ STREAMS = {".mp4": "mp4", ".mkv": "matroska"}
 PICTURES = (".webp", ".gif", ".png")
 GROUP = 32
 """Frames of a fragment: what is lost if the process is killed, and has no state."""
-PAPER, INK = 224, 0  # not white: a white clip must have an edge
+PAPER = 224  # not white: a white clip must have an edge
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,11 +274,6 @@ def read_video(path: str | Path, *, max_frames: int = 10_000) -> Video:
     return Video(frames=np.stack(frames), fps=float(rate))
 
 
-def upscale(frames: Frames, factor: int) -> UInt8[np.ndarray, "frames rows columns 3"]:
-    """Enlarge every pixel to a square: small frames stay sharp where players would blur them."""
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     """Lay frames out on one picture in the order of reading."""
     columns = min(columns, len(frames))
@@ -287,33 +282,6 @@ def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     tiles = np.pad(frames, ((0, empty), (gap, 0), (gap, 0), (0, 0)), constant_values=PAPER)
     sheet = rearrange(tiles, "(y x) h w c -> (y h) (x w) c", x=columns)
     return np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
-
-
-def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int = 1) -> Video:
-    """Show videos beside each other, enlarged, below their labels; short ones hold their end."""
-    if len(videos) != len(labels):
-        raise ValueError(f"{len(videos)} videos have {len(labels)} labels; give one to each video")
-    kinds = sorted({(*video.frames.shape[1:3], video.fps) for video in videos})
-    if len(kinds) > 1:
-        raise ValueError(f"the videos must agree in (height, width, fps), but have {kinds}")
-    moments = np.arange(max(len(video.frames) for video in videos))
-    tiles = []
-    for video, label in zip(videos, labels, strict=True):
-        frames = upscale(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
-        tiles.append(np.pad(frames, ((0, 0), (20, 0), (0, 0), (0, 0))))
-        tiles[-1][:, :20] = _label(label, width=frames.shape[2])
-    sheets = [contact_sheet(row, columns=len(videos), gap=4) for row in np.stack(tiles, axis=1)]
-    return Video(frames=np.stack(sheets), fps=videos[0].fps)
-
-
-def _label(text: str, *, width: int) -> Picture:
-    """Draw one line of text, smaller if it is long, cut if it is longer still."""
-    picture = Image.new("RGB", (width, 20), (PAPER,) * 3)
-    draw = ImageDraw.Draw(picture)
-    fonts = [ImageFont.load_default(size) for size in range(14, 7, -1)]
-    font = next((font for font in fonts if draw.textlength(text, font) <= width), fonts[-1])
-    draw.text((0, 10), text, fill=(INK,) * 3, font=font, anchor="lm")
-    return np.asarray(picture)
 
 
 def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
