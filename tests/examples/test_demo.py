@@ -79,5 +79,5 @@ def test_side_by_side_refuses_what_does_not_match() -> None:
     small = Video(frames=_noise(1, 4, 4), fps=16)
     with pytest.raises(ValueError, match="1 videos have 2 labels"):
         side_by_side([small], ["a", "b"])
-    with pytest.raises(ValueError, match=r"\(4, 4, 8\).*\(4, 4, 16\)"):
+    with pytest.raises(ValueError, match=r"\(4, 4, 8.0\).*\(4, 4, 16.0\)"):
         side_by_side([small, Video(frames=_noise(1, 4, 4), fps=8)], ["a", "b"])

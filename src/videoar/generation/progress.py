@@ -43,7 +43,7 @@ class Progress:
         print(f"{start}{line}", end=end, file=self.file, flush=True)
 
 
-def how_far(frames: int, seconds: float, *, total: int, fps: int) -> str:
+def how_far(frames: int, seconds: float, *, total: int, fps: float) -> str:
     """Say how far a generation is after some seconds."""
     rate = frames / seconds
     return (
