@@ -253,9 +253,10 @@ class VideoPipeline:
             source = weights.read_safetensors(Path(source).expanduser())
         about = unpacked(source)["about"]
         plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
-        sampler = self.sampler(plan, self.lattice(plan.options.units, num_frames).frames)
+        pipe = replace(self, height=about["height"], width=about["width"])
+        sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
         given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
-        generation = Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
+        generation = Generation(pipe.sampler, pipe.text, self.codec, plan, sampler, **given)
         generation.load_state_dict(source)
         return Session(generation, self.resume)
 
