@@ -79,7 +79,7 @@ def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int =
     moments = np.arange(max(len(video.frames) for video in videos))
     tiles = []
     for video, label in zip(videos, labels, strict=True):
-        frames = _enlarged(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
+        frames = upscale(video.frames[np.minimum(moments, len(video.frames) - 1)], scale)
         tiles.append(np.pad(frames, ((0, 0), (20, 0), (0, 0), (0, 0))))
         tiles[-1][:, :20] = _label(label, width=frames.shape[2])
     sheets = [contact_sheet(row, columns=len(videos), gap=4) for row in np.stack(tiles, axis=1)]
@@ -96,7 +96,7 @@ def _label(text: str, *, width: int) -> Picture:
     return np.asarray(picture)
 
 
-def _enlarged(frames: Frames, factor: int) -> Frames:
+def upscale(frames: Frames, factor: int) -> np.ndarray:
     """Enlarge every pixel to a square: small frames stay sharp where players would blur them."""
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 

@@ -123,8 +123,8 @@ def test_several_videos_of_one_prompt_need_a_folder(run: Run) -> None:
     Path("odd.csv").write_bytes(b"prompt\n\xff")
     for words, message in (
         (("--prompts", "a.txt"), "name a folder"),
-        ((), "name what to show"),
-        (("a red ball", "--prompts", "a.txt", "--out", "b"), "not both"),
+        ((), "no PROMPT is given"),
+        (("a red ball", "--prompts", "a.txt", "--out", "b"), "leave out prompt"),
         (("--prompts", "gone.txt", "--out", "b"), "No such file"),
         (("--prompts", "none.txt", "--out", "b"), "holds no prompt"),
         (("--prompts", "odd.csv", "--out", "b"), "save it as UTF-8"),

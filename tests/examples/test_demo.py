@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from examples.demo import _enlarged, main, side_by_side
+from examples.demo import main, side_by_side, upscale
+from jaxtyping import UInt8
 from PIL import Image
 from tiny import TEXT, tiny_pipeline
 
 from videoar.core.schemes import KINDS
-from videoar.data.video import Frames, Video, read_video
+from videoar.data.video import Video, read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 
 
@@ -44,8 +45,17 @@ def test_what_does_not_fit_is_refused(
     assert "seconds is 0" in capsys.readouterr().err
 
 
-def _noise(num_frames: int, height: int, width: int) -> Frames:
+def _noise(num_frames: int, height: int, width: int) -> UInt8[np.ndarray, "frames height width 3"]:
     return np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def test_upscaling_repeats_pixels() -> None:
+    """Every pixel becomes a square, so taking every n-th gives the original back."""
+    frames = _noise(2, 3, 5)
+    large = upscale(frames, 3)
+    for dy in range(3):
+        for dx in range(3):
+            assert np.array_equal(large[:, dy::3, dx::3], frames)
 
 
 def test_side_by_side_shows_each_video_below_its_label() -> None:
@@ -57,9 +67,9 @@ def test_side_by_side_shows_each_video_below_its_label() -> None:
     assert both.fps == 16
     assert len(both.frames) == 4
     top = 4 + 20
-    assert np.array_equal(both.frames[:, top : top + 64, 4:100], _enlarged(first, 2))
+    assert np.array_equal(both.frames[:, top : top + 64, 4:100], upscale(first, 2))
     tile = both.frames[:, top : top + 64, 104:200]
-    assert np.array_equal(tile, _enlarged(second, 2)[[0, 1, 1, 1]])
+    assert np.array_equal(tile, upscale(second, 2)[[0, 1, 1, 1]])
     for left in (4, 104):
         assert both.frames[0, 4:24, left : left + 96].min() < 100
 
@@ -69,14 +79,5 @@ def test_side_by_side_refuses_what_does_not_match() -> None:
     small = Video(frames=_noise(1, 4, 4), fps=16)
     with pytest.raises(ValueError, match="1 videos have 2 labels"):
         side_by_side([small], ["a", "b"])
-    with pytest.raises(ValueError, match=r"\(4, 4, 8\.0\).*\(4, 4, 16\.0\)"):
+    with pytest.raises(ValueError, match=r"\(4, 4, 8.0\).*\(4, 4, 16.0\)"):
         side_by_side([small, Video(frames=_noise(1, 4, 4), fps=8)], ["a", "b"])
-
-
-def test_enlarging_repeats_pixels() -> None:
-    """Every pixel becomes a square, so taking every n-th gives the original back."""
-    frames = _noise(2, 3, 5)
-    large = _enlarged(frames, 3)
-    for dy in range(3):
-        for dx in range(3):
-            assert np.array_equal(large[:, dy::3, dx::3], frames)

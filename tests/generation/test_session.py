@@ -245,6 +245,15 @@ def test_a_branch_leaves_its_origin_alone(pipe, units: str) -> None:
     assert not np.array_equal(_frames(other)[: len(plain)], plain)
 
 
+def test_a_branch_has_the_size_of_its_origin(pipe) -> None:
+    """The size that was asked for is in the state; the checkpoint has another."""
+    session = pipe.session(PROMPT, units="frame", height=32, width=48)
+    _take(session, 2)
+    branch = session.branch()
+    assert np.array_equal(_frames(_take(branch, 2)), _frames(_take(session, 2)))
+    assert _frames(_take(branch, 1)).shape[1:] == (32, 48, 3)
+
+
 def test_back_is_bit_for_bit_and_another_way_can_be_taken(pipe) -> None:
     """The newest kept point at or before the moment; what came after it is forgotten."""
     session = pipe.session(PROMPT, units="frame")

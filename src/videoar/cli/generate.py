@@ -13,9 +13,10 @@ from typing import Any
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.cli.prompts import wanted
-from videoar.core.schemes import names
+from videoar.core.schemes import names, parse
 from videoar.data.video import PICTURES, STREAMS
-from videoar.files import check_folder
+from videoar.files import check_folder, to_json, written_whole
+from videoar.generation import conditioning
 from videoar.generation.progress import Progress, how_far
 from videoar.generation.timing import Timing
 
@@ -97,7 +98,6 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         What it took, the name of the units, and the file.
     """
     from videoar.data.video import VideoWriter, check_output, check_streamed, open_output
-    from videoar.generation import conditioning
 
     state: dict[str, Any] = {}
     if args.resume is not None:
@@ -109,11 +109,10 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         check_streamed(target)
     (_, prompt), *script = read_script(args)
     image = None if args.image is None else conditioning.read_image(args.image)
-    from videoar.core import schemes
     from videoar.generation import stream
 
     if args.units is not None:
-        schemes.parse(args.units)  # what is wrong with it is said before weights are loaded
+        parse(args.units)  # what is wrong with it is said before weights are loaded
     pipe = pipe or load(args)
     if state:
         generation = pipe.resume(state).generation
@@ -162,8 +161,6 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
 
 def _begun(args: options.Generate, pipe: Any, prompt: str, image: Any) -> Any:
     """Begin to generate."""
-    from videoar.generation import conditioning
-
     given = {name: getattr(args, name) for name in FIELDS} | {"sink_frames": args.sink}
     given = {name: value for name, value in given.items() if value is not None}
     if args.window is not None:
@@ -211,7 +208,6 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
     import numpy as np
     import torch
 
-    from videoar.files import to_json, written_whole
     from videoar.generation.stream import packed
     from videoar.weights import write_safetensors
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from videoar.checks import check, check_options, check_types
+from videoar.checks import check, check_options, check_types, typed
 from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import mixed
@@ -145,7 +145,5 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Json) -> "Plan":
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        options = values["options"]
-        sigmas = options["sigmas"] and tuple(options["sigmas"])
-        return cls(**values | {"options": GenerationConfig(**options | {"sigmas": sigmas})})
+        options = GenerationConfig(**typed(GenerationConfig, values["options"]))
+        return cls(**typed(cls, values | {"options": options}))

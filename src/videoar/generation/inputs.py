@@ -16,7 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from videoar.checks import check, check_whole, hint
+from videoar.core.schemes import Scheme, parse
+from videoar.core.tokens import Known, known_tokens, to_tokens
+from videoar.core.units import Units
 from videoar.data.video import Video
+from videoar.encoders.codec import from_frames
 from videoar.generation.config import GenerationConfig
 from videoar.generation.stream import Generation
 
@@ -103,3 +107,43 @@ def check_inputs(
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
         )
+
+
+def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:
+    """Lay a scheme over the latents of a pipeline: see `VideoPipeline.lattice`."""
+    scheme = parse(units) if isinstance(units, str) else units
+    time_stride, *strides = pipe.codec.stride
+    frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
+    if frames is not None and scheme.frames is not None:
+        frames = math.ceil(frames / scheme.frames) * scheme.frames
+    lengths = []
+    for name, stride in zip(("height", "width"), strides, strict=True):
+        size, side = getattr(pipe, name), stride * pipe.transformer.config.patch
+        if size < side or size % side:
+            raise ValueError(
+                f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
+            )
+        lengths.append(size // side)
+    return Units(scheme, frames, *lengths)
+
+
+def known_of(pipe: Any, conditioning: Any, batch: int, lattice: Units) -> dict[int, Known]:
+    """Encode what a video begins with, by unit."""
+    if conditioning is None:
+        return {}
+    pixels = from_frames(conditioning).to(pipe.device)
+    encoded = pipe.codec.encode(pixels)
+    encoded = encoded.expand(batch, *encoded.shape[1:])
+    return known_tokens(encoded, lattice, patch=pipe.transformer.config.patch)
+
+
+def noise_of(pipe: Any, latents: Tensor, units: Units, batch: int) -> Tensor:
+    """Return starting noise as tokens; levels of a pyramid would have to share it."""
+    patch, channels = pipe.transformer.config.patch, pipe.codec.latent_channels
+    shape = (batch, units.frames, channels, units.height * patch, units.width * patch)
+    if units.frames is None or tuple(latents.shape) != shape or units.coords[:, 3].any():
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} cannot be the noise of this video: give "
+            f"{shape} to a clip of units without levels."
+        )
+    return to_tokens(latents, units, patch=patch)

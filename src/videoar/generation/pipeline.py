@@ -1,6 +1,5 @@
 """From a prompt to frames: text encoder, sampler and codec behind one object."""
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +17,12 @@ from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_types, check_whole, checked
 from videoar.core.flow import euler_step
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
-from videoar.core.schemes import Scheme, names, parse
-from videoar.core.tokens import Known, known_tokens, to_tokens
+from videoar.core.schemes import Scheme, names
+from videoar.core.tokens import Known
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.decode import Fit
-from videoar.encoders.codec import Codec, from_frames
+from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import STEPS, GenerationConfig, Plan
@@ -33,6 +32,9 @@ from videoar.generation.inputs import (
     check_inputs,
     check_names,
     hearing,
+    known_of,
+    lattice_of,
+    noise_of,
     seeds_of,
 )
 from videoar.generation.progress import Progress
@@ -235,17 +237,15 @@ class VideoPipeline:
         self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
         """Generate newly finished frames as they come; endless without `num_frames`."""
-        seeds = seeds_of(seed, None, 1)
-        generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
-        return (frames[0] for frames in generation)
+        options |= {"num_frames": num_frames, "seeds": seeds_of(seed, None, 1)}
+        return (frames[0] for frames in self.generate([prompt], **options))
 
     def session(
         self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Session:
         """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
-        seeds = seeds_of(seed, None, 1)
-        generation = self.generate([prompt], num_frames=num_frames, seeds=seeds, **options)
-        return Session(generation, self.resume)
+        options |= {"num_frames": num_frames, "seeds": seeds_of(seed, None, 1)}
+        return Session(self.generate([prompt], **options), self.resume)
 
     def resume(self, source: State | str | Path) -> Session:
         """Go on with a session that was saved, as if it had never stopped.
@@ -257,9 +257,10 @@ class VideoPipeline:
             source = weights.read_safetensors(Path(source).expanduser())
         about = unpacked(source)["about"]
         plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
-        sampler = self.sampler(plan, self.lattice(plan.options.units, num_frames).frames)
+        pipe = replace(self, height=about["height"], width=about["width"])
+        sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
         given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
-        generation = Generation(self.sampler, self.text, self.codec, plan, sampler, **given)
+        generation = Generation(pipe.sampler, pipe.text, self.codec, plan, sampler, **given)
         generation.load_state_dict(source)
         return Session(generation, self.resume)
 
@@ -322,8 +323,8 @@ class VideoPipeline:
             )
         plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), options=options)
         begun = {
-            "known": self._known(conditioning, batch, lattice),
-            "noise": None if latents is None else self._noise(latents, lattice, batch),
+            "known": known_of(self, conditioning, batch, lattice),
+            "noise": None if latents is None else noise_of(self, latents, lattice, batch),
             "text": None if prompt_embeds is None else self.text(plan, before=prompt_embeds),
         }
         sampler = pipe.sampler(plan, lattice.frames, **begun)
@@ -357,15 +358,6 @@ class VideoPipeline:
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
 
-    def _known(self, conditioning: Any, batch: int, lattice: Units) -> dict[int, Known]:
-        """Encode what a video begins with, by unit."""
-        if conditioning is None:
-            return {}
-        pixels = from_frames(conditioning).to(self.device)
-        encoded = self.codec.encode(pixels)
-        encoded = encoded.expand(batch, *encoded.shape[1:])
-        return known_tokens(encoded, lattice, patch=self.transformer.config.patch)
-
     def text(self, plan: Plan, *, before: Tensor | None = None) -> TextContext:
         """Return what the passes of a plan read; `before` are rows of its prompts."""
         guided = plan.options.guidance_scale != 1
@@ -395,17 +387,6 @@ class VideoPipeline:
             whole = torch.lerp(whole, self.prompt_encoder.encode(list(blended)), share)
         return self.transformer.encode_text(whole.to(self.transformer.proj_out.bias))
 
-    def _noise(self, latents: Tensor, units: Units, batch: int) -> Tensor:
-        """Return starting noise as tokens; levels of a pyramid would have to share it."""
-        patch, channels = self.transformer.config.patch, self.codec.latent_channels
-        shape = (batch, units.frames, channels, units.height * patch, units.width * patch)
-        if units.frames is None or tuple(latents.shape) != shape or units.coords[:, 3].any():
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} cannot be the noise of this video: give "
-                f"{shape} to a clip of units without levels."
-            )
-        return to_tokens(latents, units, patch=patch)
-
     def untrained(self, units: Iterable[str | Scheme]) -> str:
         """Say which units a checkpoint that states its own never learned; nothing if none is."""
         known = self.meta.get("units", ())
@@ -419,17 +400,4 @@ class VideoPipeline:
 
     def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
         """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
-        scheme = parse(units) if isinstance(units, str) else units
-        time_stride, *strides = self.codec.stride
-        frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)
-        if frames is not None and scheme.frames is not None:
-            frames = math.ceil(frames / scheme.frames) * scheme.frames
-        lengths = []
-        for name, stride in zip(("height", "width"), strides, strict=True):
-            size, side = getattr(self, name), stride * self.transformer.config.patch
-            if size < side or size % side:
-                raise ValueError(
-                    f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
-                )
-            lengths.append(size // side)
-        return Units(scheme, frames, *lengths)
+        return lattice_of(self, units, num_frames)

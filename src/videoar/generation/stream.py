@@ -75,14 +75,13 @@ class Generation:
         self.stats, self._decoder = Timing(), codec.stream_decoder()
         self._frames = sampler.units.frames
         self._past: dict[int, Latents] = {}
-        """Latent frames of whole segments that a unit may yet read: the first, and the newest."""
+        """Latent frames that a unit may yet read: the first, and the newest."""
         self._whole = 0
         """Latent frames of whole segments."""
         self.kept: list[int] = []
         """The latent frames of the video that are the first of the sampler."""
         self._open: list[Tokens] = []
-        """Units of the segment that is not whole, and the latent frames that they finished."""
-        self._done: list[Latents] = []
+        """Units of the segment that is not whole."""
         self._take(sampler)
 
     def _take(self, sampler: Sampler) -> None:
@@ -148,7 +147,8 @@ class Generation:
             first = units.whole_segments(options.sink_frames, window=options.window_frames)
             last = (options.window_frames - first) // units.segment_frames - 1
             last *= units.segment_frames
-        kept = [t for t in sorted(self._past) if t < first or t >= self._whole - last]
+        whole = [t for t in sorted(self._past) if t < self._whole]
+        kept = [t for t in whole if t < first or t >= self._whole - last]
         kept = kept[len(kept) % units.segment_frames :]
         if self._frames is not None:
             sampler = self._begin(self.plan, len(kept) + self._frames - self._whole)
@@ -170,13 +170,12 @@ class Generation:
     def _remember(self, unit: Unit, tokens: Tokens, latents: Latents | None) -> None:
         """Keep what a unit may yet read."""
         self._open.append(tokens)
-        self._done += [] if latents is None else [latents]
+        if latents is not None:
+            start = max(self._past, default=-1) + 1
+            self._past |= dict(enumerate(latents.split(1, dim=1), start))
         if (unit.index + 1) % self.sampler.units.units_per_segment:
             return
-        frames = torch.cat(self._done, dim=1).split(1, dim=1)
-        self._past |= dict(enumerate(frames, start=self._whole))
-        self._whole += len(frames)
-        self._open, self._done = [], []
+        self._whole, self._open = max(self._past) + 1, []
         options = self.plan.options
         if options.window_frames is not None:
             oldest = self._whole - options.window_frames
@@ -255,12 +254,14 @@ class Generation:
         """Say what this is a generation of: a state goes on in one that says the same."""
         network: Any = self.sampler.network
         model = getattr(network, "network", network)  # without guidance around it
-        height, width = self.sampler.units.height, self.sampler.units.width
+        units, (_, *strides) = self.sampler.units, self._codec.stride
+        height, width = (stride * network.config.patch for stride in strides)
         return {
             "format": STATE_FORMAT,
             "model": weights.fingerprint(model),
             "codec": weights.fingerprint(self._codec),
-            "tokens": f"{height}x{width}",
+            "height": units.height * height,
+            "width": units.width * width,
             "num_frames": self.num_frames,
             "begun": self.begun.to_json(),
         }
@@ -286,8 +287,7 @@ class Generation:
             if index >= first:
                 state |= {f"mask.{index}": known.mask, f"known.{index}": known.tokens}
         state |= {f"past.{t}": latents for t, latents in self._past.items()}
-        for name, tensors in (("open", self._open), ("done", self._done)):
-            state |= {f"{name}.{k}": tensor for k, tensor in enumerate(tensors)}
+        state |= {f"open.{k}": tokens for k, tokens in enumerate(self._open)}
         if self.stats.frames < self.kept_frames:
             state["conditioning"] = torch.from_numpy(self.conditioning)
         return {name: _copy(tensor) for name, tensor in state.items()}
@@ -314,15 +314,8 @@ class Generation:
         masks, known = (part_of(state, name, device=device) for name in ("mask", "known"))
         self.sampler.hold({int(index): Known(masks[index], known[index]) for index in known})
         self._past = {int(t): x for t, x in part_of(state, "past", device=device).items()}
-        self._open, self._done = (
-            [
-                x
-                for _, x in sorted(
-                    part_of(state, name, device=device).items(), key=lambda item: int(item[0])
-                )
-            ]
-            for name in ("open", "done")
-        )
+        tokens = part_of(state, "open", device=device)
+        self._open = [tokens[str(k)] for k in range(len(tokens))]
         if "conditioning" in state:
             self.conditioning = state["conditioning"].numpy()
         self._passes = self.sampler.passes
