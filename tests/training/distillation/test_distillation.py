@@ -398,7 +398,10 @@ def _train_changed(run: TrainConfig, root: Path, changes: dict) -> None:
         ({"distillation.clip_frames": 9}, "clips of 3 latent frames, but clip_frames is 9"),
         ({"distillation.critic_warmup": -1}, "critic_warmup is -1: use 0 or more"),
         ({"distillation.score_shift": 0.0}, "score_shift is 0.0: use a number above 0"),
-        ({"latents": "wide"}, "clips of 4x6 latents, but .*makes videos of 4x4: .*--sizes 32x32"),
+        (
+            {"latents": "wide"},
+            "clips of 4x6 latents, but .*makes videos of 4x4: .*in the size 32x32",
+        ),
         ({"teacher": "short"}, "clip_frames is 3, but .*short was trained on clips of 2"),
         ({"lora_rank": 0}, "lora_rank is 0: use 1 or more"),
         ({"num_validation": 0}, "num_validation is 0: use 1 or more"),
