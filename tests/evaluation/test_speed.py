@@ -140,7 +140,7 @@ def test_tokens_are_counted_with_their_commits(
     one = replace(config, units=(scheme,))
     run, counted = generate(pipe, one, seconds=8.5, show=lambda frames, _: clock.append(frames))
     sizes = pipe.lattice(parse(scheme), 17).sizes
-    assert counted.tokens == 2 * sum(sizes) + sum(sizes[:-1])
+    assert counted["tokens"] == 2 * sum(sizes) + sum(sizes[:-1])
     assert run.passes == 2 * len(sizes)
     assert run.units == len(sizes)
     assert clock[-1] == run.frames == 17
@@ -151,7 +151,7 @@ def test_flops_grow_with_guidance(pipe: VideoPipeline, config: Bench) -> None:
     _, once = generate(pipe, config, seconds=5.0)
     guided = replace(pipe, sampling=replace(pipe.sampling, guidance_scale=3.0))
     _, twice = generate(guided, config, seconds=5.0)
-    assert twice.flops == pytest.approx(2 * once.flops)
+    assert twice["flops"] == pytest.approx(2 * once["flops"])
 
 
 def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from videoar import machine
 from videoar.core.attention import Spans
-from videoar.core.sampler import Network
 from videoar.core.schemes import parse
-from videoar.core.transformer import Output, VideoTransformer
+from videoar.core.transformer import VideoTransformer
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
 from videoar.evaluation.tables import cells, markdown
@@ -146,8 +145,7 @@ def measure(config: Bench) -> Row:
     return Row(
         name=config.units[0],
         runs=tuple(timing for timing, _ in done),
-        tokens=done[0][1].tokens,
-        flops=done[0][1].flops,
+        **done[0][1],
         load_seconds=load_seconds,
         window_frames=pipe.sampling.window_frames,
         matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
@@ -163,32 +161,14 @@ def _pairs(mask: Tensor | Spans) -> int:
     return sum((q.stop - q.start) * sum(k.stop - k.start for k in keys) for q, keys in runs)
 
 
-class Counted:
-    """A network that counts what passes through it."""
-
-    def __init__(self, network: Network, transformer: VideoTransformer) -> None:
-        self.network, self.config = network, network.config
-        self.flops_of = transformer.flops
-        self.tokens, self.flops = 0, 0.0
-
-    def __call__(self, tokens: Tensor, **inputs: Any) -> Output:
-        """Count a pass and do it."""
-        mask, cache, text = inputs["mask"], inputs["cache"], inputs["text"][0][0]
-        count = tokens.shape[1]
-        keys = cache.tokens + count if mask is None else _pairs(mask) // count
-        self.tokens += count
-        self.flops += len(text) * self.flops_of(count, keys=keys, words=text.shape[2])
-        return self.network(tokens, **inputs)
-
-
 def generate(
     pipe: VideoPipeline,
     config: Bench,
     *,
     seconds: float,
     show: Callable[[int, float], None] = lambda frames, seconds: None,
-) -> tuple[Timing, Counted]:
-    """Generate a video file and forget it; return what it took, and what the network did.
+) -> tuple[Timing, dict[str, Any]]:
+    """Generate a video file and forget it; return what it took, and the network's tokens and flops.
 
     After every write `show` gets the frames and the seconds so far.
     """
@@ -199,9 +179,16 @@ def generate(
         units=config.units[0],
         num_inference_steps=config.num_inference_steps,
     )
-    counted = Counted(generation.sampler.network, pipe.transformer)
-    generation.sampler.network = counted
-    with tempfile.TemporaryDirectory() as folder:
+    counted: dict[str, Any] = {"tokens": 0, "flops": 0.0}
+
+    def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: dict[str, Any]) -> None:
+        size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]
+        keys = inputs["cache"].tokens + size if mask is None else _pairs(mask) // size
+        counted["tokens"] += size
+        counted["flops"] += len(text) * model.flops(size, keys=keys, words=text.shape[2])
+
+    counting = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    with counting, tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
         timing = write(generation, writer, fps=pipe.sampling.fps, show=show)
     if timing.interrupted:
