@@ -27,17 +27,12 @@ def trainable(pipe: VideoPipeline, shards: LatentShards, *, rank: int | None) ->
     module = networks_of(pipe, shards).requires_grad_(True)
     own_weights(module)
     if rank is not None:
+        missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+        peft = import_extra("peft", missing)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         module.text.requires_grad_(False)
-        add_low_rank(pipe.transformer, rank)
+        peft.inject_adapter_in_model(config, pipe.transformer)  # which freezes the rest
     return module
-
-
-def add_low_rank(model: VideoTransformer, rank: int) -> None:
-    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
-    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
-    peft = import_extra("peft", missing)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-    peft.inject_adapter_in_model(config, model)
 
 
 def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
-from videoar.training.objectives import TextToVideo
 from videoar.training.run_folder import Report
 from videoar.training.text_to_video import GeneratorTask
 
@@ -164,7 +163,9 @@ class StudentTask(GeneratorTask):
             "config": distillation,
             "seed": config.seed,
         }
-        trained = [self._trainable(pipe) for pipe in others.values()]
+        trained = [trainable(pipe, shards, rank=task.lora_rank) for pipe in others.values()]
+        for pipe in others.values() if task.recompute else ():
+            recompute_activations(pipe.transformer)
         kind = objectives.DistributionMatching if "critic" in others else objectives.Initialisation
         self.objective = kind(*trained, **taught)
         self.of_the_world = "scene" in shards.clips[0].get("extra", {})
@@ -205,12 +206,6 @@ class StudentTask(GeneratorTask):
                     f" makes videos of {own[0]}x{own[1]}: prepare the videos in the size"
                     f" {teacher.width}x{teacher.height}"
                 )
-
-    def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
-        module = trainable(pipe, self.shards, rank=self.task.lora_rank)
-        if self.task.recompute:
-            recompute_activations(pipe.transformer)
-        return module
 
     def _flops(self, tokens: int, teacher: VideoTransformer) -> float:
         """Count the operations of a mean step for one video."""
