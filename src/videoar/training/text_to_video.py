@@ -197,6 +197,7 @@ class GeneratorTask:
             )
         if cut := prompts.too_long(set(shards.captions)):
             report(cut)
+        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
         self.tokens_per_frame = height * width // pipe.transformer.config.patch**2
 
     def sources(self) -> dict[str, str]:
@@ -222,9 +223,7 @@ class TextToVideoTask(GeneratorTask):
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
         self.units, self.made_of = schemes.names(task.units), (task.init, task.codec)
-        loaded = None
-        if task.init is not None:
-            loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec)
+        loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
         codec = loaded.codec if loaded else codec_of(task)
         shards = self._open(codec, report)
         pipe = loaded or make_generator(task, codec, shards)
@@ -257,7 +256,7 @@ class TextToVideoTask(GeneratorTask):
     def _held_out(self) -> list[dict[str, Tensor]]:
         """Return batches of unseen clips: of the world, or of what the folder holds out."""
         shards = self.shards
-        if "scene" not in shards.clips[0].get("extra", {}) or shards.tokenize is None:
+        if not self.of_the_world or shards.tokenize is None:
             return list(read_held_out(shards.folder, shards.tokenize))
         indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
         videos = list(WorldEncoder(codec=self.pipe.codec, **self.encoding).encode(indices))

@@ -86,11 +86,9 @@ def check_roles(
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = trained_flow(teacher.meta, teacher.sampling).context
-    known = teacher.meta.get("units", ())
-    if context != "full" and known and (new := set(units) - set(known)):
+    if context != "full" and (new := teacher.untrained(units)):
         raise ValueError(
-            f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
-            f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
+            f"{task.teacher} was {new}: use one of these units, or a teacher that reads everything"
         )
     theirs = shared_traits(teacher)
     for role, pipe in others.items():
@@ -168,7 +166,6 @@ class StudentTask(GeneratorTask):
             recompute_activations(pipe.transformer)
         kind = objectives.DistributionMatching if "critic" in others else objectives.Initialisation
         self.objective = kind(*trained, **taught)
-        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
         tokens = distillation.clip_frames * self.tokens_per_frame
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
