@@ -86,7 +86,7 @@ class TrainConfig:
     """CPU threads; None leaves torch's choice. A run repeats bit for bit at the same count only."""
     log_every: int = 10
     """Steps between two lines of the log."""
-    save_every: int = 500
+    save_every: int = 100
     """Steps between two checkpoints."""
     sample_every: int = 0
     """Steps between two validations; 0 for none."""

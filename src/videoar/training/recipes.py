@@ -82,7 +82,6 @@ def codec_toy() -> TrainConfig:
         ema_decay=0.99,
         precision="bfloat16",
         log_every=50,
-        save_every=250,
         sample_every=100,
     )
 
@@ -105,7 +104,6 @@ def codec() -> TrainConfig:
         batch_size=4,
         optimizer=replace(first.optimizer, decay_fraction=0.25),
         ema_decay=0.998,
-        save_every=100,
     )
 
 
@@ -124,7 +122,6 @@ def toy() -> TrainConfig:
         ema_decay=0.998,
         precision="bfloat16",
         log_every=20,
-        save_every=200,
         sample_every=400,
     )
 
@@ -161,7 +158,6 @@ def _distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
         ema_decay=0.95,
         precision="bfloat16",
         log_every=20,
-        save_every=100,
         sample_every=steps // 2,
     )
 
@@ -269,7 +265,6 @@ def video() -> TrainConfig:
         steps=6000,
         batch_size=16,
         optimizer=replace(toy().optimizer, decay_fraction=0.3),
-        save_every=100,
         sample_every=500,
     )
 
@@ -287,7 +282,6 @@ def finetune() -> TrainConfig:
         ),
         ema_decay=0.99,
         precision="bfloat16",
-        save_every=100,
         sample_every=100,
     )
 
