@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from videoar.core.transformer import VideoTransformer
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
 from videoar.evaluation.tables import cells, markdown
-from videoar.files import load, save
+from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import write
 from videoar.generation.timing import Timing
@@ -40,32 +40,12 @@ INCLUDED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """All that was measured of one kind of unit."""
-
-    name: str
-    runs: tuple[Timing, ...]
-    """Of the same video, the first one at the start of a process."""
-    tokens: int
-    """Tokens that went through the network for it, cache writes included."""
-    flops: float
-    """Of the network, counting the keys that may be read."""
-    load_seconds: float
-    """Of the weights."""
-    window_frames: int | None
-    """Latent frames that a unit may read; None: all."""
-    matmul_rate: float
-    """Floating-point operations per second of a large matrix product on this machine."""
-    hardware: str
-
-
 def run(config: Bench, report: Callable[[str], None]) -> str:
     """Measure every kind of unit, and return the tables."""
     return tables(config, measure_all(config, report))
 
 
-def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
+def measure_all(config: Bench, report: Callable[[str], None]) -> list[Json]:
     """Measure every kind of unit, with a line of report for each.
 
     Raises:
@@ -95,9 +75,9 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
             raise ChildProcessError("a measurement died: is there too little memory?") from error
 
 
-def tables(config: Bench, rows: Sequence[Row]) -> str:
+def tables(config: Bench, rows: Sequence[Json]) -> str:
     """Return the table, and what its figures include."""
-    title = INCLUDED.format(**vars(config), hardware=rows[0].hardware)
+    title = INCLUDED.format(**vars(config), hardware=rows[0]["hardware"])
     return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
 
 
@@ -106,26 +86,27 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
-def speed_cells(row: Row) -> dict[str, str]:
+def speed_cells(row: Json) -> dict[str, str]:
     """Return the cells of the table of speed, by column."""
-    first, names = row.runs[0], ("model_seconds", "decode_seconds", "write_seconds")
-    seconds = [statistics.median(getattr(run, name) for run in row.runs) for name in names]
-    start, rate = first.start_seconds, row.flops / seconds[0]
+    runs, rate = row["runs"], row["matmul_rate"]
+    first, names = runs[0], ("model_seconds", "decode_seconds", "write_seconds")
+    seconds = [statistics.median(getattr(run, name) for run in runs) for name in names]
+    start, speed = first.start_seconds, row["flops"] / seconds[0]
     return {
-        "units": row.name,
-        "frames/s": _spread([run.fps for run in row.runs]),
+        "units": row["name"],
+        "frames/s": _spread([run.fps for run in runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
         "passes": str(first.passes),
         "units made": str(first.units),
-        "tokens/pass": f"{row.tokens / first.passes:.1f}",
+        "tokens/pass": f"{row['tokens'] / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
-        "window (latent frames)": str(row.window_frames or "all"),
-        "first frame (s)": _spread([run.first_frame_seconds for run in row.runs]),
+        "window (latent frames)": str(row["window_frames"] or "all"),
+        "first frame (s)": _spread([run.first_frame_seconds for run in runs]),
         "from start (s)": "unknown" if start is None else f"{start:.2f}",
-        "peak memory": f"{row.runs[-1].peak_bytes / 2**20:.0f} MiB",
-        "GFLOP/s": f"{rate / 1e9:.1f}",
-        "of a matmul": f"{rate / row.matmul_rate:.0%}",
+        "peak memory": f"{runs[-1].peak_bytes / 2**20:.0f} MiB",
+        "GFLOP/s": f"{speed / 1e9:.1f}",
+        "of a matmul": f"{speed / rate:.0%}",
     }
 
 
@@ -136,21 +117,29 @@ def load_pipeline(config: Bench) -> VideoPipeline:
     return VideoPipeline.from_pretrained(config.checkpoint)
 
 
-def measure(config: Bench) -> Row:
-    """Generate the video of one kind several times; then measure the machine."""
+def measure(config: Bench) -> Json:
+    """Generate the video of one kind several times; then measure the machine.
+
+    Returns:
+        All that was measured: the `runs`, each a `Timing` of the same video, the first one at the
+        start of a process; the `tokens` that went through the network for it, cache writes
+        included, and its `flops`, counting the keys that may be read; the seconds that loading the
+        weights took; the latent frames that a unit may read, None for all; and the floating-point
+        operations per second of a large matrix product on this machine.
+    """
     before = time.perf_counter()
     pipe = load_pipeline(config)
     load_seconds = time.perf_counter() - before
     done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
-    return Row(
-        name=config.units[0],
-        runs=tuple(timing for timing, _ in done),
+    return {
+        "name": config.units[0],
+        "runs": [timing for timing, _ in done],
         **done[0][1],
-        load_seconds=load_seconds,
-        window_frames=pipe.sampling.window_frames,
-        matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
-        hardware=machine.hardware("cpu"),
-    )
+        "load_seconds": load_seconds,
+        "window_frames": pipe.sampling.window_frames,
+        "matmul_rate": machine.measure_matmul_rate("cpu", precision="float32"),
+        "hardware": machine.hardware("cpu"),
+    }
 
 
 def _pairs(mask: Tensor | Spans) -> int:
@@ -167,7 +156,7 @@ def generate(
     *,
     seconds: float,
     show: Callable[[int, float], None] = lambda frames, seconds: None,
-) -> tuple[Timing, dict[str, Any]]:
+) -> tuple[Timing, Json]:
     """Generate a video file and forget it; return what it took, and the network's tokens and flops.
 
     After every write `show` gets the frames and the seconds so far.
@@ -179,9 +168,9 @@ def generate(
         units=config.units[0],
         num_inference_steps=config.num_inference_steps,
     )
-    counted: dict[str, Any] = {"tokens": 0, "flops": 0.0}
+    counted: Json = {"tokens": 0, "flops": 0.0}
 
-    def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: dict[str, Any]) -> None:
+    def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: Json) -> None:
         size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]
         keys = inputs["cache"].tokens + size if mask is None else _pairs(mask) // size
         counted["tokens"] += size
