@@ -290,13 +290,9 @@ class ReconstructionTask:
         latent_frames = 1 + (num_frames - 1) // codec.stride[0]
         batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
         self.tokens_per_batch = batch * places
-        self.flops_per_batch = 3 * batch * self._flops_per_latent(*size)
-
-    def _flops_per_latent(self, height: int, width: int) -> float:
-        """Count the operations of one latent frame, there and back."""
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.objective.module.reconstruct(torch.zeros(1, 5, 3, height, width))
-        return counter.get_total_flops() / 2
+        with FlopCounterMode(display=False) as counter, torch.no_grad():  # of two latent frames
+            codec.reconstruct(torch.zeros(1, 5, 3, *size))
+        self.flops_per_batch = 3 * batch * counter.get_total_flops() / 2
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:

@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from videoar.checks import import_extra
-from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, text_module
 from videoar.files import written_whole
 from videoar.generation.pipeline import VideoPipeline
@@ -35,13 +34,14 @@ def trainable(pipe: VideoPipeline, shards: LatentShards, *, rank: int | None) ->
     return module
 
 
-def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:
-    """Put low-rank updates into the weights beside which they were trained, and return them.
+def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> None:
+    """Write a checkpoint in which low-rank updates are merged, and beside it what they are.
 
     Their names are those of diffusers, and alpha is their rank, as it is where nothing states it.
     """
+    model = pipe.transformer
     layers: list[tuple[str, Any]] = list(model.named_modules())
-    updates = {}
+    updates = dict[str, Tensor]()
     for name, module in layers:
         if hasattr(module, "get_base_layer"):
             for side in ("lora_A", "lora_B"):
@@ -49,12 +49,6 @@ def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:
                 updates[f"transformer.{name}.{side}.weight"] = update.detach().contiguous()
             module.merge()
             model.set_submodule(name, module.get_base_layer())
-    return updates
-
-
-def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> None:
-    """Write a checkpoint in which low-rank updates are merged, and beside it what they are."""
-    updates = merge_low_rank(pipe.transformer)
     pipe.meta = meta
     pipe.save_pretrained(folder, overwrite=True)
     if updates:
