@@ -140,7 +140,7 @@ def test_a_rank_that_trains_nothing_is_refused() -> None:
     task = recipes.finetune().task
     with pytest.raises(ValueError, match="lora_rank is 0: use 1 or more"):
         replace(task, lora_rank=0)
-    with pytest.raises(ValueError, match=r"lora_rank is 2: use none without --task\.init"):
+    with pytest.raises(ValueError, match=r"lora_rank is 2: use none without task\.init"):
         replace(task, lora_rank=2, init=None)
 
 
