@@ -148,16 +148,14 @@ def toy_teacher() -> TrainConfig:
 
 def _distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     """Match distributions; half-way and at the end the student is judged."""
-    return TrainConfig(
-        name=name,
-        out=Path("runs") / name,
+    return _named(
+        name,
+        toy(),
         task=task,
         steps=steps,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0),
         ema_decay=0.95,
-        precision="bfloat16",
-        log_every=20,
         sample_every=steps // 2,
     )
 
