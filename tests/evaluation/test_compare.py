@@ -32,8 +32,8 @@ def test_frechet_interval_holds_the_distance_of_many() -> None:
     held = 0
     for seed in range(20):
         first, second = rng.standard_normal((100, 2)), rng.standard_normal((100, 2)) + 1
-        low, high = frechet_interval(first, second, seed=seed)
-        held += low <= 2.0 <= high
+        found = frechet_interval(first, second, seed=seed)
+        held += found.low <= 2.0 <= found.high
     assert held >= 16
 
 

@@ -1,7 +1,7 @@
 """Benchmark: the arithmetic of its figures, and that what it compares is the same thing."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,8 @@ from videoar.core.schemes import parse
 from videoar.core.units import Visible
 from videoar.evaluation import speed
 from videoar.evaluation.options import Bench
-from videoar.evaluation.speed import (
-    Row,
-    generate,
-    speed_cells,
-    tables,
-)
+from videoar.evaluation.speed import generate, speed_cells, tables
+from videoar.files import Json
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes
@@ -52,14 +48,14 @@ def config(pipe: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Ben
 
 
 @pytest.fixture(scope="module")
-def rows(config: Bench) -> list[Row]:
+def rows(config: Bench) -> list[Json]:
     """One benchmark in real processes that several tests look at."""
     return speed.measure_all(config, lambda line: None)
 
 
-def test_frames_per_second_are_end_to_end(rows: list[Row]) -> None:
+def test_frames_per_second_are_end_to_end(rows: list[Json]) -> None:
     """Rate times wall time is the number of frames, and no part takes longer than the whole."""
-    for run in rows[0].runs:
+    for run in rows[0]["runs"]:
         assert run.fps * run.seconds == pytest.approx(run.frames)
         assert run.frames == 10
         parts = run.model_seconds + run.decode_seconds + run.write_seconds
@@ -67,18 +63,18 @@ def test_frames_per_second_are_end_to_end(rows: list[Row]) -> None:
         assert 0 < run.first_frame_seconds < run.seconds
 
 
-def test_the_start_of_the_process_is_counted(rows: list[Row]) -> None:
+def test_the_start_of_the_process_is_counted(rows: list[Json]) -> None:
     """Time to the first frame from the start includes loading and the wait for the first frame."""
-    row, first = rows[0], rows[0].runs[0]
+    row, first = rows[0], rows[0]["runs"][0]
     assert first.start_seconds is not None
-    assert first.start_seconds > row.load_seconds + first.first_frame_seconds
+    assert first.start_seconds > row["load_seconds"] + first.first_frame_seconds
 
 
-def test_memory_is_that_of_a_process(rows: list[Row]) -> None:
+def test_memory_is_that_of_a_process(rows: list[Json]) -> None:
     """Peaks are positive, hold at least the interpreter, and never fall as a video grows."""
     row = rows[0]
-    assert all(2**24 < run.peak_bytes < 2**34 for run in row.runs)
-    assert row.runs[0].cache_bytes > 0
+    assert all(2**24 < run.peak_bytes < 2**34 for run in row["runs"])
+    assert row["runs"][0].cache_bytes > 0
     assert peak_bytes() > 2**24
 
 
@@ -90,15 +86,15 @@ def test_a_long_video_is_timed_at_every_mark(config: Bench) -> None:
     assert 0 < flat["early_bytes"] <= flat["late_bytes"]
 
 
-def test_the_file_reloads(rows: list[Row], config: Bench) -> None:
+def test_the_file_reloads(rows: list[Json], config: Bench) -> None:
     """The JSON is what was returned; runs can be built from it again."""
     assert config.out is not None
     read = json.loads(config.out.read_text())
-    assert read["benchmark"]["rows"] == json.loads(json.dumps([asdict(row) for row in rows]))
-    assert Timing(**read["benchmark"]["rows"][0]["runs"][0]) == rows[0].runs[0]
+    assert read["benchmark"]["rows"] == json.loads(json.dumps(rows, default=vars))
+    assert Timing(**read["benchmark"]["rows"][0]["runs"][0]) == rows[0]["runs"][0]
 
 
-def test_the_table_has_all_parts(rows: list[Row], config: Bench) -> None:
+def test_the_table_has_all_parts(rows: list[Json], config: Bench) -> None:
     """A table of one line, and the words that say what is included."""
     text = tables(config, rows)
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -140,7 +136,7 @@ def test_tokens_are_counted_with_their_commits(
     one = replace(config, units=(scheme,))
     run, counted = generate(pipe, one, seconds=8.5, show=lambda frames, _: clock.append(frames))
     sizes = pipe.lattice(parse(scheme), 17).sizes
-    assert counted.tokens == 2 * sum(sizes) + sum(sizes[:-1])
+    assert counted["tokens"] == 2 * sum(sizes) + sum(sizes[:-1])
     assert run.passes == 2 * len(sizes)
     assert run.units == len(sizes)
     assert clock[-1] == run.frames == 17
@@ -151,7 +147,7 @@ def test_flops_grow_with_guidance(pipe: VideoPipeline, config: Bench) -> None:
     _, once = generate(pipe, config, seconds=5.0)
     guided = replace(pipe, sampling=replace(pipe.sampling, guidance_scale=3.0))
     _, twice = generate(guided, config, seconds=5.0)
-    assert twice.flops == pytest.approx(2 * once.flops)
+    assert twice["flops"] == pytest.approx(2 * once["flops"])
 
 
 def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:
@@ -162,7 +158,7 @@ def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:
     assert length.cost_at(20, fps=16, frames=frames, times=times) == pytest.approx(0.32)
 
 
-def _made_up() -> Row:
+def _made_up() -> Json:
     run = Timing(
         frames=100,
         seconds=2.0,
@@ -177,17 +173,17 @@ def _made_up() -> Row:
         cache_bytes=2**20,
         peak_bytes=2**28,
     )
-    return Row(
-        name="frame",
-        runs=(run, replace(run, seconds=1.0), replace(run, seconds=4.0)),
-        steps=4,
-        tokens=200,
-        flops=4e9,
-        load_seconds=1.0,
-        window_frames=None,
-        matmul_rate=1.6e10,
-        hardware="abacus",
-    )
+    return {
+        "name": "frame",
+        "runs": [run, replace(run, seconds=1.0), replace(run, seconds=4.0)],
+        "steps": 4,
+        "tokens": 200,
+        "flops": 4e9,
+        "load_seconds": 1.0,
+        "window_frames": None,
+        "matmul_rate": 1.6e10,
+        "hardware": "abacus",
+    }
 
 
 def test_cells_follow_from_the_measurements() -> None:
@@ -199,7 +195,7 @@ def test_cells_follow_from_the_measurements() -> None:
     assert cells["tokens/pass"] == "4.0"
     assert cells["of a matmul"] == "25%"
     assert (cells["from start (s)"], cells["peak memory"]) == ("3.00", "256 MiB")
-    unknown = replace(row, runs=(replace(row.runs[0], start_seconds=None),))
+    unknown = row | {"runs": [replace(row["runs"][0], start_seconds=None)]}
     assert speed_cells(unknown)["from start (s)"] == "unknown"
     flat = {"seconds": [10, 20], "cost": [0.2, 0.3], "early_bytes": 2**28, "late_bytes": 2**29}
     assert length.row("frame", flat)["last / first"] == "1.500"

@@ -56,15 +56,11 @@ def run(config: HeldOut, report: Callable[[str], None]) -> str:
         raise ValueError(f"{config.out} exists already: name another file")
     for name in config.units or ():
         parse(name)
-    if not (data / "heldout").is_dir():
+    apart = data / "heldout"
+    if not apart.is_dir() or len(shards := LatentShards(apart)) < 2:
         raise ValueError(
-            f"{data} holds no clips out: prepare two or more videos with held_out above 0"
-        )
-    shards = LatentShards(data / "heldout")
-    if len(shards) < 2:
-        raise ValueError(
-            f"{data} holds {len(shards)} clip out, but an interval takes 2: prepare more videos, or"
-            " with a larger held_out"
+            f"{data} holds no clips out, or one, but an interval takes 2: prepare two or more"
+            " videos with held_out above 0, or a larger one"
         )
     files = [clip["extra"]["file"] for clip in shards.clips]
     metas = [Checkpoint.find(checkpoint).meta for checkpoint in config.checkpoints]

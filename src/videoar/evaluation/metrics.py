@@ -185,8 +185,8 @@ def frechet_interval(
     *,
     resamples: int = 200,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval of a Fréchet distance.
+) -> Interval:
+    """Return a Fréchet distance with a 95 % bootstrap interval.
 
     Drawing anew adds distance, as fewer different videos do: what the median adds is taken off. The
     bias that the distance itself has is not; it is the same for the same number of videos.
@@ -197,7 +197,8 @@ def frechet_interval(
         for _ in range(resamples)
     ]
     low, middle, high = np.quantile(draws, [0.025, 0.5, 0.975])
-    return max(0.0, float(found + low - middle)), float(found + high - middle)
+    low, high = max(0.0, float(found + low - middle)), float(found + high - middle)
+    return Interval(mean=found, low=low, high=high)
 
 
 def kid(made: Pictures, real: Pictures, *, resamples: int = 1000, seed: int = 0) -> Interval:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_options
+from videoar.checks import check_options, check_positive
 from videoar.core.schemes import KINDS
 from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
 
@@ -41,12 +41,9 @@ class Bench:
     """JSON file of the report."""
 
     def __post_init__(self) -> None:
-        check_options(
-            self,
-            ("units", len(self.units) > 0, "at least one kind"),
-            ("seconds", 0 < self.seconds < math.inf, "a positive number, such as 20"),
-            least={"num_inference_steps": 1, "repeats": 1, "threads": 1},
-        )
+        check_positive(self, "seconds")
+        least = {"num_inference_steps": 1, "repeats": 1, "threads": 1}
+        check_options(self, ("units", len(self.units) > 0, "at least one kind"), least=least)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from videoar import machine
 from videoar.core.attention import Spans
-from videoar.core.sampler import Network
 from videoar.core.schemes import parse
-from videoar.core.transformer import Output, VideoTransformer
+from videoar.core.transformer import VideoTransformer
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
 from videoar.evaluation.tables import cells, markdown
-from videoar.files import load, save
+from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import write
 from videoar.generation.timing import Timing
@@ -40,34 +39,12 @@ INCLUDED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """All that was measured of one kind of unit."""
-
-    name: str
-    runs: tuple[Timing, ...]
-    """Of the same video, the first one at the start of a process."""
-    steps: int
-    """Denoising steps per unit."""
-    tokens: int
-    """Tokens that went through the network for it, cache writes included."""
-    flops: float
-    """Of the network, counting the keys that may be read."""
-    load_seconds: float
-    """Of the weights."""
-    window_frames: int | None
-    """Latent frames that a unit may read; None: all."""
-    matmul_rate: float
-    """Floating-point operations per second of a large matrix product on this machine."""
-    hardware: str
-
-
 def run(config: Bench, report: Callable[[str], None]) -> str:
     """Measure every kind of unit, and return the tables."""
     return tables(config, measure_all(config, report))
 
 
-def measure_all(config: Bench, report: Callable[[str], None]) -> list[Row]:
+def measure_all(config: Bench, report: Callable[[str], None]) -> list[Json]:
     """Measure every kind of unit, with a line of report for each.
 
     Raises:
@@ -97,9 +74,9 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
             raise ChildProcessError("a measurement died: is there too little memory?") from error
 
 
-def tables(config: Bench, rows: Sequence[Row]) -> str:
+def tables(config: Bench, rows: Sequence[Json]) -> str:
     """Return the table, and what its figures include."""
-    title = INCLUDED.format(**vars(config), hardware=rows[0].hardware)
+    title = INCLUDED.format(**vars(config), hardware=rows[0]["hardware"])
     return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
 
 
@@ -108,27 +85,28 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
-def speed_cells(row: Row) -> dict[str, str]:
+def speed_cells(row: Json) -> dict[str, str]:
     """Return the cells of the table of speed, by column."""
-    first, names = row.runs[0], ("model_seconds", "decode_seconds", "write_seconds")
-    seconds = [statistics.median(getattr(run, name) for run in row.runs) for name in names]
-    start, rate = first.start_seconds, row.flops / seconds[0]
+    runs, rate = row["runs"], row["matmul_rate"]
+    first, names = runs[0], ("model_seconds", "decode_seconds", "write_seconds")
+    seconds = [statistics.median(getattr(run, name) for run in runs) for name in names]
+    start, speed = first.start_seconds, row["flops"] / seconds[0]
     return {
-        "units": row.name,
-        "frames/s": _spread([run.fps for run in row.runs]),
+        "units": row["name"],
+        "frames/s": _spread([run.fps for run in runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
-        "steps": str(row.steps),
+        "steps": str(row["steps"]),
         "passes": str(first.passes),
         "units made": str(first.units),
-        "tokens/pass": f"{row.tokens / first.passes:.1f}",
+        "tokens/pass": f"{row['tokens'] / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
-        "window (latent frames)": str(row.window_frames or "all"),
-        "first frame (s)": _spread([run.first_frame_seconds for run in row.runs]),
+        "window (latent frames)": str(row["window_frames"] or "all"),
+        "first frame (s)": _spread([run.first_frame_seconds for run in runs]),
         "from start (s)": "unknown" if start is None else f"{start:.2f}",
-        "peak memory": f"{row.runs[-1].peak_bytes / 2**20:.0f} MiB",
-        "GFLOP/s": f"{rate / 1e9:.1f}",
-        "of a matmul": f"{rate / row.matmul_rate:.0%}",
+        "peak memory": f"{runs[-1].peak_bytes / 2**20:.0f} MiB",
+        "GFLOP/s": f"{speed / 1e9:.1f}",
+        "of a matmul": f"{speed / rate:.0%}",
     }
 
 
@@ -139,23 +117,29 @@ def load_pipeline(config: Bench) -> VideoPipeline:
     return VideoPipeline.from_pretrained(config.checkpoint)
 
 
-def measure(config: Bench) -> Row:
-    """Generate the video of one kind several times; then measure the machine."""
+def measure(config: Bench) -> Json:
+    """Generate the video of one kind several times; then measure the machine.
+
+    Returns:
+        All that was measured: the `runs`, each a `Timing` of the same video, the first one at the
+        start of a process; the `tokens` that went through the network for it, cache writes
+        included, and its `flops`, counting the keys that may be read; the seconds that loading the
+        weights took; the latent frames that a unit may read, None for all; and the floating-point
+        operations per second of a large matrix product on this machine.
+    """
     before = time.perf_counter()
     pipe = load_pipeline(config)
     load_seconds = time.perf_counter() - before
     done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
-    return Row(
-        name=config.units[0],
-        steps=done[0][1].steps,
-        runs=tuple(timing for timing, _ in done),
-        tokens=done[0][1].tokens,
-        flops=done[0][1].flops,
-        load_seconds=load_seconds,
-        window_frames=pipe.sampling.window_frames,
-        matmul_rate=machine.measure_matmul_rate("cpu", precision="float32"),
-        hardware=machine.hardware("cpu"),
-    )
+    return {
+        "name": config.units[0],
+        "runs": [timing for timing, _ in done],
+        **done[0][1],
+        "load_seconds": load_seconds,
+        "window_frames": pipe.sampling.window_frames,
+        "matmul_rate": machine.measure_matmul_rate("cpu", precision="float32"),
+        "hardware": machine.hardware("cpu"),
+    }
 
 
 def _pairs(mask: Tensor | Spans) -> int:
@@ -166,33 +150,14 @@ def _pairs(mask: Tensor | Spans) -> int:
     return sum((q.stop - q.start) * sum(k.stop - k.start for k in keys) for q, keys in runs)
 
 
-class Counted:
-    """A network that counts what passes through it."""
-
-    def __init__(self, network: Network, transformer: VideoTransformer) -> None:
-        self.network, self.config = network, network.config
-        self.flops_of = transformer.flops
-        self.tokens, self.flops = 0, 0.0
-        self.steps = 0
-
-    def __call__(self, tokens: Tensor, **inputs: Any) -> Output:
-        """Count a pass and do it."""
-        mask, cache, text = inputs["mask"], inputs["cache"], inputs["text"][0][0]
-        count = tokens.shape[1]
-        keys = cache.tokens + count if mask is None else _pairs(mask) // count
-        self.tokens += count
-        self.flops += len(text) * self.flops_of(count, keys=keys, words=text.shape[2])
-        return self.network(tokens, **inputs)
-
-
 def generate(
     pipe: VideoPipeline,
     config: Bench,
     *,
     seconds: float,
     show: Callable[[int, float], None] = lambda frames, seconds: None,
-) -> tuple[Timing, Counted]:
-    """Generate a video file and forget it; return what it took, and what the network did.
+) -> tuple[Timing, Json]:
+    """Generate a video file and forget it; return what it took, and the network's tokens and flops.
 
     After every write `show` gets the frames and the seconds so far.
     """
@@ -205,10 +170,16 @@ def generate(
         units=config.units[0],
         **stated,
     )
-    counted = Counted(generation.sampler.network, pipe.transformer)
-    counted.steps = generation.sampler.config.num_steps
-    generation.sampler.network = counted
-    with tempfile.TemporaryDirectory() as folder:
+    counted: Json = {"tokens": 0, "flops": 0.0, "steps": generation.sampler.config.num_steps}
+
+    def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: Json) -> None:
+        size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]
+        keys = inputs["cache"].tokens + size if mask is None else _pairs(mask) // size
+        counted["tokens"] += size
+        counted["flops"] += len(text) * model.flops(size, keys=keys, words=text.shape[2])
+
+    counting = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    with counting, tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
         timing = write(generation, writer, fps=pipe.sampling.fps, show=show)
     if timing.interrupted:

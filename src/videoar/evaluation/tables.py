@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from videoar.evaluation import metrics
 from videoar.evaluation.lengths import WINDOW_SECONDS
-from videoar.evaluation.metrics import Interval, bootstrap_interval
+from videoar.evaluation.metrics import Interval, bootstrap_interval, frechet_interval
 from videoar.files import Json
 
 
@@ -165,12 +164,9 @@ def _features(sample: Json) -> Float[np.ndarray, "videos features"]:
 
 def _distance(samples: Sequence[Json], real: Float[np.ndarray, "videos features"]) -> str:
     """Return the Fréchet distance, the mean over samples: more videos would be nearer."""
-    made = [_features(sample) for sample in samples]
-    values = [
-        (metrics.frechet_distance(one, real), *metrics.frechet_interval(one, real)) for one in made
-    ]
-    mean, low, high = np.mean(values, axis=0)
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    found = [vars(frechet_interval(_features(sample), real)) for sample in samples]
+    means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    return f"{Interval(**means):.2f}"
 
 
 def _diversity(samples: Sequence[Json]) -> str:

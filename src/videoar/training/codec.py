@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
-from videoar.checks import check_options, check_types
+from videoar.checks import check_options, check_positive, check_types
 from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.containers import duration
@@ -31,6 +30,7 @@ from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
+from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective, own_weights
 from videoar.training.run_folder import FOOTAGE, Report, checkpoints
@@ -92,11 +92,8 @@ class FootageConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_options(
-            self,
-            ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"),
-            ("max_gigabytes", 0 < self.max_gigabytes < math.inf, "a number above 0"),
-        )
+        check_positive(self, "max_gigabytes")
+        check_options(self, ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"))
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
@@ -130,7 +127,7 @@ class FootageConfig:
             workers=config.num_threads,
         )
         sources = self._list()
-        length, said = self.num_frames, time.monotonic()
+        length = self.num_frames
         after_first = [
             max(0, int(max(self.fps * duration(*s.place), len(s.pictures))) - length)
             for s in sources
@@ -145,19 +142,13 @@ class FootageConfig:
             )
         fitting = (s for s in count(length) if sum(1 + f // s for f in after_first) <= room)
         stride = next(fitting)
-
-        def show(line: str) -> None:
-            nonlocal said
-            if time.monotonic() > said + 10:
-                said = time.monotonic()
-                report(f"decoding videos: {line}")
-
         asked = [self.size, length, self.fps, self.held_out, stride]
         asked += [source.key for source in sources]
         if _made_of(folder) != asked:
             shutil.rmtree(folder, ignore_errors=True)
             save_checkpoint(where, {"codec": codec}, {"footage": asked}, overwrite=True)
-        found = run(replace(prepare, stride=stride), show)
+        now_and_then = Paced(lambda line: report(f"decoding videos: {line}"), every=10.0)
+        found = run(replace(prepare, stride=stride), now_and_then.hear)
         if not found["held_out_clips"]:
             raise ValueError(
                 f"{self.videos} has {found['used']} video with a clip of {length} frames,"

@@ -86,7 +86,7 @@ class TrainConfig:
     """CPU threads; None leaves torch's choice. A run repeats bit for bit at the same count only."""
     log_every: int = 10
     """Steps between two lines of the log."""
-    save_every: int = 500
+    save_every: int = 100
     """Steps between two checkpoints."""
     sample_every: int = 0
     """Steps between two validations; 0 for none."""
@@ -187,7 +187,16 @@ class _Run:
         self.ranks, self.device = join(config.device)
         self.paced = Paced(report if self.ranks.first else lambda line: None)
         self.report: Report = self.paced.say
-        self._share()
+        if config.accumulate % (count := self.ranks.count):
+            raise ValueError(
+                f"accumulate is {config.accumulate}, but {count} processes share the batches of a"
+                f" step: make it a multiple of {count}"
+            )
+        if count > 1 and config.optimizer.muon_learning_rate is not None:
+            raise ValueError(
+                f"Muon moves whole matrices, which {count} processes split among them: set"
+                " optimizer.muon_learning_rate to None"
+            )
         if self.ranks.first:
             described = files.to_json(config)
             run_folder.check_owner(config.out, described)
@@ -226,20 +235,6 @@ class _Run:
     def seconds(self) -> float:
         """Seconds spent on this run so far, over all its resumptions."""
         return time.perf_counter() - self.began
-
-    def _share(self) -> None:
-        """Raise unless the batches of a step can be shared among the ranks."""
-        config, count = self.config, self.ranks.count
-        if config.accumulate % count:
-            raise ValueError(
-                f"accumulate is {config.accumulate}, but {count} processes share the batches of a"
-                f" step: make it a multiple of {count}"
-            )
-        if count > 1 and config.optimizer.muon_learning_rate is not None:
-            raise ValueError(
-                f"Muon moves whole matrices, which {count} processes split among them: set"
-                " optimizer.muon_learning_rate to None"
-            )
 
     def advance(self) -> None:
         """Take one optimizer step, or raise before the weights change."""

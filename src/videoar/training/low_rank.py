@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from videoar.checks import import_extra
-from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, text_module
 from videoar.files import written_whole
 from videoar.generation.pipeline import VideoPipeline
@@ -27,26 +26,22 @@ def trainable(pipe: VideoPipeline, shards: LatentShards, *, rank: int | None) ->
     module = networks_of(pipe, shards).requires_grad_(True)
     own_weights(module)
     if rank is not None:
+        missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+        peft = import_extra("peft", missing)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         module.text.requires_grad_(False)
-        add_low_rank(pipe.transformer, rank)
+        peft.inject_adapter_in_model(config, pipe.transformer)  # which freezes the rest
     return module
 
 
-def add_low_rank(model: VideoTransformer, rank: int) -> None:
-    """Freeze a transformer and put trainable low-rank updates beside its linear layers."""
-    missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
-    peft = import_extra("peft", missing)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-    peft.inject_adapter_in_model(config, model)
-
-
-def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:
-    """Put low-rank updates into the weights beside which they were trained, and return them.
+def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> None:
+    """Write a checkpoint in which low-rank updates are merged, and beside it what they are.
 
     Their names are those of diffusers, and alpha is their rank, as it is where nothing states it.
     """
+    model = pipe.transformer
     layers: list[tuple[str, Any]] = list(model.named_modules())
-    updates = {}
+    updates = dict[str, Tensor]()
     for name, module in layers:
         if hasattr(module, "get_base_layer"):
             for side in ("lora_A", "lora_B"):
@@ -54,12 +49,6 @@ def merge_low_rank(model: VideoTransformer) -> dict[str, Tensor]:
                 updates[f"transformer.{name}.{side}.weight"] = update.detach().contiguous()
             module.merge()
             model.set_submodule(name, module.get_base_layer())
-    return updates
-
-
-def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> None:
-    """Write a checkpoint in which low-rank updates are merged, and beside it what they are."""
-    updates = merge_low_rank(pipe.transformer)
     pipe.meta = meta
     pipe.save_pretrained(folder, overwrite=True)
     if updates:

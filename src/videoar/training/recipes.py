@@ -83,7 +83,6 @@ def codec_toy() -> TrainConfig:
         ema_decay=0.99,
         precision="bfloat16",
         log_every=50,
-        save_every=250,
         sample_every=100,
     )
 
@@ -106,7 +105,6 @@ def codec() -> TrainConfig:
         batch_size=4,
         optimizer=replace(first.optimizer, decay_fraction=0.25),
         ema_decay=0.998,
-        save_every=100,
     )
 
 
@@ -142,7 +140,6 @@ def toy() -> TrainConfig:
         ema_decay=0.998,
         precision="bfloat16",
         log_every=20,
-        save_every=200,
         sample_every=400,
     )
 
@@ -169,17 +166,14 @@ def toy_teacher() -> TrainConfig:
 
 def _distillation(name: str, task: StudentConfig, *, steps: int) -> TrainConfig:
     """Match distributions; half-way and at the end the student is judged."""
-    return TrainConfig(
-        name=name,
-        out=Path("runs") / name,
+    return _named(
+        name,
+        toy(),
         task=task,
         steps=steps,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99), warmup_steps=0),
         ema_decay=0.95,
-        precision="bfloat16",
-        log_every=20,
-        save_every=100,
         sample_every=steps // 2,
     )
 
@@ -287,7 +281,6 @@ def video() -> TrainConfig:
         steps=6000,
         batch_size=16,
         optimizer=replace(toy().optimizer, decay_fraction=0.3),
-        save_every=100,
         sample_every=500,
     )
 
@@ -305,7 +298,6 @@ def finetune() -> TrainConfig:
         ),
         ema_decay=0.99,
         precision="bfloat16",
-        save_every=100,
         sample_every=100,
     )
 

@@ -177,9 +177,10 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def read_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], *, ranks: Ranks) -> Json:
     """Read entries into tensors, which must have their names and shapes; return all the rest."""
-    for stem, target in tensors.items():
-        with reading(folder):
-            found = sizes(folder / stem)
+    with reading(folder):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        stored = [sizes(folder / stem) for stem in tensors]
+    for (stem, target), found in zip(tensors.items(), stored, strict=True):
         expected = {name: tuple(value.shape) for name, value in target.items()}
         for name in sorted(expected.keys() | found.keys()):
             if (wanted := expected.get(name)) != (shape := found.get(name)):
@@ -189,8 +190,7 @@ def read_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], *, rank
                 )
         with reading(folder), torch.no_grad():
             load(folder / stem, target, ranks)
-    with reading(folder):
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state
 
 
 class Log:

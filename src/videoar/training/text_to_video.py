@@ -130,16 +130,9 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
     model = task.model or SIZES[task.size or "small"]
     sizes = {"latent_channels": codec.latent_channels, "text_dim": text.hidden_size}
-    pipe = VideoPipeline(VideoTransformer(replace(model, **sizes)), prompts, codec)
-    pipe.sampling = GenerationConfig(num_inference_steps=8, guidance_scale=2.0)
-    return pipe
-
-
-def with_networks(pipe: VideoPipeline, module: nn.Module) -> VideoPipeline:
-    """Return a pipeline with what was trained of it."""
-    assert isinstance(module, TextToVideo)
-    prompts = pipe.prompt_encoder.with_trained(module.text)
-    return replace(pipe, transformer=module.transformer, prompt_encoder=prompts)
+    sampling = GenerationConfig(num_inference_steps=8, guidance_scale=2.0)
+    transformer, known = VideoTransformer(replace(model, **sizes)), {"words": ()}
+    return VideoPipeline(transformer, prompts, codec, sampling=sampling, meta=known)
 
 
 def trained_sampling(
@@ -170,34 +163,31 @@ def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str
     return said if words is None or len(words) > MAX_WORDS else said | {"words": words}
 
 
-class TextToVideoTask:
-    """A `Task`: what the loop needs to train a generator."""
+class GeneratorTask:
+    """What tasks share that train a generator: its latents, their batches, and its checkpoint.
 
-    def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
-        self.task = task
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.hear = Paced(report).hear
-        self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
-        loaded = None
-        if task.init is not None:
-            loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec)
-        codec = loaded.codec if loaded else codec_of(task)
-        shards = self._open(codec, report)
-        self.shards, self.words = shards, loaded.meta.get("words") if loaded else ()
-        self.pipe = loaded or make_generator(task, codec, shards)
-        transformer, prompts = self.pipe.transformer, self.pipe.prompt_encoder
-        height, width = shards.size
-        self.pipe.sampling = trained_sampling(task, self.pipe.sampling, shards)
-        self.pipe.height, self.pipe.width = height * codec.stride[1], width * codec.stride[2]
-        module = trainable(self.pipe, shards, rank=task.lora_rank)
-        if task.compile:  # of the averaged copy, made later, nothing is compiled
-            for block in transformer.blocks:
-                block.compile(dynamic=False)
-        self.units = schemes.names(task.units)
-        units = tuple(map(schemes.parse, self.units))
-        how: dict[str, Any] = {"schemes": units, "config": task.flow, "stages": task.stages}
-        self.objective = FlowMatching(module, **how)
-        shards.tokenize, batch_size = prompts.tokenize, config.batch_size
+    Args:
+        pipe: who makes videos of the size that most clips have, and of which a part is trained.
+        shards: the clips.
+        config: the run.
+        report: hears of clips and captions that are not used, and of validations that take long.
+    """
+
+    units: tuple[str, ...]
+    """Names of the schemes."""
+    made_of: tuple[str | Path | None, ...]
+    """The checkpoints that the run is made of."""
+
+    def __init__(
+        self, pipe: VideoPipeline, shards: LatentShards, config: TrainConfig, report: Report
+    ) -> None:
+        self.pipe, self.shards = pipe, shards
+        self.schemes = tuple(map(schemes.parse, self.units))
+        self.hear = Paced(lambda line: report(f"validation: {line}")).hear
+        prompts, batch_size = pipe.prompt_encoder, config.batch_size
+        shards.tokenize = prompts.tokenize
+        (height, width), (_, *stride) = shards.size, pipe.codec.stride
+        pipe.height, pipe.width = height * stride[0], width * stride[1]
         how = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
         self.batches = Batches(shards, **how)
         if left_out := self.batches.left_out:
@@ -207,17 +197,51 @@ class TextToVideoTask:
             )
         if cut := prompts.too_long(set(shards.captions)):
             report(cut)
-        self.held_out = self._held_out(shards)
-        per_clip = task.flow.clip_frames * height * width // transformer.config.patch**2
-        tokens = per_clip * (2 if task.flow.context == "clean" else 1)
-        self.tokens_per_batch = tokens * batch_size
-        words = shards.get([0], np.random.default_rng(0))["text"].shape[1]
-        flops = transformer.flops(tokens, keys=tokens, words=words)
-        self.flops_per_batch = 3.0 * flops * batch_size
+        self.of_the_world = "scene" in shards.clips[0].get("extra", {})
+        self.tokens_per_frame = height * width // pipe.transformer.config.patch**2
 
     def sources(self) -> dict[str, str]:
-        latents = {str(self.task.latents): self.shards.fingerprint()}
-        return latents | fingerprints(self.task.init, self.task.codec)
+        latents = {str(self.shards.folder): self.shards.fingerprint()}
+        return latents | fingerprints(*self.made_of)
+
+    def with_networks(self, module: nn.Module) -> VideoPipeline:
+        """Return the pipeline with what was trained of it."""
+        assert isinstance(module, TextToVideo)
+        prompts = self.pipe.prompt_encoder.with_trained(module.text)
+        return replace(self.pipe, transformer=module.transformer, prompt_encoder=prompts)
+
+    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+        said = learned(self.units, self.shards.captions, self.pipe.meta.get("words"))
+        save_trained(self.with_networks(module), folder, said | meta)
+
+
+class TextToVideoTask(GeneratorTask):
+    """A `Task`: what the loop needs to train a generator."""
+
+    def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
+        self.task = task
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
+        self.units, self.made_of = schemes.names(task.units), (task.init, task.codec)
+        loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
+        codec = loaded.codec if loaded else codec_of(task)
+        shards = self._open(codec, report)
+        pipe = loaded or make_generator(task, codec, shards)
+        super().__init__(pipe, shards, config, report)
+        pipe.sampling = trained_sampling(task, pipe.sampling, shards)
+        transformer, module = pipe.transformer, trainable(pipe, shards, rank=task.lora_rank)
+        if task.compile:  # of the averaged copy, made later, nothing is compiled
+            for block in transformer.blocks:
+                block.compile(dynamic=False)
+        how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
+        self.objective = FlowMatching(module, schemes=self.schemes, **how)
+        self.held_out = self._held_out()
+        copies = 2 if task.flow.context == "clean" else 1
+        tokens = task.flow.clip_frames * self.tokens_per_frame * copies
+        self.tokens_per_batch = tokens * config.batch_size
+        words = shards.get([0], np.random.default_rng(0))["text"].shape[1]
+        flops = transformer.flops(tokens, keys=tokens, words=words)
+        self.flops_per_batch = 3.0 * flops * config.batch_size
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
@@ -229,9 +253,10 @@ class TextToVideoTask:
         check_codec(task.latents, shards.info, codec, checkpoint=source)
         return shards
 
-    def _held_out(self, shards: LatentShards) -> list[dict[str, Tensor]]:
+    def _held_out(self) -> list[dict[str, Tensor]]:
         """Return batches of unseen clips: of the world, or of what the folder holds out."""
-        if "scene" not in shards.clips[0].get("extra", {}) or shards.tokenize is None:
+        shards = self.shards
+        if not self.of_the_world or shards.tokenize is None:
             return list(read_held_out(shards.folder, shards.tokenize))
         indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
         videos = list(WorldEncoder(codec=self.pipe.codec, **self.encoding).encode(indices))
@@ -242,20 +267,15 @@ class TextToVideoTask:
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """The loss of every scheme on the same clips and noise."""
         assert isinstance(module, TextToVideo)
-        schemes, device = self.objective.schemes, next(module.parameters()).device
-        flow, model = self.task.flow, module.transformer
+        device, flow, model = next(module.parameters()).device, self.task.flow, module.transformer
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
-        for name, scheme in zip(self.units, schemes, strict=True) if count else ():
+        for name, scheme in zip(self.units, self.schemes, strict=True) if count else ():
             rng, total = torch.Generator().manual_seed(0), 0.0
             for batch in self.held_out:
-                self.hear(f"validation: {name}")
+                self.hear(name)
                 latents = draw_clip(batch["latents"].to(device), scheme, flow, rng)
                 text = module.context(batch["text"].to(device))
                 loss = flow_matching_loss(model, latents, text, scheme=scheme, config=flow, rng=rng)
                 total += float(loss) * len(latents)
             losses[name] = total / count
         return losses
-
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        said = {**learned(self.units, self.shards.captions, self.words), **meta}
-        save_trained(with_networks(self.pipe, module), folder, said)

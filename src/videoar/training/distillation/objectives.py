@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checks import check_options, check_types
+from videoar.checks import check_options, check_positive, check_types
 from videoar.core.flow import add_noise, clean_of, random_sigmas, sigma_steps
 from videoar.core.loss import on
 from videoar.core.schemes import Scheme
@@ -79,13 +79,12 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_positive(self, "shift", "score_shift")
         whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
         least = dict.fromkeys((*whole, "gradient_units"), 1)
         rising, low = 0 < self.min_sigma < self.max_sigma < 1, self.max_sigma
         check_options(
             self,
-            ("shift", self.shift > 0, "a number above 0, as 5"),
-            ("score_shift", self.score_shift > 0, "a number above 0, as 5"),
             ("min_sigma", rising, f"a number above 0 and below max_sigma {low}, which is below 1"),
             least=least | {"critic_warmup": 0, "guidance_scale": 0},
         )

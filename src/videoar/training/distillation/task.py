@@ -11,11 +11,9 @@ from PIL import Image
 from torch import nn
 from tyro.conf import arg
 
-from videoar.checkpoints.checkpoint import fingerprints
 from videoar.checks import check_options, check_types
-from videoar.core.schemes import Scheme, names, parse
+from videoar.core.schemes import Scheme, names
 from videoar.core.transformer import VideoTransformer
-from videoar.data.batches import Batches
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
@@ -23,14 +21,12 @@ from videoar.evaluation.judge import judge_whole
 from videoar.generation.config import trained_flow
 from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
-from videoar.generation.progress import Paced
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
-from videoar.training.low_rank import networks_of, save_trained, trainable
-from videoar.training.objectives import TextToVideo
+from videoar.training.low_rank import networks_of, trainable
 from videoar.training.run_folder import Report
-from videoar.training.text_to_video import learned, with_networks
+from videoar.training.text_to_video import GeneratorTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +86,9 @@ def check_roles(
 ) -> scores.Context:
     """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
     context = trained_flow(teacher.meta, teacher.sampling).context
-    known = teacher.meta.get("units", ())
-    if context != "full" and known and (new := set(units) - set(known)):
+    if context != "full" and (new := teacher.untrained(units)):
         raise ValueError(
-            f"{task.teacher} was not trained on {', '.join(sorted(new))}, but on"
-            f" {', '.join(known)}: use one of these units, or a teacher that reads everything"
+            f"{task.teacher} was {new}: use one of these units, or a teacher that reads everything"
         )
     theirs = shared_traits(teacher)
     for role, pipe in others.items():
@@ -134,40 +128,45 @@ def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) ->
     return f"parameters: {sizes}; GiB of state beside activations: {splits} GPUs"
 
 
-class StudentTask:
+class StudentTask(GeneratorTask):
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
         self.task, self.out = task, config.out
-        self.hear = Paced(lambda line: report(f"validation: {line}")).hear
-        teacher = load_role(task.teacher, "teacher")
-        self.student = load_role(task.student, "student")
-        own = self.student.meta.get("units") or [self.student.sampling.units]
-        self.units = names(task.units or own)
-        others, distillation = {"student": self.student}, task.distillation
+        teacher, student = load_role(task.teacher, "teacher"), load_role(task.student, "student")
+        units = names(task.units or student.meta.get("units") or [student.sampling.units])
+        others, distillation = {"student": student}, task.distillation
         if distillation.stage == "dmd":
             others["critic"] = load_role(task.critic or task.teacher, "critic")
-        context = check_roles(task, self.units, teacher, others)
-        prompts = self.student.prompt_encoder
-        self.shards = LatentShards(task.latents, tokenize=prompts.tokenize)
-        check_codec(task.latents, self.shards.info, self.student.codec, checkpoint=task.student)
-        self._check_clips(teacher)
-        self._set_defaults()
+        context = check_roles(task, units, teacher, others)
+        shards = LatentShards(task.latents)
+        check_codec(task.latents, shards.info, student.codec, checkpoint=task.student)
+        self._check_clips(shards, teacher)
+        self.units, self.made_of = units, (task.teacher, task.student, task.critic)
+        super().__init__(student, shards, config, report)
+        student.sampling = student.sampling.trained(
+            units,
+            window=distillation.clip_frames,
+            num_inference_steps=distillation.num_inference_steps,
+            shift=distillation.shift,
+            step="renoise",
+            lag=None,
+            guidance_scale=1.0,
+            context_noise=0.0,
+        )
         taught: dict[str, Any] = {
-            "teacher": networks_of(teacher, self.shards),
+            "teacher": networks_of(teacher, shards),
             "context": context,
-            "schemes": tuple(map(parse, self.units)),
+            "schemes": self.schemes,
             "config": distillation,
             "seed": config.seed,
         }
-        trained = [self._trainable(pipe) for pipe in others.values()]
+        trained = [trainable(pipe, shards, rank=task.lora_rank) for pipe in others.values()]
+        for pipe in others.values() if task.recompute else ():
+            recompute_activations(pipe.transformer)
         kind = objectives.DistributionMatching if "critic" in others else objectives.Initialisation
         self.objective = kind(*trained, **taught)
-        batches = {"batch_size": config.batch_size, "seed": config.seed, "kinds": self.shards.kinds}
-        self.batches = Batches(self.shards, **batches)
-        self.of_the_world = "scene" in self.shards.clips[0].get("extra", {})
-        side = self.student.transformer.config.patch * self.student.codec.stride[1]
-        tokens = distillation.clip_frames * self.student.height * self.student.width // side**2
+        tokens = distillation.clip_frames * self.tokens_per_frame
         self.tokens_per_batch = tokens * config.batch_size
         self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
         sizes = {name: pipe.transformer for name, pipe in (others | {"teacher": teacher}).items()}
@@ -180,13 +179,9 @@ class StudentTask:
                 " raise steps, or lower critic_warmup"
             )
 
-    def sources(self) -> dict[str, str]:
-        task, latents = self.task, {str(self.task.latents): self.shards.fingerprint()}
-        return latents | fingerprints(task.teacher, task.student, task.critic)
-
-    def _check_clips(self, teacher: VideoPipeline) -> None:
+    def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
-        task, clips = self.task, self.shards.clips
+        task, clips = self.task, shards.clips
         needed, shortest = task.distillation.clip_frames, min(clip["frames"] for clip in clips)
         if shortest < needed:
             raise ValueError(
@@ -209,31 +204,9 @@ class StudentTask:
                     f" {teacher.width}x{teacher.height}"
                 )
 
-    def _set_defaults(self) -> None:
-        """Let the student make videos as it is distilled to, of the size that most clips have."""
-        student, config = self.student, self.task.distillation
-        student.sampling = student.sampling.trained(
-            self.units,
-            window=config.clip_frames,
-            num_inference_steps=config.num_inference_steps,
-            shift=config.shift,
-            step="renoise",
-            lag=None,
-            guidance_scale=1.0,
-            context_noise=0.0,
-        )
-        (height, width), stride = self.shards.size, student.codec.stride
-        student.height, student.width = height * stride[1], width * stride[2]
-
-    def _trainable(self, pipe: VideoPipeline) -> TextToVideo:
-        module = trainable(pipe, self.shards, rank=self.task.lora_rank)
-        if self.task.recompute:
-            recompute_activations(pipe.transformer)
-        return module
-
     def _flops(self, tokens: int, teacher: VideoTransformer) -> float:
         """Count the operations of a mean step for one video."""
-        config, student = self.task.distillation, self.student.transformer
+        config, student = self.task.distillation, self.pipe.transformer
         one = student.flops(tokens, keys=tokens // 2)
         asked = teacher.flops(tokens, keys=tokens) * (1 if config.guidance_scale == 1 else 2)
         if config.stage == "consistency":
@@ -251,7 +224,7 @@ class StudentTask:
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
         student freezes or fades.
         """
-        pipe, values, shown = with_networks(self.student, module), {}, []
+        pipe, values, shown = self.with_networks(module), {}, []
         pipe.codec.to(next(module.parameters()).device)
         prompts, fps = self._prompts(), pipe.sampling.fps
         texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
@@ -281,8 +254,3 @@ class StudentTask:
             return held_out_prompts(count, seed=0)
         clips = (LatentShards(held_out) if held_out.is_dir() else self.shards).clips[:count]
         return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
-
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        words = self.student.meta.get("words")
-        said = {**learned(self.units, self.shards.captions, words), **meta}
-        save_trained(with_networks(self.student, module), folder, said)
