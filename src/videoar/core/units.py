@@ -159,16 +159,15 @@ class Units:
 
     @cached_property
     def clip(self) -> tuple[Unit, ...]:
-        if self.frames is None:
-            raise ValueError("An endless stream has no last unit: give a number of frames.")
-        if (count := self.frames * self.height * self.width) > MAX_CLIP:
-            raise ValueError(f"A clip has {count} tokens of {MAX_CLIP}: make it smaller.")
-        return tuple(self)
+        return tuple(map(self.at, range(len(self.sizes))))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Tokens per unit."""
-        assert self.count is not None, "an endless stream has no last unit"
+        if self.frames is None or self.count is None:
+            raise ValueError("An endless stream has no last unit: give a number of frames.")
+        if (size := self.frames * self.height * self.width) > MAX_CLIP:
+            raise ValueError(f"A clip has {size} tokens of {MAX_CLIP}: make it smaller.")
         return tuple(self._local(index)[0].size for index in range(self.count))
 
     @cached_property

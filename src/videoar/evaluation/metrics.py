@@ -283,8 +283,7 @@ def motion_distance(made: Sequence[dict[str, float]], real: Sequence[dict[str, f
         values.append(table)
     scale = np.maximum(values[1].std(0), 1e-3)
     first, second = (table / scale for table in values)
-    low, high = frechet_interval(first, second)
-    return Interval(mean=frechet_distance(first, second), low=low, high=high)
+    return frechet_interval(first, second)
 
 
 def properties(frames: Frames, *, fps: float, window_seconds: float) -> dict[str, list[float]]:

@@ -9,7 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from videoar.evaluation.lengths import WINDOW_SECONDS
-from videoar.evaluation.metrics import Interval, bootstrap_interval, frechet_interval
+from videoar.evaluation.metrics import (
+    Interval,
+    bootstrap_interval,
+    frechet_interval,
+    kid,
+    motion_distance,
+)
 from videoar.files import Json
 
 
@@ -147,11 +153,11 @@ def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
     if all("pictures" in videos[0] for videos in (made, others)):
         frames = np.array([video["pictures"] for video in made])
         frames = np.concatenate(np.split(frames, len(made) // len(others)), axis=1)
-        distance = metrics.kid(frames, np.array([video["pictures"] for video in others]))
+        distance = kid(frames, np.array([video["pictures"] for video in others]))
         rows["KID, EfficientNet-lite0"] = f"{distance:.3f}"
     if all("motion" in videos[0] for videos in (made, others)):
         moved, moves = ([video["motion"] for video in videos] for videos in (made, others))
-        rows["motion vectors, Fréchet"] = f"{metrics.motion_distance(moved, moves):.2f}"
+        rows["motion vectors, Fréchet"] = f"{motion_distance(moved, moves):.2f}"
         usual = np.mean([video["amount"] for video in moves])
         amount = bootstrap_interval([video["amount"] / usual for video in moved])
         rows["motion, % of real"] = f"{amount.times(100):.0f}"
