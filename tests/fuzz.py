@@ -263,7 +263,7 @@ class Fuzz:
         (name,) = rng.choices(list(lines), weights)
         words = lines[name]
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            options = [f.name for f in dataclasses.fields(COMMANDS[name]) if f.name not in LARGE]
+            options = [f.name for f in dataclasses.fields(COMMANDS[name][0]) if f.name not in LARGE]
             if name in ("train", "distill"):
                 options += TRAINING.split()
             way = rng.random()

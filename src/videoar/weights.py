@@ -113,11 +113,7 @@ def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
 
 
 def assign_weights(module: ModuleT, weights: Mapping[str, Tensor], *, file: Path) -> ModuleT:
-    """Make tensors those of a module, strictly and without a copy; return it.
-
-    Raises:
-        ValueError: in one sentence, which are missing, unexpected or wrongly shaped, or quantised.
-    """
+    """Make tensors those of a module, all of them and without a copy, or say what does not fit."""
     if packed := [k for k, x in weights.items() if x.ndim > 1 and not x.is_floating_point()]:
         kind = str(weights[packed[0]].dtype).removeprefix("torch.")
         raise ValueError(

@@ -150,7 +150,7 @@ def _parts(parts: object) -> Callable[[Path], None]:
         (_cut, "first/codec/model.safetensors"),
         (_lose, "takes its codec from 'first', unless base names another: it has none of its"),
         (_circle, "takes its codec from 'first', unless base names another: it has none of its"),
-        (_newer, "takes its codec from 'first'.* has format 2"),
+        (_newer, "takes its codec from 'first'.* gives format 2"),
         (_parts({"codec": "second"}), "from 'second', .*: it has none of its own"),
         (_parts({"codec": "first-2"}), "from 'first-2', .* no checkpoint .* did you mean 'first'"),
         (_parts({"codec": "some/model"}), "from 'some/model', .*`hf download some/model"),

@@ -51,11 +51,11 @@ FROZEN = {
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out max_seconds timeout workers device share",
     "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
-    "evaluate": "long_prompts long_seconds seed batch_size out checkpoint units num_prompts "
-    "seconds num_inference_steps shift guidance_scale",
+    "evaluate": "long_prompts long_seconds seed batch_size judge footage out checkpoint units "
+    "num_prompts seconds num_inference_steps shift guidance_scale",
     "evaluate heldout": "checkpoints data units seed out",
-    "compare": "long_prompts long_seconds seed batch_size out entries units num_prompts seeds "
-    "seconds",
+    "compare": "long_prompts long_seconds seed batch_size judge footage out entries units "
+    "num_prompts seeds seconds",
 }
 
 
@@ -574,7 +574,7 @@ def test_the_help_of_a_recipe_shows_its_fields(run: Run) -> None:
     code, out, _ = run("train", "toy", "--help")
     assert code == 0
     assert "--task.flow.clip-frames" in out
-    assert "--task.size" in out
+    assert "--size" in out
 
 
 # ---------------------------------------------------------------- info and units

@@ -52,9 +52,7 @@ def test_what_means_the_same_is_taken() -> None:
 )
 def test_what_means_nothing_is_named(name: str, value: object, needed: str) -> None:
     """The sentence has field, value and type."""
-    with pytest.raises(
-        ValueError, match=re.escape(f"{name} is {value!r:.80}, but must be {needed}")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r:.80}: use {needed}")):
         typed(TrainConfig, {name: value})
 
 

@@ -75,10 +75,10 @@ class GenerationConfig:
             changes = {"sigmas": None} | changes
         if "num_inference_steps" in changes:
             return replace(self, **{"unit_steps": {}} | changes)
-        changed = replace(self, **changes)
-        (kind,) = names([changed.units])
-        steps = changed.unit_steps.get(kind, changed.num_inference_steps)
-        return replace(changed, num_inference_steps=steps)
+        changed, units = replace(self, **changes), changes.get("units", self.units)
+        scheme = parse(units) if isinstance(units, str) else units
+        stated = {parse(name): steps for name, steps in changed.unit_steps.items()}
+        return replace(changed, num_inference_steps=stated.get(scheme, self.num_inference_steps))
 
     def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
         """Return how to sample after a training on `units`: by its own, if that is among them.

@@ -24,19 +24,9 @@ from videoar.core.units import Units
 from videoar.data.decode import Fit
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, words_of
+from videoar.generation import inputs
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import STEPS, GenerationConfig, Plan
-from videoar.generation.inputs import (
-    OUTPUTS,
-    OnStepEnd,
-    check_inputs,
-    check_names,
-    hearing,
-    known_of,
-    lattice_of,
-    noise_of,
-    seeds_of,
-)
 from videoar.generation.progress import Progress
 from videoar.generation.session import Session
 from videoar.generation.stream import Generation, State, unpacked
@@ -179,7 +169,7 @@ class VideoPipeline:
         seed: int | Sequence[int] | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "video",
-        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end: inputs.OnStepEnd | None = None,
         **options: Any,
     ) -> Any:
         """Generate a video, or several side by side.
@@ -214,7 +204,12 @@ class VideoPipeline:
             ValueError: an argument is outside its limits; nothing has been computed then.
             TypeError: there is no such keyword.
         """
-        check("output_type", output_type, output_type in OUTPUTS, f"one of {', '.join(OUTPUTS)}")
+        check(
+            "output_type",
+            output_type,
+            output_type in inputs.OUTPUTS,
+            f"one of {', '.join(inputs.OUTPUTS)}",
+        )
         check("num_frames", num_frames, num_frames is not None, "a number, or `stream` for no end")
         check_whole("num_videos_per_prompt", num_videos_per_prompt, least=1)
         given = {"units": units, "num_inference_steps": num_inference_steps}
@@ -223,28 +218,32 @@ class VideoPipeline:
         options |= {"image": image, "video": video, "height": height, "width": width}
         prompts = [prompt] if isinstance(prompt, str) else prompt
         prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
-        seeds = seeds_of(seed, generator, len(prompts))
+        seeds = inputs.seeds_of(seed, generator, len(prompts))
         generation = self.generate(prompts, num_frames=num_frames, seeds=seeds, **options)
         with Progress(sys.stderr, every=5.0, disable=not self.progress) as show:
-            generation.sampler.on_step = hearing(self, generation, callback_on_step_end, show)
+            generation.sampler.on_step = inputs.hearing(
+                self, generation, callback_on_step_end, show
+            )
             latent = output_type == "latent"
             made = generation.latents() if latent else np.concatenate(list(generation), axis=1)
         fps = float(options.get("fps", self.sampling.fps))
-        found = [OUTPUTS[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)]
+        found = [
+            inputs.OUTPUTS[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)
+        ]
         return found[0] if isinstance(prompt, str) and num_videos_per_prompt == 1 else found
 
     def stream(
         self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
         """Generate newly finished frames as they come; endless without `num_frames`."""
-        options |= {"num_frames": num_frames, "seeds": seeds_of(seed, None, 1)}
+        options |= {"num_frames": num_frames, "seeds": inputs.seeds_of(seed, None, 1)}
         return (frames[0] for frames in self.generate([prompt], **options))
 
     def session(
         self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Session:
         """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
-        options |= {"num_frames": num_frames, "seeds": seeds_of(seed, None, 1)}
+        options |= {"num_frames": num_frames, "seeds": inputs.seeds_of(seed, None, 1)}
         return Session(self.generate([prompt], **options), self.resume)
 
     def resume(self, source: State | str | Path) -> Session:
@@ -303,9 +302,9 @@ class VideoPipeline:
             TypeError: there is no such keyword.
         """
         started, batch = time.perf_counter(), len(prompts)
-        check_names(sampling, self.generate, self.__call__)
+        inputs.check_names(sampling, self.generate, self.__call__)
         options = self.sampling.replaced(**sampling)
-        check_inputs(prompts, seeds, num_frames, options, encoded=prompt_embeds is not None)
+        inputs.check_inputs(prompts, seeds, num_frames, options, encoded=prompt_embeds is not None)
         if sampling.get("negative_prompt") and options.guidance_scale == 1:
             raise ValueError(
                 "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
@@ -323,8 +322,8 @@ class VideoPipeline:
             )
         plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), options=options)
         begun = {
-            "known": known_of(self, conditioning, batch, lattice),
-            "noise": None if latents is None else noise_of(self, latents, lattice, batch),
+            "known": inputs.known_of(self, conditioning, batch, lattice),
+            "noise": None if latents is None else inputs.noise_of(self, latents, lattice, batch),
             "text": None if prompt_embeds is None else self.text(plan, before=prompt_embeds),
         }
         sampler = pipe.sampler(plan, lattice.frames, **begun)
@@ -342,7 +341,7 @@ class VideoPipeline:
     ) -> Sampler:
         """Return the sampler of a plan over so many latent frames, or of an endless stream."""
         options, encoded = plan.options, text is not None
-        check_inputs(plan.prompts, plan.seeds, None, options, encoded=encoded)
+        inputs.check_inputs(plan.prompts, plan.seeds, None, options, encoded=encoded)
         num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
         lattice, network = self.lattice(options.units, num_frames), self.transformer
         config = SamplerConfig(
@@ -400,4 +399,4 @@ class VideoPipeline:
 
     def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
         """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
-        return lattice_of(self, units, num_frames)
+        return inputs.lattice_of(self, units, num_frames)
