@@ -229,7 +229,12 @@ def run(entries: Sequence[Entry], config: StudyOptions, report: Report, who: Who
         pipe.generate(["a ball"], num_frames=1 + sampling.fps, seeds=[0])
         settings = to_json(
             vars(sampling)
-            | {"num_prompts": entry.num_prompts, "seeds": entry.seeds, "seed": config.seed}
+            | {
+                "num_inference_steps": sampling.steps,
+                "num_prompts": entry.num_prompts,
+                "seeds": entry.seeds,
+                "seed": config.seed,
+            }
             | {"num_frames": round(entry.seconds * sampling.fps), "weights": weights}
             | {"judge": entry.judge.__name__}
             | mark

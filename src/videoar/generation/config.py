@@ -63,22 +63,25 @@ class GenerationConfig:
     @property
     def schedule(self) -> tuple[float, ...]:
         """The sigmas of a unit."""
-        steps, shift = self.num_inference_steps, self.shift
-        return self.sigmas or sigma_steps(steps, shift=shift, grid=self.step)
+        return self.sigmas or sigma_steps(self.steps, shift=self.shift, grid=self.step)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the kind of unit."""
+        scheme = parse(self.units) if isinstance(self.units, str) else self.units
+        stated = {parse(name): steps for name, steps in self.unit_steps.items()}
+        return stated.get(scheme, self.num_inference_steps)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace.
 
-        Where no steps are named, they are those of the kind of unit.
+        Steps that are named are those of all kinds of unit.
         """
         if {"num_inference_steps", "shift"} & changes.keys():
             changes = {"sigmas": None} | changes
         if "num_inference_steps" in changes:
             return replace(self, **{"unit_steps": {}} | changes)
-        changed, units = replace(self, **changes), changes.get("units", self.units)
-        scheme = parse(units) if isinstance(units, str) else units
-        stated = {parse(name): steps for name, steps in changed.unit_steps.items()}
-        return replace(changed, num_inference_steps=stated.get(scheme, self.num_inference_steps))
+        return replace(self, **changes)
 
     def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
         """Return how to sample after a training on `units`: by its own, if that is among them.

@@ -204,12 +204,8 @@ class VideoPipeline:
             ValueError: an argument is outside its limits; nothing has been computed then.
             TypeError: there is no such keyword.
         """
-        check(
-            "output_type",
-            output_type,
-            output_type in inputs.OUTPUTS,
-            f"one of {', '.join(inputs.OUTPUTS)}",
-        )
+        kinds = inputs.OUTPUTS
+        check("output_type", output_type, output_type in kinds, f"one of {', '.join(kinds)}")
         check("num_frames", num_frames, num_frames is not None, "a number, or `stream` for no end")
         check_whole("num_videos_per_prompt", num_videos_per_prompt, least=1)
         given = {"units": units, "num_inference_steps": num_inference_steps}
@@ -221,15 +217,12 @@ class VideoPipeline:
         seeds = inputs.seeds_of(seed, generator, len(prompts))
         generation = self.generate(prompts, num_frames=num_frames, seeds=seeds, **options)
         with Progress(sys.stderr, every=5.0, disable=not self.progress) as show:
-            generation.sampler.on_step = inputs.hearing(
-                self, generation, callback_on_step_end, show
-            )
+            hear = inputs.hearing(self, generation, callback_on_step_end, show)
+            generation.sampler.on_step = hear
             latent = output_type == "latent"
             made = generation.latents() if latent else np.concatenate(list(generation), axis=1)
         fps = float(options.get("fps", self.sampling.fps))
-        found = [
-            inputs.OUTPUTS[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)
-        ]
+        found = [kinds[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)]
         return found[0] if isinstance(prompt, str) and num_videos_per_prompt == 1 else found
 
     def stream(

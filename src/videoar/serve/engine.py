@@ -105,7 +105,7 @@ class Live:
                 prompt=session.prompt,
                 units=str(session.units),
                 seed=session.seed,
-                num_inference_steps=session.generation.plan.options.num_inference_steps,
+                num_inference_steps=session.generation.plan.options.steps,
             )
         )
         self.tell(head)
