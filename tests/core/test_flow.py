@@ -40,10 +40,10 @@ def test_the_clean_data_come_back_from_the_velocity(sigma: float) -> None:
     clean, noise = _clean_and_noise()
     x, velocity = add_noise(clean, noise, sigma), velocity_of(clean, noise)
     torch.testing.assert_close(clean_of(x, velocity, sigma), clean, atol=1e-6, rtol=1e-5)
-    there = euler_step(x, velocity, sigma, sigma / 2, noise)
+    there, _ = euler_step(x, velocity, (sigma, sigma / 2), None, noise.clone)
     torch.testing.assert_close(there, add_noise(clean, noise, sigma / 2), atol=1e-6, rtol=1e-5)
     fresh = noise.flip(1)
-    again = renoise_step(x, velocity, sigma, sigma / 2, fresh)
+    again, _ = renoise_step(x, velocity, (sigma, sigma / 2), None, fresh.clone)
     torch.testing.assert_close(again, add_noise(clean, fresh, sigma / 2), atol=1e-6, rtol=1e-5)
 
 

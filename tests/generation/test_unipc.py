@@ -36,7 +36,7 @@ def test_with_the_exact_velocity_the_clip_comes_back(name: str, steps: int) -> N
     oracle = Oracle(to_tokens(latents, units), units.coords, channels=4)
     for lag in (steps, 1, 0):
         sigmas = sigma_steps(steps, shift=3.0, grid="unipc")
-        config = SamplerConfig(sigmas=sigmas, lag=lag, step=UNIPC, visible=Visible(window=3))
+        config = SamplerConfig(sigmas=sigmas, lag=lag, **UNIPC, visible=Visible(window=3))
         parts = list(Sampler(oracle, units, [], config, seeds=(1, 2)))
         tokens = torch.cat([part.tokens for part in parts], dim=1)
         assert (to_latents(tokens, units) - latents).abs().max() < 0.01
@@ -48,7 +48,7 @@ def test_a_saved_stream_goes_on_as_if_never_stopped(lag: int) -> None:
     model, units = tiny_transformer(), Units(parse("cube:1x2x2"), 3, 4, 4)
     words = torch.randn(2, 5, MODEL.text_dim, generator=torch.Generator().manual_seed(5))
     sigmas = sigma_steps(3, shift=3.0, grid="unipc")
-    config = SamplerConfig(sigmas=sigmas, lag=lag, step=UNIPC, visible=Visible(window=4))
+    config = SamplerConfig(sigmas=sigmas, lag=lag, **UNIPC, visible=Visible(window=4))
 
     def sampler() -> Sampler:
         return Sampler(model, units, model.encode_text(words), config, seeds=(1, 2))
@@ -69,7 +69,7 @@ def test_what_is_known_of_a_unit_stays() -> None:
     model, units = tiny_transformer(), Units(parse("chunk:2"), 2, 4, 4)
     mask = torch.arange(32) < 16
     known = {0: Known(mask, torch.full((1, 32, MODEL.token_dim), 0.25))}
-    config = SamplerConfig(sigmas=sigma_steps(4, grid="unipc"), step=UNIPC)
+    config = SamplerConfig(sigmas=sigma_steps(4, grid="unipc"), **UNIPC)
     text = model.encode_text(torch.zeros(1, 5, MODEL.text_dim))
     (part,) = Sampler(model, units, text, config, seeds=(1,), known=known)
     assert (part.tokens[:, mask] == 0.25).all()

@@ -10,6 +10,7 @@ matrix of sigmas, rows x waves of units; `step_of` evaluates it, for a clip as f
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -81,21 +82,26 @@ def clean_of(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     return x - sigma * velocity
 
 
+Memory = Tensor | None
+"""What a step leaves for the next one of its unit; None: nothing, or there was none."""
+
+
 def euler_step(
-    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
-) -> Tensor:
-    """Follow the probability-flow ODE; `noise` is not used."""
-    return x + (next_sigma - sigma) * velocity
+    x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], *_: object
+) -> tuple[Tensor, Memory]:
+    """Follow the probability-flow ODE; the arguments of every step: see `sampler.Step`."""
+    return x + (sigmas[-1] - sigmas[-2]) * velocity, None
 
 
 def renoise_step(
-    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
-) -> Tensor:
+    x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], _: Memory, fresh: Callable[[], Tensor]
+) -> tuple[Tensor, Memory]:
     """Predict the clean data and noise it again with fresh noise: for distilled models.
 
     Consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm 1.
     """
-    return add_noise(clean_of(x, velocity, sigma), noise, next_sigma)
+    clean = clean_of(x, velocity, sigmas[-2])
+    return add_noise(clean, fresh(), sigmas[-1]) if sigmas[-1] else clean, None
 
 
 def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: float) -> Tensor:

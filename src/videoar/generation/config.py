@@ -14,10 +14,10 @@ from videoar.core.noise import mixed
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.files import Json
-from videoar.generation.unipc import UniPC
+from videoar.generation.unipc import timestep, unipc_step
 
-# Others are Euler steps, on one grid or another.
-STEPS = {"renoise": renoise_step, "unipc": UniPC()}
+# Of `SamplerConfig`; others are Euler steps, on one grid or another.
+STEPS = {"renoise": {"step": renoise_step}, "unipc": {"step": unipc_step, "told": timestep}}
 
 
 @dataclass(frozen=True, kw_only=True)

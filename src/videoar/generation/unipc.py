@@ -10,29 +10,32 @@ import math
 import torch
 from torch import Tensor
 
-from videoar.core.sampler import Multistep
+from videoar.core.flow import Memory
 
 MOST = 1 - 1e-6  # of a sigma, there too
 
 
-class UniPC(Multistep):
-    """The solver; between steps it keeps corrected tokens and two estimates of the clean data."""
+def timestep(sigma: float) -> float:
+    """Return a sigma as the model is told it: whole timesteps, cut off."""
+    return int(1000 * min(sigma, MOST)) / 1000
 
-    def told(self, sigma: float) -> float:
-        return int(1000 * min(sigma, MOST)) / 1000  # whole timesteps, cut off
 
-    def __call__(
-        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        sigmas = tuple(torch.tensor(sigmas[-4:]).clamp(max=MOST).tolist())  # in float32
-        clean = x - sigmas[-2] * velocity
-        before = [] if memory is None else list(memory)
-        if not sigmas[-1]:
-            return clean, None
-        if before:
-            x = _update(before[0], sigmas[:-1], before[1:], clean)
-        known = [clean, *before[1:2]]
-        return _update(x, sigmas, known), torch.stack([x, *known])
+def unipc_step(
+    x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Memory, _: object
+) -> tuple[Tensor, Memory]:
+    """Correct the step before, then predict: see `core.sampler.Step`.
+
+    What is kept between steps are corrected tokens and two estimates of the clean data.
+    """
+    sigmas = tuple(torch.tensor(sigmas[-4:]).clamp(max=MOST).tolist())  # in float32
+    clean = x - sigmas[-2] * velocity
+    before = [] if memory is None else list(memory)
+    if not sigmas[-1]:
+        return clean, None
+    if before:
+        x = _update(before[0], sigmas[:-1], before[1:], clean)
+    known = [clean, *before[1:2]]
+    return _update(x, sigmas, known), torch.stack([x, *known])
 
 
 def _update(
