@@ -15,6 +15,7 @@ import pytest
 import tiny_wan
 import torch
 from einops import rearrange
+from reference import to_latents
 from safetensors.torch import load, load_file, save
 
 from videoar.checkpoints.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from videoar.cli import main
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.units import Units
 from videoar.encoders import umt5
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig

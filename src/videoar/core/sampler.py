@@ -1,6 +1,6 @@
 """Sampling: one generator for clips, batches, endless streams and training rollouts.
 
-All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units
+All of it is a walk down the rows of the matrix of sigmas (`flow.step_of`). In every row the units
 whose sigma moves run through the model, together with the units that reached 0 in the row before:
 their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
 i+1.
@@ -24,13 +24,12 @@ from torch import Tensor
 from videoar.checks import check
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.cache import KVCache, cached_tokens
-from videoar.core.flow import Memory, add_noise, euler_step, step_of
+from videoar.core.flow import Memory, Sigmas, add_noise, euler_step, step_of
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 
-Sigmas = tuple[float, ...]
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
 """(x, velocity, sigmas, memory, fresh) -> x at the last of the sigmas, memory of the next step.
 
@@ -114,9 +113,7 @@ class Sampler:
     ):
         self.network, self.units, self.text, self.config = network, units, text, config
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
-        self._noise: tuple[Tensor, ...] = ()
-        if noise is not None:
-            self._noise = noise.to(device, dtype).split(list(units.sizes), dim=1)
+        self._noise = noise if noise is None else noise.to(device, dtype).split(units.sizes, dim=1)
         self.hold(known)
         self.lag = config.num_steps if config.lag is None else config.lag
         if self.lag == 0 and units.count is None:
@@ -153,7 +150,7 @@ class Sampler:
 
     def __iter__(self) -> Iterator[Finished]:
         yield from self._deliver()
-        while self._enter() or self._moving():
+        while self._enter():
             self._advance()
             yield from self._deliver()
 
@@ -181,12 +178,8 @@ class Sampler:
         known = index in self.known_units
         return self.config.num_steps if known else self._steps_done(index)
 
-    def _moving(self) -> bool:
-        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
-
     def _enter(self) -> bool:
-        """Start the units whose first step is due in this row; say whether there were any."""
-        before = self.entered
+        """Start the units whose first step is due in this row; say whether any unit has one due."""
         while self.units.count is None or self.entered < self.units.count:
             index = self.entered
             unit = self._unit(index)
@@ -195,7 +188,7 @@ class Sampler:
             noise = self._noise[index] if self._noise else self._fresh(index)
             self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return self.entered > before
+        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
 
     def _advance(self) -> None:
         """Run one row, unless all in flight are known and none is due for the cache."""

@@ -14,10 +14,13 @@ from videoar.core.noise import mixed
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.files import Json
-from videoar.generation.unipc import timestep, unipc_step
+from videoar.generation.unipc import GRIDS, grid, timestep, unipc_step
 
 # Of `SamplerConfig`; others are Euler steps, on one grid or another.
-STEPS = {"renoise": {"step": renoise_step}, "unipc": {"step": unipc_step, "told": timestep}}
+STEPS: dict[str, dict[str, Any]] = {
+    "renoise": {"step": renoise_step},
+    "unipc": {"step": unipc_step, "told": timestep},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,11 @@ class GenerationConfig:
     @property
     def schedule(self) -> tuple[float, ...]:
         """The sigmas of a unit."""
+        if self.sigmas:
+            return self.sigmas
         steps, shift = self.num_inference_steps, self.shift
-        return self.sigmas or sigma_steps(steps, shift=shift, grid=self.step)
+        even = sigma_steps(steps, shift=shift)
+        return grid(self.step, steps, shift=shift) if self.step in GRIDS else even
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace.
