@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoar.core.flow import sigma_matrix, sigma_steps
+from videoar.core.flow import sigma_steps, step_of
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Cells, Scheme, box
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import Assembler, to_tokens
 from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
 from videoar.core.units import Units, Visible, token_mask
 from videoar.data import world
@@ -83,8 +83,12 @@ def sample_without_cache(
         unit_noise((seed,), i, (size, model.config.token_dim)) for i, size in enumerate(units.sizes)
     ]
     x = torch.cat(noise, dim=1)
-    sigmas = sigma_matrix(config.sigmas, units.waves, lag=config.num_steps)
-    for now, after in itertools.pairwise(sigmas):
+    steps, waves = config.num_steps, units.waves.tolist()
+    done = [
+        [step_of(row, wave, steps=steps, lag=steps) for wave in waves]
+        for row in range(steps * (waves[-1] + 1) + 1)
+    ]
+    for now, after in itertools.pairwise(torch.tensor(config.sigmas)[torch.tensor(done)]):
         output = model(
             x, coords=units.coords, sigma=now[None], unit=units.unit, text=text, mask=mask
         )
@@ -96,7 +100,10 @@ def check(scheme: Scheme) -> float:
     """Check the scheme on a lattice; return the largest difference that the cache makes."""
     units = Units(scheme, frames=3, height=4, width=5)  # a cell in no unit, or in two, fails here
     latents = torch.randn(1, 3, 3, 8, 10)
-    assert torch.equal(to_latents(to_tokens(latents, units), units), latents)
+    parts = to_tokens(latents, units).split(units.sizes, dim=1)
+    assembler = Assembler(units)
+    frames = [assembler.add(unit, part) for unit, part in zip(units, parts, strict=True)]
+    assert torch.equal(torch.cat([x for x in frames if x is not None], dim=1), latents)
 
     model = VideoTransformer(MODEL)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)  # it begins at zero

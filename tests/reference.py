@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videoar.core.noise import unit_noise
+from videoar.core.tokens import Assembler
 from videoar.core.transformer import ModelConfig, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units
 
@@ -66,6 +67,13 @@ class Plan:
             return x, 0.0
         noise = unit_noise(seeds, unit, tuple(x.shape[1:]), draw=self.steps + 1)
         return (1 - self.context_noise) * x + self.context_noise * noise, self.context_noise
+
+
+def to_latents(tokens: Tensor, units: Units, *, patch: int = 2) -> Tensor:
+    """Read the latents of a clip from its tokens, in unit order."""
+    assembler = Assembler(units, patch=patch)
+    parts = map(assembler.add, units.clip, tokens.split(units.sizes, dim=1))
+    return torch.cat([frames for frames in parts if frames is not None], dim=1)
 
 
 def recomputed(

@@ -12,7 +12,6 @@ from videoar.core.flow import (
     random_sigmas,
     renoise_step,
     shifted,
-    sigma_matrix,
     sigma_steps,
     step_of,
     velocity_of,
@@ -40,10 +39,10 @@ def test_the_clean_data_come_back_from_the_velocity(sigma: float) -> None:
     clean, noise = _clean_and_noise()
     x, velocity = add_noise(clean, noise, sigma), velocity_of(clean, noise)
     torch.testing.assert_close(clean_of(x, velocity, sigma), clean, atol=1e-6, rtol=1e-5)
-    there = euler_step(x, velocity, sigma, sigma / 2, noise)
+    there, _ = euler_step(x, velocity, (sigma, sigma / 2), None, noise.clone)
     torch.testing.assert_close(there, add_noise(clean, noise, sigma / 2), atol=1e-6, rtol=1e-5)
     fresh = noise.flip(1)
-    again = renoise_step(x, velocity, sigma, sigma / 2, fresh)
+    again, _ = renoise_step(x, velocity, (sigma, sigma / 2), None, fresh.clone)
     torch.testing.assert_close(again, add_noise(clean, fresh, sigma / 2), atol=1e-6, rtol=1e-5)
 
 
@@ -94,18 +93,11 @@ def test_training_sigmas_are_uniform_before_the_shift() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
-def test_the_table_of_sigmas_is_the_rule_for_every_row_and_wave(lag: int) -> None:
-    """A clip reads the table, a stream the rule; a unit starts at noise and ends clean."""
-    sigmas, waves = sigma_steps(3, shift=3.0), torch.tensor([0, 1, 1, 2])
-    table = sigma_matrix(sigmas, waves, lag=lag)
-    assert len(table) == 2 * lag + 4
-    for row, (unit, wave) in itertools.product(range(len(table)), enumerate(waves.tolist())):
-        steps_made = min(max(row - lag * wave, 0), 3)
-        assert step_of(row, wave, steps=3, lag=lag) == steps_made
-        assert table[row, unit] == torch.tensor(sigmas)[steps_made]
-    assert table[0].tolist() == [1.0] * 4
-    assert table[-1].tolist() == [0.0] * 4
-    assert (table[1:] <= table[:-1]).all()
+def test_a_wave_starts_at_noise_and_ends_clean(lag: int) -> None:
+    """Clip and stream follow one rule: a wave waits for its turn, steps in every row, and stops."""
+    for wave in range(3):
+        done = [step_of(row, wave, steps=3, lag=lag) for row in range(2 * lag + 4)]
+        assert done == [0] * (lag * wave) + [0, 1, 2, 3] + [3] * (lag * (2 - wave))
 
 
 def test_noise_of_a_unit_depends_on_seed_unit_and_draw_alone() -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from reference import Oracle, Plan, rebased, recomputed
+from reference import Oracle, Plan, rebased, recomputed, to_latents
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
 

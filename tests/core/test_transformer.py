@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference import to_latents
 from tiny import MODEL, tiny_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +12,7 @@ from videoar import weights
 from videoar.core import transformer
 from videoar.core.cache import KVCache
 from videoar.core.schemes import parse
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.core.units import Units
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import to_latents
 from tiny import SCHEMES
 
 from videoar.core.schemes import Blocks, Cells, KeyDetail, Pyramid, Scheme, box, parse
-from videoar.core.tokens import Assembler, to_latents, to_tokens
+from videoar.core.tokens import Assembler, to_tokens
 from videoar.core.units import Units, Visible, clean_copies, token_mask
 
 SIZES = st.integers(1, 4)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from reference import to_latents
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_pipeline, tiny_transformer
 
@@ -11,7 +12,7 @@ from videoar.core.flow import euler_step, renoise_step, sigma_steps
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.tokens import Known, known_tokens, to_latents, to_tokens
+from videoar.core.tokens import Known, known_tokens, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible, token_mask
 from videoar.generation.pipeline import VideoPipeline

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import Plan, recomputed
+from reference import Plan, recomputed, to_latents
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, TEXT, tiny_pipeline, tiny_transformer
 
@@ -18,7 +18,7 @@ from videoar.core.flow import sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Cells, Scheme, box, parse
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.units import Units, Visible
 from videoar.encoders.codec import to_frames
 from videoar.encoders.text_encoder import TextEncoder

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from reference import Oracle
+from reference import Oracle, to_latents
 from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from videoar.core.flow import sigma_steps
 from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, layout, mask_of
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, parse
-from videoar.core.tokens import to_latents, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder

@@ -54,10 +54,8 @@ class ModelConfig:
     def __post_init__(self):
         check_types(self)
         counts = ("latent_channels", "patch", "num_layers", "num_heads", "ffn_dim", "num_levels")
-        check_options(self, least=dict.fromkeys(counts, 1))
-        if self.head_dim < 6 or self.head_dim % 2 or self.freq_dim % 2:
-            sizes = f"head_dim {self.head_dim} (>= 6) and freq_dim {self.freq_dim}"
-            raise ValueError(f"{sizes} must be even numbers.")
+        even = [(n, getattr(self, n) % 2 == 0, "an even number") for n in ("head_dim", "freq_dim")]
+        check_options(self, *even, least=dict.fromkeys(counts, 1) | {"head_dim": 6})
 
     @property
     def hidden_size(self) -> int:

@@ -10,14 +10,17 @@ matrix of sigmas, rows x waves of units; `step_of` evaluates it, for a clip as f
 """
 
 import math
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from videoar.checks import checked
+from videoar.checks import check, checked
 
+Sigmas = tuple[float, ...]
+"""Falling levels of noise, of one unit."""
+Memory = Tensor | None
+"""What a step leaves for the next one of its unit; None: nothing, or there was none."""
 MAX_STEPS = 10_000
 
 
@@ -27,25 +30,16 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 @checked
-def sigma_steps(
-    num_inference_steps: int, *, shift: float = 1.0, grid: str = "even"
-) -> tuple[float, ...]:
+def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> Sigmas:
     """The falling sigmas of one unit: 1 first, 0 last, `num_inference_steps + 1` values.
-
-    Grids of diffusers end above 0 at the least sigma of training, 0.001: that of `unipc` without
-    it, that of `flow-match-euler` with it, but shifted twice.
 
     Raises:
         ValueError: fewer than one step, or a shift that is not a positive number.
     """
-    if not 1 <= num_inference_steps <= MAX_STEPS:
-        raise ValueError(f"num_inference_steps is {num_inference_steps}: use 1 to {MAX_STEPS}.")
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift is {shift}: use a number above 0, such as 3.0.")
+    possible = 1 <= num_inference_steps <= MAX_STEPS
+    check("num_inference_steps", num_inference_steps, possible, f"1 to {MAX_STEPS}")
+    check("shift", shift, 0 < shift < math.inf, "a number above 0, such as 3.0")
     sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-    if least := {"unipc": 0.001, "flow-match-euler": shift / (999 + shift)}.get(grid):
-        count = num_inference_steps + (grid == "unipc")
-        sigmas[:-1] = torch.from_numpy(np.linspace(1, least, count)[:num_inference_steps])
     return tuple(shifted(sigmas, shift).tolist())
 
 
@@ -55,15 +49,6 @@ def step_of(row: int, wave: int, *, steps: int, lag: int) -> int:
     `lag = steps` is autoregressive, `0 < lag < steps` pipelined, `lag = 0` full sequence.
     """
     return max(0, min(row - lag * wave, steps))
-
-
-def sigma_matrix(
-    sigmas: tuple[float, ...], waves: Int[Tensor, " units"], *, lag: int
-) -> Float[Tensor, "rows units"]:
-    """All of sampling as a table: every unit's sigma before each row, and after the last."""
-    steps = len(sigmas) - 1
-    rows = torch.arange(lag * int(waves.max()) + steps + 1)[:, None]
-    return torch.tensor(sigmas)[(rows - lag * waves[None, :]).clamp(0, steps)]
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -81,21 +66,20 @@ def clean_of(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     return x - sigma * velocity
 
 
-def euler_step(
-    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
-) -> Tensor:
-    """Follow the probability-flow ODE; `noise` is not used."""
-    return x + (next_sigma - sigma) * velocity
+def euler_step(x: Tensor, velocity: Tensor, sigmas: Sigmas, *_: object) -> tuple[Tensor, Memory]:
+    """Follow the probability-flow ODE; the arguments of every step: see `sampler.Step`."""
+    return x + (sigmas[-1] - sigmas[-2]) * velocity, None
 
 
 def renoise_step(
-    x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor
-) -> Tensor:
+    x: Tensor, velocity: Tensor, sigmas: Sigmas, _: Memory, fresh: Callable[[], Tensor]
+) -> tuple[Tensor, Memory]:
     """Predict the clean data and noise it again with fresh noise: for distilled models.
 
     Consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm 1.
     """
-    return add_noise(clean_of(x, velocity, sigma), noise, next_sigma)
+    clean = clean_of(x, velocity, sigmas[-2])
+    return add_noise(clean, fresh(), sigmas[-1]) if sigmas[-1] else clean, None
 
 
 def random_sigmas(shape: tuple[int, ...], generator: torch.Generator, *, shift: float) -> Tensor:

@@ -1,6 +1,5 @@
 """The loss of a training clip, whatever its partition: flow matching."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from videoar.checks import check_options, check_types
+from videoar.checks import check_options, check_positive, check_types
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.flow import add_noise, random_sigmas, velocity_of
 from videoar.core.schemes import Scheme
@@ -53,16 +52,15 @@ class FlowMatchingConfig:
         shares = [name for name in vars(self) if name.endswith(("probability", "dropout"))]
         right = [(name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in shares]
         noise = ("context_noise", 0 <= self.context_noise < 1, "0 to below 1")
-        shift = ("shift", 0 < self.shift < math.inf, "a number above 0, as 5")
+        check_positive(self, "shift")
         least = {"clip_frames": 1, "sink_frames": 0, "sigma_floor": 0}
-        check_options(self, *right, noise, shift, least=least)
+        check_options(self, *right, noise, least=least)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A training clip's sequence: what the tokens are, and who reads whom."""
 
-    units: Units
     coords: Float[Tensor, "tokens 4"]
     unit: Int[Tensor, " tokens"]
     visible: Bool[Tensor, "units units"]
@@ -90,7 +88,7 @@ def layout(units: Units, visible: Visible, *, copies: bool, reads: Reads = "past
     if copies:
         seen = clean_copies(seen)
         coords, unit = torch.cat([coords] * 2), torch.cat([unit, unit + len(index)])
-    return Layout(units, coords, unit, seen)
+    return Layout(coords, unit, seen)
 
 
 def velocities(
@@ -170,7 +168,7 @@ def flow_matching_loss(
     weight = (sigma / sigma.clamp(min=config.sigma_floor)).square()[:, unit, None]
     error = (velocity.float() - velocity_of(clean, noise)).square()
     error = (weight * error).mean(dim=(0, 2))
-    per_unit = torch.zeros(len(units.sizes), device=device).index_add(0, unit, error)
+    per_unit = torch.zeros(count, device=device).index_add(0, unit, error)
     return (per_unit / torch.tensor(units.sizes, device=device)).mean()
 
 

@@ -7,19 +7,6 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 
 
-def unit_generator(seed: int, unit: int, draw: int = 0) -> torch.Generator:
-    """The random numbers of one unit: a function of (seed, unit, draw) alone.
-
-    So a stream equals the offline run bit for bit, and can go on from a file.
-
-    Args:
-        seed: the user's seed.
-        unit: index of the unit in its stream.
-        draw: 0 for the starting noise, r for the fresh noise of step r.
-    """
-    return torch.Generator().manual_seed(mixed(seed, unit, draw))
-
-
 def mixed(*values: int) -> int:
     """Make a seed of several numbers."""
     state = 0
@@ -35,7 +22,16 @@ def mixed(*values: int) -> int:
 def unit_noise(
     seeds: tuple[int, ...], unit: int, shape: tuple[int, ...], *, draw: int = 0
 ) -> Float[Tensor, "batch tokens features"]:
-    """Standard normal noise of one unit for a batch of seeds; the same bits on every device."""
-    return torch.stack(
-        [torch.randn(shape, generator=unit_generator(seed, unit, draw)) for seed in seeds]
-    )
+    """Standard normal noise of one unit for a batch of seeds; the same bits on every device.
+
+    A function of (seed, unit, draw) alone: so a stream equals the offline run bit for bit, and can
+    go on from a file.
+
+    Args:
+        seeds: the user's, one per video.
+        unit: index of the unit in its stream.
+        shape: tokens, features.
+        draw: 0 for the starting noise, r for the fresh noise of step r.
+    """
+    rngs = [torch.Generator().manual_seed(mixed(seed, unit, draw)) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])

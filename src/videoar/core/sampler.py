@@ -1,6 +1,6 @@
 """Sampling: one generator for clips, batches, endless streams and training rollouts.
 
-All of it is a walk down the rows of the sigma matrix (`flow.sigma_matrix`). In every row the units
+All of it is a walk down the rows of the matrix of sigmas (`flow.step_of`). In every row the units
 whose sigma moves run through the model, together with the units that reached 0 in the row before:
 their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
 i+1.
@@ -12,7 +12,7 @@ model is told so: noised like the others they say little at high sigmas, where f
 (19 against 23 dB in the frames after a picture, `docs/image-and-video.md`).
 """
 
-from abc import ABC, abstractmethod
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,46 +21,27 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from videoar.checks import check
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.cache import KVCache, cached_tokens
-from videoar.core.flow import add_noise, euler_step, step_of
+from videoar.core.flow import Memory, Sigmas, add_noise, euler_step, step_of
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 
-Step = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
-"""(x, velocity, sigma, next sigma, fresh noise) -> x at the next sigma: see `flow.euler_step`."""
-Memory = Tensor | None
-"""What a solver keeps of the steps before; None: there was none."""
+Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
+"""(x, velocity, sigmas, memory, fresh) -> x at the last of the sigmas, memory of the next step.
 
-
-class Multistep(ABC):
-    """How a sigma is left by a solver that needs the steps before."""
-
-    def told(self, sigma: float) -> float:
-        """Return the sigma as the model is told it."""
-        return sigma
-
-    @abstractmethod
-    def __call__(
-        self, x: Tensor, velocity: Tensor, sigmas: tuple[float, ...], memory: Memory
-    ) -> tuple[Tensor, Memory]:
-        """Return tokens at the last of `sigmas`, and what the next step, if any, needs of this one.
-
-        Args:
-            x: tokens at the sigma before the last.
-            velocity: what the model says of them.
-            sigmas: all from the first on.
-            memory: what the step before returned.
-        """
+`x` and what the model says of it are at the sigma before the last, `sigmas` are all from the first
+on, `memory` is what the step before returned, and `fresh()` draws noise: see `flow.euler_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How units are generated."""
 
-    sigmas: tuple[float, ...]
+    sigmas: Sigmas
     """Falling sigmas of one unit, from 1 to 0: `flow.sigma_steps`."""
     lag: int | None = None
     """Rows between the starts of successive waves; None: one wave after the other. Less than the
@@ -72,41 +53,22 @@ class SamplerConfig:
     """Sigma at which finished units are written to the cache."""
     moving_sinks: bool = True
     """Whether sinks follow the window, so that no distance is longer than in training."""
-    step: Step | Multistep = euler_step
+    step: Step = euler_step
     """How a sigma is left."""
+    told: Callable[[float], float] = float
+    """The sigma as the model is told it."""
 
     def __post_init__(self):
-        falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-        if len(self.sigmas) < 2 or not falling or (self.sigmas[0], self.sigmas[-1]) != (1, 0):
+        falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
+        if not falling or (*self.sigmas[:1], *self.sigmas[-1:]) != (1, 0):
             raise ValueError(f"sigmas must fall from 1 to 0, got {self.sigmas}: see sigma_steps.")
-        if self.lag is not None and not 0 <= self.lag <= self.num_steps:
-            raise ValueError(f"lag is {self.lag}: use 0 to {self.num_steps}, the number of steps.")
-        if not 0 <= self.context_noise < 1:
-            raise ValueError(f"context_noise is {self.context_noise}: use 0 to below 1.")
+        fits = self.lag is None or 0 <= self.lag <= self.num_steps
+        check("lag", self.lag, fits, f"0 to {self.num_steps}, the number of steps")
+        check("context_noise", self.context_noise, 0 <= self.context_noise < 1, "0 to below 1")
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
-
-    @cached_property
-    def told(self) -> tuple[float, ...]:
-        """The sigmas as the model is told them."""
-        if isinstance(self.step, Multistep):
-            return tuple(map(self.step.told, self.sigmas))
-        return self.sigmas
-
-    def after(
-        self, done: int, x: Tensor, velocity: Tensor, memory: Memory, fresh: Callable[..., Tensor]
-    ) -> tuple[Tensor, Memory]:
-        """Return tokens after one step more, and what the next step needs of this one.
-
-        `fresh(draw=1)` is noise of a number.
-        """
-        if isinstance(self.step, Multistep):
-            return self.step(x, velocity, self.sigmas[: done + 2], memory)
-        sigma, after = self.sigmas[done : done + 2]
-        noise = fresh(draw=done + 1).to(x) if after and self.step is not euler_step else x
-        return self.step(x, velocity, sigma, after, noise), None
 
 
 @dataclass(frozen=True)
@@ -151,7 +113,7 @@ class Sampler:
     ):
         self.network, self.units, self.text, self.config = network, units, text, config
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
-        self._noise = None if noise is None else noise.split(list(units.sizes), dim=1)
+        self._noise = noise if noise is None else noise.to(device, dtype).split(units.sizes, dim=1)
         self.hold(known)
         self.lag = config.num_steps if config.lag is None else config.lag
         if self.lag == 0 and units.count is None:
@@ -188,7 +150,7 @@ class Sampler:
 
     def __iter__(self) -> Iterator[Finished]:
         yield from self._deliver()
-        while self._enter() or self._moving():
+        while self._enter():
             self._advance()
             yield from self._deliver()
 
@@ -216,22 +178,17 @@ class Sampler:
         known = index in self.known_units
         return self.config.num_steps if known else self._steps_done(index)
 
-    def _moving(self) -> bool:
-        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
-
     def _enter(self) -> bool:
-        """Start the units whose first step is due in this row; say whether there were any."""
-        before = self.entered
+        """Start the units whose first step is due in this row; say whether any unit has one due."""
         while self.units.count is None or self.entered < self.units.count:
             index = self.entered
             unit = self._unit(index)
             if unit.wave * self.lag > self.row:
                 break
-            shape = (unit.size, self.network.config.token_dim)
-            noise = self._noise[index] if self._noise else unit_noise(self.seeds, index, shape)
-            self.active[index] = self._hold(index, noise.to(self.device, self.dtype))
+            noise = self._noise[index] if self._noise else self._fresh(index)
+            self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return self.entered > before
+        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
 
     def _advance(self) -> None:
         """Run one row, unless all in flight are known and none is due for the cache."""
@@ -255,12 +212,17 @@ class Sampler:
         x, config = self.active[index], self.config
         if done == config.num_steps - 1:
             self._before[index] = x
-        fresh = partial(unit_noise, self.seeds, index, tuple(x.shape[1:]))
-        after, memory = config.after(done, x, velocity, self._memory.pop(index, None), fresh)
+        memory, fresh = self._memory.pop(index, None), partial(self._fresh, index, done + 1)
+        after, memory = config.step(x, velocity, config.sigmas[: done + 2], memory, fresh)
         if memory is not None:
             self._memory[index] = memory
         heard = after if self.on_step is None else self.on_step(index, done, after)
         return self._hold(index, heard)
+
+    def _fresh(self, index: int, draw: int = 0) -> Tensor:
+        """Draw noise for a unit."""
+        shape = (self._unit(index).size, self.network.config.token_dim)
+        return unit_noise(self.seeds, index, shape, draw=draw).to(self.device, self.dtype)
 
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
         """Put in what is known of a unit."""
@@ -272,11 +234,10 @@ class Sampler:
         self._place_sinks(group[-1].index)
         tokens, sigmas = [], []
         for unit, done in zip(group, steps_done, strict=True):
-            x, sigma = self.active[unit.index], config.told[done]
+            x, sigma = self.active[unit.index], config.told(config.sigmas[done])
             if done == config.num_steps and config.context_noise:
                 sigma = config.context_noise
-                noise = unit_noise(self.seeds, unit.index, tuple(x.shape[1:]), draw=done + 1)
-                x = add_noise(x, noise.to(x), sigma)
+                x = add_noise(x, self._fresh(unit.index, done + 1), sigma)
             tokens.append(x)
             partly = done < config.num_steps and unit.index in self.known
             sigmas.append((sigma, unit.size, unit.index if partly else -1))
@@ -391,7 +352,6 @@ class Guided:
         self.network, self.scale, self.config = network, scale, network.config
 
     def __call__(self, tokens: Tensor, **inputs) -> Output:
-        conditional, unconditional = self.network(torch.cat([tokens] * 2), **inputs).velocity.chunk(
-            2
-        )
+        both = self.network(torch.cat([tokens] * 2), **inputs).velocity
+        conditional, unconditional = both.chunk(2)
         return Output(unconditional + self.scale * (conditional - unconditional))

@@ -10,14 +10,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
-from videoar.checks import build_named, checked, hint
+from videoar.checks import build_named, check_options, checked, hint
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
 by 2**level in height and width. The video is read from level 0, the lattice itself."""
 
-ORDERS = ("raster", "snake", "wavefront")
+ORDERS: dict[str, Callable[[tuple[int, int]], Any]] = {
+    "raster": lambda place: place,
+    "snake": lambda place: (place[0], place[1] * (-1) ** place[0]),
+    "wavefront": sum,
+}
+"""By what the blocks of a segment, (row, column), are sorted; equals are generated together."""
 MAX_LEVELS = 5
 
 
@@ -70,25 +76,17 @@ class Blocks(Scheme):
     order: str = "raster"
 
     def __post_init__(self):
-        for size in (self.frames, self.h, self.w):
-            if size is not None and size < 1:
-                raise ValueError(f"A block needs sizes of 1 or more, got {size}: raise it.")
-        if self.order not in ORDERS:
-            raise ValueError(f"Unknown order {self.order!r}: use one of {', '.join(ORDERS)}.")
+        order = ("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        check_options(self, order, least={"frames": 1, "h": 1, "w": 1})
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         rows, columns = (
             [range(start, min(start + step, size)) for start in range(0, size, step)]
             for size, step in ((height, self.h or height), (width, self.w or width))
         )
-        places = list(itertools.product(range(len(rows)), range(len(columns))))
-        if self.order == "snake":
-            places.sort(key=lambda place: (place[0], place[1] * (-1) ** place[0]))
-        waves = [[place] for place in places]
-        if self.order == "wavefront":
-            diagonals = itertools.groupby(sorted(places, key=sum), key=sum)
-            waves = [list(diagonal) for _, diagonal in diagonals]
-        return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for wave in waves]
+        places, key = itertools.product(range(len(rows)), range(len(columns))), ORDERS[self.order]
+        waves = itertools.groupby(sorted(places, key=key), key=key)
+        return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for _, wave in waves]
 
     @property
     def short(self) -> str:
@@ -111,10 +109,7 @@ class KeyDetail(Scheme):
     frames: int = 4
 
     def __post_init__(self):
-        if self.frames < 2:
-            raise ValueError(
-                f"key-detail needs segments of >= 2 latent frames, got {self.frames}: use frame."
-            )
+        check_options(self, ("frames", self.frames >= 2, "2 or more, or the units `frame`"))
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         h, w = range(height), range(width)
@@ -137,11 +132,9 @@ class Pyramid(Scheme):
         shrinking = all(a > b for a, b in itertools.pairwise(self.factors))
         powers = all(f > 0 and f & (f - 1) == 0 for f in self.factors)
         ends = self.factors and self.factors[-1] == 1 and self.factors[0] < 2**MAX_LEVELS
-        if not (ends and shrinking and powers) or self.frames < 1:
-            raise ValueError(
-                f"multiscale needs falling powers of two from below {2**MAX_LEVELS} to 1 and >= 1 "
-                f"frames, got {self.factors} and {self.frames}: use for example multiscale:4,2,1."
-            )
+        right = bool(ends and shrinking and powers)
+        says = f"falling powers of two from below {2**MAX_LEVELS} to 1, as in multiscale:4,2,1"
+        check_options(self, ("factors", right, says), least={"frames": 1})
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
         levels = {factor.bit_length() - 1: factor for factor in self.factors}

@@ -42,13 +42,6 @@ def _gather(latents: Latents, cells: Int[Tensor, "tokens 4"], patch: int) -> Tok
     return torch.cat(grids, dim=1)[:, index.to(latents.device)]
 
 
-def to_latents(tokens: Tokens, units: Units, *, patch: int = 2) -> Latents:
-    """Inverse of `to_tokens`: read the latents from the tokens of the finest level."""
-    assembler = Assembler(units, patch=patch)
-    parts = map(assembler.add, units.clip, tokens.split(list(units.sizes), dim=1))
-    return torch.cat([frames for frames in parts if frames is not None], dim=1)
-
-
 def _pooled(
     latents: Latents, factor: int, patch: int
 ) -> Float[Tensor, "batch frames channels rows columns"]:
@@ -78,13 +71,11 @@ def known_tokens(latents: Latents, units: Units, *, patch: int = 2) -> dict[int,
         # Levels pool height and width alone, so a token is known if its frame is.
         mask = unit.grid_index[:, 0] < frames
         if mask.any():
-            start, end = unit.frame_start, int(unit.grid_index[mask, 0].max()) + 1
-            cells = unit.grid_index[mask] - torch.tensor([start, 0, 0, 0])
-            values = _gather(latents[:, start:end], cells, patch)
+            start = torch.tensor([unit.frame_start, 0, 0, 0])
+            cells = (unit.grid_index - start) * mask[:, None]  # any that is there, for the others
+            near = latents[:, unit.frame_start : unit.frame_start + units.segment_frames]
             mask = mask.to(latents.device)
-            tokens = values.new_zeros(len(latents), len(mask), values.shape[2])
-            tokens[:, mask] = values
-            known[unit.index] = Known(mask, tokens)
+            known[unit.index] = Known(mask, _gather(near, cells, patch) * mask[:, None])
     return known
 
 

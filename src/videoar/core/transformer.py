@@ -38,9 +38,8 @@ TextContext = list[KeyValue]
 class Network(Protocol):
     """What sampler and loss call: a `VideoTransformer`, or something that wraps it."""
 
-    @property
-    def config(self) -> ModelConfig:
-        """Its size."""
+    config: ModelConfig
+    """Its size."""
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """Return the `Output` of one pass."""

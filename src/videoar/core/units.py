@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from videoar.checks import check_types
+from videoar.checks import check_options, check_types
 from videoar.core.schemes import Cells, Scheme, box
 
 MAX_SEGMENT, MAX_CLIP = 2**20, 2**22  # tokens that are held as lists, of a segment and in all
@@ -81,9 +81,7 @@ class Units:
         check_types(self)
         if self.frames is None and self.scheme.frames is None:
             raise ValueError("One unit cannot span an endless stream: give a number of frames.")
-        for axis, size in (("frames", self.frames), ("height", self.height), ("width", self.width)):
-            if size is not None and size < 1:
-                raise ValueError(f"A lattice needs {axis} >= 1, got {size}.")
+        check_options(self, least={"frames": 1, "height": 1, "width": 1})
         if (size := self.segment_frames * self.height * self.width) > MAX_SEGMENT:
             raise ValueError(f"A segment has {size} tokens of {MAX_SEGMENT}: use smaller units.")
 
@@ -248,10 +246,7 @@ class Visible:
 
     def __post_init__(self):
         check_types(self)
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"A window holds at least one unit, got {self.window}: use 1 or more.")
-        if self.sink < 0:
-            raise ValueError(f"A sink holds >= 0 units, got {self.sink}.")
+        check_options(self, least={"window": 1, "sink": 0})
 
     def matrix(
         self, index: Int[Tensor, " units"], wave: Int[Tensor, " units"]

@@ -14,10 +14,13 @@ from videoar.core.noise import mixed
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.files import Json
-from videoar.generation.unipc import UniPC
+from videoar.generation.unipc import GRIDS, grid, timestep, unipc_step
 
-# Others are Euler steps, on one grid or another.
-STEPS = {"renoise": renoise_step, "unipc": UniPC()}
+# Of `SamplerConfig`; others are Euler steps, on one grid or another.
+STEPS: dict[str, dict[str, Any]] = {
+    "renoise": {"step": renoise_step},
+    "unipc": {"step": unipc_step, "told": timestep},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,10 @@ class GenerationConfig:
     @property
     def schedule(self) -> tuple[float, ...]:
         """The sigmas of a unit."""
-        return self.sigmas or sigma_steps(self.steps, shift=self.shift, grid=self.step)
+        if self.sigmas:
+            return self.sigmas
+        even = sigma_steps(self.steps, shift=self.shift)
+        return grid(self.step, self.steps, shift=self.shift) if self.step in GRIDS else even
 
     @property
     def steps(self) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_types, check_whole, checked
-from videoar.core.flow import euler_step
 from videoar.core.sampler import Guided, Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
@@ -339,11 +338,11 @@ class VideoPipeline:
         lattice, network = self.lattice(options.units, num_frames), self.transformer
         config = SamplerConfig(
             sigmas=options.schedule,
-            step=STEPS.get(options.step, euler_step),
             lag=options.lag,
             visible=options.visible(lattice),
             context_noise=options.context_noise,
             moving_sinks=options.moving_sinks,
+            **STEPS.get(options.step, {}),
         )
         if options.guidance_scale != 1:
             network = Guided(network, options.guidance_scale)
