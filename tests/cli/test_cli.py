@@ -360,7 +360,7 @@ BAD = [
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
     (("units",), "no scheme"),
-    (("units", "frame", "--frames", "0"), "frames >= 1"),
+    (("units", "frame", "--frames", "0"), "frames is 0: use 1 or more"),
     (("units", "frame", "--frames", "99999999999"), "tokens of 4194304"),
     (("units", "frame", "--height", "99999", "--width", "99999"), "tokens of 1048576"),
     (("units", "frame", "--steps", "0"), "steps is 0"),

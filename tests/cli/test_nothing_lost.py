@@ -90,7 +90,7 @@ def test_a_killed_generation_is_that_of_one_never_killed(
     first = [*begin, "--out", str(file), "--save-state", str(state), "--force"]
     while kills < most and not file.exists():
         words = ["generate", "--resume", str(state)] if state.exists() else first
-        ended = _forked(words, killed_after=moments.uniform(0.1, 0.5))
+        ended = _forked(words, killed_after=moments.uniform(0.02, 0.2))
         assert ended.code in (0, -signal.SIGKILL), ended.error
         kills += ended.code != 0
         hidden = file.with_name(".a.mp4.partial.mp4")
