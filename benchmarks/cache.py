@@ -1,11 +1,11 @@
 """What a cache is worth: the same sampling with the prefix recomputed in every pass."""
 
-import itertools
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -102,8 +102,8 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
         row = units.unit[units.unit < count]
         mask = token_mask(visible[:count, :count], row, row)
         shape = size, sampler.network.config.token_dim
-        x = unit_noise(sampler.seeds, unit.index, shape)
-        for at, (sigma, after) in enumerate(itertools.pairwise(config.sigmas)):
+        x, memory = unit_noise(sampler.seeds, unit.index, shape), None
+        for done, sigma in enumerate(map(config.told, config.sigmas[:-1])):
             output = sampler.network(
                 torch.cat([*tokens, x], dim=1),
                 coords=units.coords[: len(row)],
@@ -112,8 +112,9 @@ def without_cache(sampler: Sampler) -> Float[Tensor, "batch tokens features"]:
                 text=sampler.text,
                 mask=mask,
             )
-            fresh = unit_noise(sampler.seeds, unit.index, shape, draw=at + 1)
-            x = config.step(x, output.velocity[:, -size:], sigma, after, fresh)
+            fresh = partial(unit_noise, sampler.seeds, unit.index, shape, draw=done + 1)
+            velocity, sigmas = output.velocity[:, -size:], config.sigmas[: done + 2]
+            x, memory = config.step(x, velocity, sigmas, memory, fresh)
         tokens.append(x)
     return torch.cat(tokens, dim=1)
 
