@@ -350,3 +350,10 @@ def test_memory_stays_as_it_was(pipe) -> None:
         state = session.generation.state_dict()
         sizes.append(sum(tensor.nbytes for name, tensor in state.items() if name != "json"))
     assert max(sizes[10:20]) == max(sizes[20:])
+
+
+def test_a_misspelt_setting_is_not_taken(pipe) -> None:
+    """It would change nothing, and nobody would know."""
+    session = pipe.session("a ball", num_frames=5)
+    with pytest.raises(AttributeError, match="prompts"):
+        session.prompts = "a square"

@@ -39,6 +39,9 @@ class Session:
     for `seek`, until the end of a `with`.
     """
 
+    # A misspelt `session.prompts = ...` must not be taken.
+    __slots__ = ("__weakref__", "_kept", "_resume", "generation", "kept_bytes")
+
     def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
         self.generation, self._resume, self.kept_bytes = generation, resume, KEPT_BYTES
         self._kept: deque[tuple[int, State]] = deque()
