@@ -121,8 +121,8 @@ def trained_flow(meta: Mapping[str, Any], sampling: GenerationConfig) -> FlowMat
     known = [field.name for field in fields(FlowMatchingConfig)]
     stated = {name: value for name, value in task.get("flow", {}).items() if name in known}
     units = meta.get("units") or task.get("units") or names([sampling.units])
-    flow = FlowMatchingConfig(**stated)
-    return replace(flow, context="full") if list(units) == ["full"] else flow
+    flow, whole = FlowMatchingConfig(**stated), all(parse(name).frames is None for name in units)
+    return replace(flow, context="full") if whole else flow
 
 
 @dataclass(frozen=True, kw_only=True)

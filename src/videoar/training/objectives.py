@@ -1,5 +1,6 @@
 """Objectives: which module is trained, and by which loss. No loop, no files."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
 
 
-class Objective:
+class Objective(ABC):
     """What a training loop needs to know: the module it updates, and the loss of a batch.
 
     As it stands here everything moves in every step.
@@ -44,6 +45,7 @@ class Objective:
         """Return whose optimizer moves in a step."""
         return ""
 
+    @abstractmethod
     def loss(
         self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
     ) -> dict[str, Tensor]:
@@ -51,7 +53,6 @@ class Objective:
 
         The number and the shapes of passes depend on `step` alone: ranks keep in step.
         """
-        raise NotImplementedError
 
 
 class TextToVideo(nn.Module):
