@@ -177,7 +177,7 @@ def _config_of(
     if "num_attention_heads" in stated:
         patch = stated.get("patch_size", [1, 2, 2])
         square = [1, *2 * (patch[1:2] or [2])] if isinstance(patch, list) else [1, 2, 2]
-        known, fixed = stated | {"patch": square[1]}, FIXED | {"patch_size": square}
+        known, fixed = {**stated, "patch": square[1]}, FIXED | {"patch_size": square}
         return _stated(ModelConfig, known, {**FIELDS, "patch": "patch"}, fixed, file / CONFIG)
     places = (base / "transformer" / CONFIG, base / CONFIG)
     theirs = next((read_json(place) for place in places if place.is_file()), {})
