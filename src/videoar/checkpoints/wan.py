@@ -214,8 +214,8 @@ def _stated(
     for name, value in fixed.items():
         if stated.get(name, value) != value:
             raise ValueError(
-                f"{file} gives {name} {stated[name]!r}, but only {value!r} can be run; "
-                "use a text-to-video model of Wan 2.1, or its codec"
+                f"{file} gives {name} {stated[name]!r}, as Wan 2.2 or others have it, but only "
+                f"{value!r} can be run; use a text-to-video model of Wan 2.1, or its codec"
             )
     values = {ours: stated[theirs] for theirs, ours in names.items() if theirs in stated}
     return build_config(kind, values, file=file)
