@@ -12,7 +12,7 @@ import tiny
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
-from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, train_tokenizer
 from videoar.evaluation.judge import judge_ends, windows
 from videoar.evaluation.options import Evaluate
 from videoar.evaluation.study import evaluate
@@ -28,7 +28,7 @@ Report = dict[str, Any]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny checkpoint whose prompts may be as long as captions."""
     pipe: VideoPipeline = tiny.tiny_pipeline()
-    tokenizer = Tokenizer.train(["a small red ball moves left"], vocab_size=300)
+    tokenizer = train_tokenizer(["a small red ball moves left"], vocab_size=300)
     text = TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
     pipe.prompt_encoder = TinyPromptEncoder(tokenizer, text)
     return str(pipe.save_pretrained(tmp_path_factory.mktemp("evaluate") / "tiny"))

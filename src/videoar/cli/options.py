@@ -25,6 +25,15 @@ class CheckpointOptions:
     """Precision; as it is stored by default."""
 
 
+# What an option of `generate` leaves no room for, and why; and what others are nothing without.
+CLASHES = {
+    "prompts": ("makes a video of each line", {"prompt", "prompt_at", "script", "save_state"}),
+    "seconds": ("is the length", {"num_frames"}),
+    "image": ("is how the video begins", {"video"}),
+}
+NEEDS = {"keep": {"video"}, "fit": {"image", "video"}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generate(CheckpointOptions):
     """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
@@ -100,27 +109,19 @@ class Generate(CheckpointOptions):
 
     def __post_init__(self) -> None:
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.resume and (others := given - {"resume", "threads", "device", "offload"}):
-            names = ", ".join(sorted(others)).replace("_", "-")
-            raise ValueError(f"--resume goes on with what it holds: leave out {names}")
+        held = given - {"resume", "threads", "device", "offload"}
+        clashes = {"resume": ("goes on with what it holds", held), **CLASHES}
+        for name, (why, others) in clashes.items():
+            if name in given and (clash := given & others):
+                names = ", ".join(sorted(clash)).replace("_", "-")
+                raise ValueError(f"--{name} {why}: leave out {names}")
         if not given & {"prompt", "prompts", "script", "resume"}:
             raise ValueError("no PROMPT is given: describe the video in a few words")
-        single = given & {"prompt", "prompt_at", "script", "save_state"}
-        if self.prompts and single:
-            names = ", ".join(sorted(single)).replace("_", "-")
-            raise ValueError(f"--prompts makes a video of each line: leave out {names}")
+        for name, others in NEEDS.items():
+            if name in given and not given & others:
+                raise ValueError(f"--{name} is of --{' or --'.join(sorted(others))}: name one too")
         names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
         check_positive(self, *names, "height", "width", "num_videos_per_prompt")
-        if self.seconds is not None and self.num_frames is not None:
-            raise ValueError("--seconds and --num-frames both give the length: choose one of them")
-        if self.image is not None and self.video is not None:
-            raise ValueError(
-                "--image and --video both say how the video begins: choose one of them"
-            )
-        if self.keep is not None and self.video is None:
-            raise ValueError("--keep says how much of --video comes first: name a video too")
-        if self.fit is not None and self.image is None and self.video is None:
-            raise ValueError("--fit says how --image or --video is resized: name one of them too")
         if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
             raise ValueError(
                 f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videoar.checks import check, check_options, check_types
-from videoar.encoders.codec import Codec, Latents, Memory, Padded, StreamEncoder, Video
+from videoar.encoders.codec import Codec, Latents, Memory, Padded, Video
 
 Frames = Float[Tensor, "time_batch _ _ _"]
 """Feature maps in (time, batch) order: the frames of one time are neighbours."""
@@ -243,14 +243,6 @@ class TinyCodec(Codec):
         if self.config.time_padding == "front":
             return super().pad(video)
         return torch.cat([video, video[:, -1:].repeat(1, self.stride[0] - 1, 1, 1, 1)], dim=1)
-
-    def stream_encoder(self) -> StreamEncoder:
-        if self.config.time_padding == "end":
-            raise ValueError(
-                "A codec with time_padding 'end' reads 3 frames ahead and cannot encode a stream: "
-                "encode the whole clip, or train a codec with time_padding 'front'."
-            )
-        return super().stream_encoder()
 
     def encode_step(self, frames: Video, memory: Memory | None) -> tuple[Latents, Memory]:
         if self.config.pixel_range == "unit":

@@ -204,15 +204,6 @@ def score(reading: Reading, scene: world.Scene) -> dict[str, float]:
 Clips = UInt8[np.ndarray, "batch frames height width 3"]
 
 
-def look(frames: UInt8[np.ndarray, "frames height width 3"], prompt: Json, *, fps: int) -> Json:
-    """Return what the judge sees in a clip, and the scores; `all`: everything is right."""
-    reading = read(frames, fps=fps)
-    things = [{name: getattr(thing, name) for name in WORDS} for thing in reading.things]
-    scores = score(reading, world.Scene.from_json(prompt["scene"]))
-    scores["all"] = float(min(scores.values()) == 1)
-    return {"scores": scores, "seen": {"background": reading.background, "things": things}}
-
-
 @runtime_checkable
 class Judge(Protocol):
     """Who asks for videos of a world, has real ones of them, and says what others show."""
@@ -239,7 +230,15 @@ class WorldJudge:
         return np.stack([world.render(scene, **how) for scene in scenes])
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
-        return [look(clip, p, fps=fps) for clip, p in zip(clips, prompts, strict=True)]
+        found = list[Json]()
+        for clip, prompt in zip(clips, prompts, strict=True):
+            reading = read(clip, fps=fps)
+            things = [{name: getattr(thing, name) for name in WORDS} for thing in reading.things]
+            right = score(reading, world.Scene.from_json(prompt["scene"]))
+            right["all"] = float(min(right.values()) == 1)
+            seen = {"background": reading.background, "things": things}
+            found.append({"scores": right, "seen": seen})
+        return found
 
 
 WORLD = WorldJudge()

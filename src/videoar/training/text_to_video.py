@@ -126,7 +126,7 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     text = task.text or text_encoder.TextEncoderConfig()
     captions = map(text_encoder.as_read, shards.captions)
-    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=text.vocab_size)
+    tokenizer = text_encoder.train_tokenizer(captions, vocab_size=text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
     model = task.model or SIZES[task.size or "small"]
     sizes = {"latent_channels": codec.latent_channels, "text_dim": text.hidden_size}
