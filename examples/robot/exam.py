@@ -2,12 +2,14 @@
 
     python examples/robot/exam.py FOOTAGE LATENTS EXAM --size 96 --count 100
 
-FOOTAGE is what render.py wrote, LATENTS what `videoar prepare` made of it: of the clips that it holds
-out, those of one task, and their labels. Videos are asked for by their words and judged by them.
+FOOTAGE is what render.py wrote, LATENTS what `videoar prepare` made of it: of the clips that it
+holds out, those of one task, and their labels. Their words are what videos are asked for and judged
+by; a judge is trained without them, too (`held_out` in `labels.jsonl`).
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import folder
@@ -52,4 +54,5 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--count", type=int, default=100)
     given = parser.parse_args()
-    print(f"{choose(given.footage, given.latents, given.exam, size=given.size, count=given.count)} clips")
+    how = {"size": given.size, "count": given.count}
+    sys.stderr.write(f"{choose(given.footage, given.latents, given.exam, **how)} clips\n")

@@ -50,6 +50,18 @@ class ReaderConfig:
         return self.things | deeds | self.states
 
 
+class Refined(nn.Module):
+    """Adds to pictures what a convolution makes of them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
 class StateReader(nn.Module):
     """Reads a clip: frames one by one, and then what happens from one to the next.
 
@@ -62,6 +74,8 @@ class StateReader(nn.Module):
         for channels in config.channels:
             layers.append(nn.Conv2d(below, channels, 3, stride=2, padding=1))
             layers += [nn.GroupNorm(8, channels), nn.ReLU()]
+            if below > 3:  # at full size it would be most of the work
+                layers.append(Refined(channels))
             below = channels
         rest = -(-config.size // 2 ** len(config.channels))
         self.frame = nn.Sequential(
