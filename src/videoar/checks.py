@@ -95,16 +95,15 @@ def typed(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]
 
     What means the same is taken: a text for a path, a list for a tuple, a number of NumPy.
     """
-    found, hints = dict[str, Any](), typing.get_type_hints(kind)
-    limited = typing.get_type_hints(kind, include_extras=True)
+    found, hints = dict[str, Any](), typing.get_type_hints(kind, include_extras=True)
     for name, value in values.items():
         try:
-            found[name] = _as(value, limited.get(name, Any))
+            found[name] = _as(value, hints.get(name, Any))
         except _Beyond as beyond:
             raise ValueError(SENTENCE.format(name, value, beyond)) from beyond
         except (TypeError, ValueError, OverflowError) as error:  # of int(nan), float(10**400)
-            hint = hints[name]
-            if typing.get_origin(hint) is typing.Union:  # what is left of a limit, or nothing
+            hint = typing.get_type_hints(kind)[name]
+            if typing.get_origin(hint) is typing.Union:  # of a limit, or nothing: int | None
                 hint = functools.reduce(operator.or_, typing.get_args(hint))
             plain = type(hint) is type
             needed = hint.__name__ if plain else re.sub(r"\b[a-z]+\.", "", str(hint))
