@@ -129,13 +129,8 @@ def read_parts(source: Source, work: Path) -> Iterator[Clip]:
             yield Clip(file.get_tensor("latents"), start, path.with_suffix(".mkv"), shown)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A video of the world as the generator sees it."""
-
-    latents: Float[Tensor, "frames channels height width"]
-    captions: list[str]
-    scene: Scene
+Encoded = tuple[Float[Tensor, "frames channels height width"], list[str], Scene]
+"""A video of the world as the generator sees it: latents, captions, and what they are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +155,7 @@ class WorldEncoder:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 latents = self.codec.encode(from_frames(np.stack(clips))).float()
             for (scene, rng), latent in zip(scenes, latents, strict=True):
-                yield Encoded(latent, [caption(scene, rng) for _ in range(6)], scene)
+                yield latent, [caption(scene, rng) for _ in range(6)], scene
 
     def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
         """Keep the latents and captions of the world's first videos in a new folder."""
@@ -169,10 +164,9 @@ class WorldEncoder:
             replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
             ShardWriter(partial, info=LatentsInfo.of(self.codec, fps=16.0)) as writer,
         ):
-            for done, video in enumerate(self.encode(range(num_videos))):
+            for done, (latents, captions, scene) in enumerate(self.encode(range(num_videos))):
                 if done and done % 512 == 0:
                     rate = done / (time.perf_counter() - started)
                     left = timedelta(seconds=round((num_videos - done) / rate))
                     report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
-                extra = {"scene": video.scene.to_json()}
-                writer.add(video.latents, captions=video.captions, extra=extra)
+                writer.add(latents, captions=captions, extra={"scene": scene.to_json()})
