@@ -49,7 +49,7 @@ FROZEN = {
     "info": "base lora preset dtype checkpoint seconds window",
     "units": "schemes frames height width window sink steps",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
-    "held_out max_seconds timeout workers device share",
+    "held_out timeout workers device share",
     "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
     "evaluate": "long_prompts long_seconds seed batch_size judge footage out checkpoint units "
     "num_prompts seconds num_inference_steps shift guidance_scale",
@@ -494,8 +494,6 @@ class LineTask:
 
 class Line(Objective):
     """The task, the objective and the data of a line."""
-
-    tokens_per_batch, flops_per_batch = 1, 1.0
 
     def __init__(self, task: LineTask, config: TrainConfig) -> None:
         self.task, self.module, self.objective = task, nn.Linear(1, 1), self
