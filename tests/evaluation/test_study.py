@@ -77,7 +77,7 @@ def test_checkpoints_are_compared_in_pairs(done: Path) -> None:
 
 
 def test_a_killed_study_goes_on(words: Lines, done: Path, tmp_path: Path, capsys) -> None:
-    """Shares of it, of which one was killed in a line, hold what one that was never killed holds."""
+    """Shares of it, of which one was killed in a line, hold what one never killed holds."""
     folder = tmp_path / "killed"
     shutil.copytree(done, folder)
     path = folder / "figures" / "1-of-1.jsonl"
@@ -256,8 +256,8 @@ def test_the_smallest_difference_is_found_in_four_of_five() -> None:
 def test_trainings_are_a_level_of_their_own() -> None:
     """Three trainings that differ say less than as many videos of one, and the interval says so."""
     first, second = _simulated(0, trainings=3, effect=0.0)
-    apart = first + np.array([[-1.0], [0.0], [1.0]])
-    assert difference(apart, second).error > 2 * difference(first, second).error
+    apart = first + np.array([[-3.0], [0.0], [3.0]])
+    assert difference(apart, second).error > 3 * difference(first, second).error
 
 
 def test_student_and_holm_are_those_of_the_books() -> None:

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from videoar.checks import check_options, check_types, hint, import_extra
+from videoar.checks import check_options, hint, import_extra, typed
 from videoar.core.schemes import parse
 from videoar.evaluation.lengths import MIN_SECONDS
 from videoar.evaluation.options import Study, distinct
@@ -45,7 +45,6 @@ class Design:
     """Prompts of which the videos are kept."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         each = {"units": "kinds of unit", "checkpoints": "checkpoints", "windows": "windows"}
         check_options(
             self,
@@ -104,8 +103,8 @@ def find(config: Study) -> Design:
     changes |= {name: getattr(config, name) for name in ("num_prompts", "seeds", "seconds")}
     chosen |= {name: value for name, value in changes.items() if value not in (None, ())}
     for name, most in QUICK.items() if config.quick else ():
-        chosen[name] = min(most, chosen.get(name, most))
-    return Design(**chosen)
+        chosen[name] = min(most, chosen.get(name, getattr(Design, name)))
+    return Design(**typed(Design, chosen))
 
 
 def _read(path: Path) -> Json:
