@@ -63,12 +63,11 @@ def _of_all(found: Found, line: str, name: str = CHIEF, key: str = "scores") -> 
 
 def _costs(found: Found) -> dict[str, Points]:
     """Return quality against passes and against seconds."""
-    names = {"passes": "passes", "seconds": "seconds"}
-    panels: dict[str, Points] = {f"{one} per second of video": {} for one in names.values()}
-    for line, (panel, name) in itertools.product(found.lines, zip(panels, names, strict=True)):
-        kind = found.samples(line)[0]["settings"]["units"]
-        y = [100 * value for value in _of_all(found, line)]
-        panels[panel].setdefault(kind, []).append((float(np.median(found.cost(line, name))), *y))
+    panels: dict[str, Points] = defaultdict(lambda: defaultdict(list))
+    for line, name in itertools.product(found.lines, ("passes", "seconds")):
+        kind, x = found.samples(line)[0]["settings"]["units"], np.median(found.cost(line, name))
+        y = (100 * value for value in _of_all(found, line))
+        panels[f"{name} per second of video"][kind].append((float(x), *y))
     return panels
 
 
@@ -76,16 +75,16 @@ def _curves(found: Found) -> dict[str, Points]:
     """Return values over time with bands, of what has some."""
     panels: dict[str, Points] = defaultdict(dict)
     for line, name in itertools.product((CODEC, *found.lines), CURVES):
+        settings = found.samples(line)[0]["settings"]
         videos = [video for sample in found.samples(line) for video in sample["videos"]]
         values = np.array([video["curves"][name] for video in videos])
         if values.shape[1] < 2:
             continue
-        count = found.samples(line)[0]["settings"]["num_prompts"]
+        count = settings["num_prompts"]
         # Scenes differ more than anything that drifts: each video begins at nought.
         prompts = (values - values[:, :1]).reshape(-1, count, values.shape[1]).mean(0)
         wide = 1.96 * prompts.std(0, ddof=1) / np.sqrt(count)
-        seconds = found.samples(line)[0]["settings"]["num_frames"]
-        seconds /= found.samples(line)[0]["settings"]["fps"]
+        seconds = settings["num_frames"] / settings["fps"]
         times = (np.arange(len(wide)) + 0.5) * seconds / len(wide)
         mean = prompts.mean(0)
         points = zip(times, mean, mean - wide, mean + wide, strict=True)

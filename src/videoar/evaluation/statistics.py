@@ -17,8 +17,8 @@ from videoar.evaluation.metrics import Interval, student
 from videoar.evaluation.tables import CLEAN, by_prompt, columns_of
 from videoar.files import Json
 
-Side = Float[np.ndarray, "trainings prompts"]
-"""Scores of one side, each the mean over the noise of a prompt, the same on both sides."""
+Side = Float[np.ndarray, "_ prompts"]
+"""Scores of the trainings of one side, each the mean over the noise of a prompt."""
 LEVEL, POWER = 0.05, 0.8
 
 
