@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Values = Sequence[float] | Float[np.ndarray, " values"]
 Places = Bool[np.ndarray, "frames height width"]
-Pictures = Float[np.ndarray, "videos pictures features"]
+Pictures = Float[np.ndarray, "videos _ features"]
 PixelUnits = Int[np.ndarray, "frames height width"]
 PEAK = 255.0
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)

@@ -112,7 +112,8 @@ def unit_tables(found: Json, *, units: Sequence[str]) -> dict[str, Rows]:
         first, last, slopes = (by_prompt([found[name]], key) for key in ("first", "last", "slopes"))
         add(f"The first {WINDOW_SECONDS:g} s of the long videos", name, intervals(first))
         add(f"The last {WINDOW_SECONDS:g} s of the long videos", name, intervals(last))
-        add("Change per second, times 100", name, intervals(slopes))
+        per_minute = {key: 60 * value for key, value in slopes.items()}
+        add("Change per minute, times 100", name, intervals(per_minute))
         change = difference(last, first, compared)
         add("Last minus first window of the same video, in points", name, change)
     return tables
