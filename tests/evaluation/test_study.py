@@ -54,9 +54,10 @@ def done(words: Lines, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path) -> dict[tuple[str, int], Any]:
-    """Return what a study measured, but for seconds."""
-    lines = [line for path in (folder / "figures").iterdir() for line in path.open()]
-    found = [json.loads(line) for line in lines if line.strip()]
+    """Return what a study measured of videos, but for what was torn."""
+    texts = [path.read_text() for path in (folder / "figures").iterdir()]
+    lines = [line for text in texts for line in text.splitlines() if line.endswith("}")]
+    found = [json.loads(line) for line in lines if line.startswith("{")]
     assert len({(row["entry"], row["index"]) for row in found}) == len(found)
     return {(row["entry"], row["index"]): row for row in found if row["index"] >= 0}
 
@@ -90,11 +91,7 @@ def test_a_killed_study_goes_on(words: Lines, done: Path, tmp_path: Path, capsys
     assert not (folder / "report.html").exists()
     assert main([*words, "--out", str(folder), "--share", "1/2"]) == 0
     assert (folder / "report.html").exists()
-    lines = [line for file in (folder / "figures").iterdir() for line in file.open()]
-    whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
-    whole += [line + "\n" for line in lines if line.startswith("{") and line.endswith("}")]
-    found = {(r["entry"], r["index"]): r for r in map(json.loads, whole) if r["index"] >= 0}
-    assert found == rows(done)
+    assert rows(folder) == rows(done)
     before = {file: file.read_bytes() for file in folder.rglob("*.jsonl")}
     assert main([*words, "--out", str(folder)]) == 0  # nothing is made again
     assert before == {file: file.read_bytes() for file in folder.rglob("*.jsonl")}
@@ -108,7 +105,7 @@ def test_what_is_there_is_not_mixed_or_lost(words: Lines, done: Path, tmp_path, 
     assert main([*words, "--out", str(tmp_path)]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert main([*words[:3], "a=toy", "a=toy", "--out", str(tmp_path / "no")]) == 2
+    assert main([*words[:3], "a=toy", "a=toy-base", "--out", str(tmp_path / "no")]) == 2
     assert "two checkpoints have one name" in capsys.readouterr().err
 
 
@@ -133,7 +130,7 @@ def test_the_report_opens_offline(done: Path) -> None:
     page, text = _Page(), (done / "report.html").read_text()
     page.feed(text)
     assert page.sources == []
-    assert "http" not in re.sub(r"http://www.w3.org|http://purl.org|https://matplotlib", "", text)
+    assert not re.search(r"(src|href)=.?.?https?:", text)  # names of formats are no addresses
     data = json.loads(page.data)
     assert len(data["text"]) == 4
     assert [row["prompt"] for row in data["videos"]]

@@ -296,7 +296,7 @@ def seams(frames: Frames, units: PixelUnits) -> dict[str, float | None]:
         change = np.concatenate([np.abs(np.diff(luma, axis=axis)).ravel() for axis in axes])
         border = np.concatenate([np.diff(units, axis=axis).ravel() != 0 for axis in axes])
         mixed = border.any() and not border.all()
-        inside = max(float(change[~border].mean()), 1e-3) if mixed else 1.0
+        inside = max(float(change[~border].mean()), 0.1) if mixed else 1.0
         found[name] = float(change[border].mean()) / inside if mixed else None
     return found
 
