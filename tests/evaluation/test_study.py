@@ -73,7 +73,7 @@ def test_checkpoints_are_compared_in_pairs(done: Path) -> None:
         assert same["one frame #1"] == same["two frame #2"]
     text = (done / "report.md").read_text()
     (row,) = (line for line in text.splitlines() if line.startswith("| two frame | 0.0 [0.0, 0.0]"))
-    assert row.count("none, 0.0, p 1") == 4
+    assert row.count("none, no spread, p 1") == 4
     assert "| real clips | 100.0 [100.0, 100.0]" in text
 
 

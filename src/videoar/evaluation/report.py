@@ -101,7 +101,9 @@ def _grid(title: str, head: str, compared: Compared, scale: float = 100) -> Tabl
         row[name] = ""
     for (a, b), one, p in _sure(compared):
         least = scale * one.least(len(compared))
-        verdict = f"none, {least:.1f}" if p >= LEVEL else "more" if one.change.mean > 0 else "less"
+        verdict = "more" if one.change.mean > 0 else "less"
+        if p >= LEVEL:
+            verdict = f"none, {least:.1f}" if one.error else "none, no spread"
         rows[a][b] = f"{one.change.times(scale):.1f} {verdict}, p {p:.2g}"
     return {title: list(rows.values())}
 
@@ -179,12 +181,10 @@ def _who(pairs: Mapping[str, Compared]) -> str:
         if sure:
             a, b, one = max(sure, key=lambda each: abs(each[2].change.mean))
             parts.append(f"{text}most of all {a} from {b}, by {one.change} points")
-        elif compared:
-            least = [100 * one.least(len(compared)) for one in compared.values()]
-            parts.append(
-                f"{text}where {min(least):.1f} to {max(least):.1f} points, by pair, would have been"
-                " found in 8 of 10 such studies"
-            )
+        else:
+            least = [100 * one.least(len(compared)) for one in compared.values() if one.error]
+            known = f"{min(least):.1f} to {max(least):.1f} points, by pair," if least else "nothing"
+            parts.append(f"{text}where {known} would have been found in 8 of 10 such studies")
     return f"{'; '.join(parts) or 'nothing is compared'}."
 
 

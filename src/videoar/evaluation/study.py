@@ -55,7 +55,7 @@ TIMED = -1
 """The number of a line that holds no video, but what one costs."""
 TRIED_FRAMES = 45  # twelve latent ones, which are whole segments of most kinds of unit
 WORDS = {"units": "{}", "window_frames": "window {}", "sink_frames": "sink {}"}
-WORDS["num_inference_steps"] = "{} steps"
+WORDS["num_inference_steps"] = "steps {}"
 
 
 def run(config: Study, say: Report) -> str:
