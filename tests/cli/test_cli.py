@@ -51,11 +51,11 @@ FROZEN = {
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out timeout workers device share",
     "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
-    "evaluate": "long_prompts long_seconds seed batch_size judge footage out checkpoint units "
-    "num_prompts seconds num_inference_steps shift guidance_scale",
+    "evaluate": "seed batch_size judge footage checkpoint units num_prompts seconds "
+    "num_inference_steps shift guidance_scale long_prompts long_seconds out",
     "evaluate heldout": "checkpoints data units seed out",
-    "compare": "long_prompts long_seconds seed batch_size judge footage out entries units "
-    "num_prompts seeds seconds",
+    "study": "seed batch_size judge footage design checkpoint out quick units num_prompts seeds "
+    "seconds share",
 }
 
 

@@ -16,7 +16,7 @@ from videoar.checks import Note, hint, import_named
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
-from videoar.evaluation.options import Bench, Compare, Evaluate, HeldOut
+from videoar.evaluation.options import Bench, Evaluate, HeldOut, Study
 
 USAGE = """\
 usage: videoar [--version] COMMAND ...
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
         close = hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
     asked = [word.partition("=")[0] for word in words]
-    if name in ("evaluate", "compare") and "--data" in asked:
+    if name in ("evaluate", "study") and "--data" in asked:
         raise ValueError(f"`{name}` reads no --data: use `videoar evaluate heldout` with it")
     kind, place = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
@@ -113,6 +113,6 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "bench": (Bench, "videoar.cli.evaluate:measure"),
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
     "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
-    "compare": (Compare, "videoar.cli.evaluate:measure"),
+    "study": (Study, "videoar.cli.evaluate:measure"),
 }
 """The options of every command, and the name of its function: imported only when it runs."""

@@ -6,6 +6,7 @@ but this file and the recipes knows which schemes there are.
 
 import itertools
 import json
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -18,12 +19,16 @@ Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
 by 2**level in height and width. The video is read from level 0, the lattice itself."""
 
-ORDERS: dict[str, Callable[[tuple[int, int]], Any]] = {
-    "raster": lambda place: place,
-    "snake": lambda place: (place[0], place[1] * (-1) ** place[0]),
-    "wavefront": sum,
+ORDERS: dict[str, Callable[[int, int, int, int], Any]] = {
+    "raster": lambda r, c, *_: (r, c),
+    "snake": lambda r, c, *_: (r, c * (-1) ** r),
+    "wavefront": lambda r, c, *_: r + c,
+    "spiral": lambda r, c, rows, columns: _spiral(r, c, rows, columns),
+    "random": lambda r, c, *_: random.Random(f"{r} {c}").random(),
+    "far-first": lambda r, c, *_: [((r ^ c) >> bit & 1, r >> bit & 1) for bit in range(20)],
 }
-"""By what the blocks of a segment, (row, column), are sorted; equals are generated together."""
+"""By what the blocks of a segment are sorted, of row, column and how many there are of both; equals
+are generated together. `far-first` is the order of Bayer's matrices: neighbours come last."""
 MAX_LEVELS = 5
 
 
@@ -76,7 +81,9 @@ class Blocks(Scheme):
     order: str = "raster"
 
     def __post_init__(self):
-        order = ("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        listed = sorted(_numbers(self.order)) == list(range(len(_numbers(self.order))))
+        right = self.order in ORDERS or bool(_numbers(self.order) and listed)
+        order = ("order", right, f"one of {', '.join(ORDERS)}, or all numbers from 0, as 2,0,1,3")
         check_options(self, order, least={"frames": 1, "h": 1, "w": 1})
 
     def segment(self, frames: int, height: int, width: int) -> list[list[Cells]]:
@@ -84,7 +91,18 @@ class Blocks(Scheme):
             [range(start, min(start + step, size)) for start in range(0, size, step)]
             for size, step in ((height, self.h or height), (width, self.w or width))
         )
-        places, key = itertools.product(range(len(rows)), range(len(columns))), ORDERS[self.order]
+        size, numbers = (len(rows), len(columns)), _numbers(self.order)
+        if numbers and len(numbers) != size[0] * size[1]:
+            raise ValueError(
+                f"The order {self.order} is of {len(numbers)} blocks, but a segment has"
+                f" {size[0]}x{size[1]}: number these, or use another order."
+            )
+
+        def key(place: tuple[int, int]) -> Any:
+            r, c = place
+            return numbers.index(r * size[1] + c) if numbers else ORDERS[self.order](r, c, *size)
+
+        places = itertools.product(range(size[0]), range(size[1]))
         waves = itertools.groupby(sorted(places, key=key), key=key)
         return [[box(range(frames), rows[r], columns[c]) for r, c in wave] for _, wave in waves]
 
@@ -147,6 +165,18 @@ class Pyramid(Scheme):
         return name if self.frames == 2 else f"{name}/frames={self.frames}"
 
 
+def _spiral(r: int, c: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Run along the border from the first corner, clockwise, and then along the next ring."""
+    ring = min(r, c, rows - 1 - r, columns - 1 - c)
+    sides = (r == ring, c), (c == columns - 1 - ring, r), (r == rows - 1 - ring, -c), (True, -r)
+    return next((ring, side, at) for side, (here, at) in enumerate(sides) if here)
+
+
+def _numbers(order: str) -> list[int]:
+    """Return the places of blocks in an order that is written out; none if it is a name."""
+    return list(map(int, order.split(","))) if re.fullmatch(r"\d+(,\d+)*", order) else []
+
+
 def box(t: range, h: range, w: range, *, level: int = 0) -> Cells:
     """All cells of a box, in raster order."""
     return tuple((*cell, level) for cell in itertools.product(t, h, w))
@@ -164,7 +194,7 @@ _KINDS: tuple[tuple[str, str, Callable[..., Scheme]], ...] = (
     ),
     (
         "cube:1x2x2",
-        r"cube:(\d+)x(\d+)x(\d+)(?:/([a-z]+))?",
+        r"cube:(\d+)x(\d+)x(\d+)(?:/([a-z-]+|\d+(?:,\d+)*))?",
         lambda t, h, w, order: Blocks(int(t), int(h), int(w), order or "raster"),
     ),
     ("full", r"full", lambda: Blocks(None)),

@@ -57,7 +57,7 @@ class Prepare(Options):
             self,
             ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
             ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
-            ("share", self.turns != slice(0), "K/N with K up to N, such as 2/8"),
+            ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8"),
         )
 
     @property
@@ -66,9 +66,9 @@ class Prepare(Options):
         found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
         return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
 
-    @property
-    def turns(self) -> slice:
-        """Return which of all videos are made; none if the share is none."""
-        found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", self.share)
-        number, count = map(int, found.groups()) if found else (1, 0)
-        return slice(number - 1, None, count) if number <= count else slice(0)
+
+def turns(share: str) -> slice:
+    """Return which of all a share K/N takes; none if it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", share)
+    number, count = map(int, found.groups()) if found else (1, 0)
+    return slice(number - 1, None, count) if number <= count else slice(0)

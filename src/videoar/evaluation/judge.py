@@ -10,8 +10,7 @@ from jaxtyping import Float, UInt8
 
 from videoar.data import world
 from videoar.data.world import COLORS, EXTENT, SHAPES, WORDS, Frames, Masks, Path, Series, wrap
-from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
-from videoar.evaluation.metrics import properties, slope
+from videoar.evaluation.lengths import MIN_SECONDS
 from videoar.files import Json
 
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
@@ -250,31 +249,6 @@ def judge_whole(
     """Judge short videos."""
     found = judge.look(np.concatenate(list(blocks), axis=1), prompts, fps=fps)
     return [prompt | seen for prompt, seen in zip(prompts, found, strict=True)]
-
-
-def judge_ends(
-    blocks: Iterator[Clips], prompts: list[Json], *, fps: int, judge: Judge = WORLD
-) -> list[Json]:
-    """Judge the first and last window of long videos, and measure drift from window to window.
-
-    No more than two windows of frames are kept, however long the videos are.
-    """
-    size, half = round(WINDOW_SECONDS * fps), WINDOW_SECONDS / 2
-    ends: dict[str, Clips] = {}
-    values: list[dict[str, list[float]]] = [{} for _ in prompts]
-    for window in windows(blocks, size=size):
-        last = np.concatenate([ends["last"], window], axis=1)[:, -size:] if ends else window
-        ends = {"first": ends.get("first", window), "last": last}
-        if window.shape[1] == size:
-            for known, clip in zip(values, window, strict=True):
-                for name, two in properties(clip, fps=fps, window_seconds=half).items():
-                    known.setdefault(name, []).extend(two)
-    videos, looked = [], {end: judge.look(clips, prompts, fps=fps) for end, clips in ends.items()}
-    for i, (prompt, known) in enumerate(zip(prompts, values, strict=True)):
-        slopes = {name: slope(v, window_seconds=half) for name, v in known.items()}
-        scores, seen = ({e: found[i][k] for e, found in looked.items()} for k in ("scores", "seen"))
-        videos.append(prompt | scores | {"seen": seen, "slopes": slopes, "values": known})
-    return videos
 
 
 def windows(blocks: Iterator[Clips], *, size: int) -> Iterator[Clips]:

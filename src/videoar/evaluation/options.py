@@ -9,7 +9,8 @@ from tyro.conf import Positional, arg
 
 from videoar.checks import check_options, check_positive
 from videoar.core.schemes import KINDS
-from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
+from videoar.data.options import ALL, turns
+from videoar.evaluation.lengths import WINDOW_SECONDS
 
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
@@ -47,13 +48,9 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class Judged:
     """What may be said of videos that are judged, whoever makes them."""
 
-    long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
     seed: int = 0
     """Of the scenes and of the noise; video i has the seed `seed + i`."""
     batch_size: int = 16
@@ -63,22 +60,10 @@ class StudyOptions:
     or that of the procedural world."""
     footage: Path | None = None
     """Labelled videos of a judge that was trained; those held out are asked for."""
-    out: Path | None = None
-    """JSON file with all scores; what it holds is kept, and other settings are refused."""
-
-    def check(self, *rules: tuple[str, bool, str]) -> None:
-        """Raise for the first field whose rule does not hold, here or in `rules`."""
-        check_options(
-            self,
-            *rules,
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            least={"seed": 0, "batch_size": 1},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(StudyOptions):
+class Evaluate(Judged):
     """Judge whether videos show what their prompts say, and go on to."""
 
     checkpoint: Positional[Checkpoint] = "toy"
@@ -95,38 +80,54 @@ class Evaluate(StudyOptions):
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
+    long_prompts: int = 0
+    """Prompts for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    out: Path | None = None
+    """JSON file with all scores; what it holds is kept, and other settings are refused."""
 
     def __post_init__(self) -> None:
-        self.check(
+        check_options(
+            self,
             ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
             ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
             ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            least={"seed": 0, "batch_size": 1},
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(StudyOptions):
-    """Judge checkpoints beside each other, in pairs and with intervals."""
+class Study(Judged):
+    """Compare units, or checkpoints, by a design: videos, figures, statistics, one report."""
 
-    entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
-    """What is compared; NAME=A,B,C are checkpoints that differ in their seed of training."""
-    units: str | None = None
-    """Kind of unit of all; each checkpoint's own by default."""
-    num_prompts: int = 96
+    design: Positional[Annotated[str, arg(metavar="NAME|FILE")]]
+    """One that is shipped: units, sizes, orders, critics, context, long, checkpoints; or one of
+    your own, .json or .yaml."""
+    checkpoint: tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...] = ()
+    """What makes the videos, `toy` by default; fields of the sampling may follow, as in
+    `toy?guidance_scale=1`; NAME=A,B,C are checkpoints that differ in their seed of training."""
+    out: Path = Path("study")
+    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
+    quick: bool = False
+    """A small version of the design: few prompts, one video each, no more than 9 seconds."""
+    units: tuple[str, ...] = ()
+    """Kinds of unit; this and the next three: those of the design by default."""
+    num_prompts: int | None = None
     """Prompts."""
-    seeds: int = 2
+    seeds: int | None = None
     """Videos per prompt."""
-    seconds: float = 1.8
-    """Length of the videos: 1.5 to 4."""
+    seconds: float | None = None
+    """Length of the videos."""
+    share: str = ALL
+    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
+    says it by itself. Who is last writes the report."""
 
     def __post_init__(self) -> None:
-        right = MIN_SECONDS <= self.seconds <= WINDOW_SECONDS
-        self.check(
-            ("entries", len(self.entries) > 0, "one or more, such as toy"),
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("seconds", right, "1.5 to 4, as the judge needs"),
-        )
+        share = ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8")
+        check_options(self, share, least={"seed": 0, "batch_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
