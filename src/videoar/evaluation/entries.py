@@ -27,7 +27,7 @@ from videoar.evaluation.lengths import WINDOW_SECONDS
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
 from videoar.evaluation.options import Judged
-from videoar.evaluation.reader import TrainedJudge
+from videoar.evaluation.reader import FOOTAGE, TrainedJudge
 from videoar.files import Json, to_json
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
@@ -167,11 +167,13 @@ def find_judge(config: Judged, checkpoint: str) -> Who:
     found = Checkpoint.find(config.judge or checkpoint)
     folder, footage = found.source / "judge", config.footage
     trained = folder.is_dir()
+    if trained and footage is None and (folder / FOOTAGE).is_dir():
+        footage = folder / FOOTAGE
     if trained != (footage is not None) or (config.judge and not trained):
         raise ValueError(
             f"{found.source} brings {'a' if trained else 'no'} judge of labelled videos: one takes"
-            " --footage, the folder of these, and --judge, the checkpoint of `videoar train judge`,"
-            " if the first checkpoint brings none"
+            " --footage, the folder of these, if it brings none along, and --judge, the checkpoint"
+            " of `videoar train judge`, if the first checkpoint brings none"
         )
     if footage is None:
         return WORLD, {}

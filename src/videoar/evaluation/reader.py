@@ -16,6 +16,8 @@ from videoar.evaluation.metrics import motion
 from videoar.files import Json
 from videoar.weights import load_component
 
+FOOTAGE = "footage"
+"""The folder of labelled videos that a judge may bring along."""
 NOTHING = "nothing"
 """Happens in a clip in which no state changes, and in a frozen one."""
 
@@ -158,3 +160,9 @@ class TrainedJudge:
             right = {"seen": words, "scores": scores(words, prompt["told"])}
             found.append(right | {"motion": motion(clips[k])} | more)
         return found
+
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        words = [seen.values() for seen in self.reader.read(clips)]
+        return [
+            ", ".join(w if isinstance(w, str) else " then ".join(w) for w in each) for each in words
+        ]
