@@ -76,7 +76,8 @@ class Rows:
 
     def done(self, row: int, wave: int) -> int:
         """Return the number of steps that a wave has taken before a row."""
-        return sum(step < row for step in self.steps(wave))
+        rows = self.steps(wave)
+        return len(range(rows.start, min(row, rows.stop), rows.step))
 
     def enters(self, wave: int) -> int:
         """Return the row in which it starts, or the last one, which reads it: none is earlier."""

@@ -74,7 +74,7 @@ class SamplerConfig:
         """Return the matrix of a clip of so many waves, or of an endless stream."""
         lag = len(self.sigmas) - 1 if self.lag is None else self.lag
         says = "a lag of 1 or more for an endless stream, or give a number of frames"
-        check("lag", lag, callable(lag) or lag > 0 or waves is not None, says)
+        check("lag", lag, callable(lag) or lag >= 1 or waves is not None, says)
         return Rows((*self.first_sigmas, self.sigmas), lag, waves)
 
 
