@@ -261,6 +261,21 @@ def build_named(text: str, base: type, says: str) -> Any:
         raise ValueError(f"{what} cannot be built ({error}): give its fields.") from error
 
 
+def name_of(built: Any) -> str:
+    """Return what `build_named` makes an object of again: `package.module:Class/field=value`."""
+    kind, known = type(built), dataclasses.fields(built)
+    if kind.__module__ == "__main__" or "<" in kind.__qualname__:
+        raise ValueError(
+            f"{kind.__qualname__} is defined where no other program finds it: put it into a"
+            " module of its own, and import it from there."
+        )
+    stated = [
+        (f.name, getattr(built, f.name)) for f in known if getattr(built, f.name) != f.default
+    ]
+    values = [f"/{name}={json.dumps(value)}" for name, value in stated]
+    return f"{kind.__module__}:{kind.__qualname__}{''.join(values)}"
+
+
 def import_extra(module: str, says: str) -> Any:
     """Import what an extra of the package installs; without it, `says` says which.
 

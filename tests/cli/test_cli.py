@@ -40,14 +40,15 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)
 FROZEN = {
     "generate": "base lora preset dtype prompt prompts num_videos_per_prompt prompt_at script "
     "recompute units image video keep fit seconds num_frames seed out model codec codec_dtype "
-    "height width device offload num_inference_steps shift guidance_scale negative_prompt window "
-    "sink lag threads force save_state resume",
+    "height width device offload num_inference_steps first_steps shift guidance_scale "
+    "negative_prompt window sink lag threads force save_state resume",
     "serve": "base lora preset dtype model host port sessions device threads",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
     "info": "base lora preset dtype checkpoint seconds window",
-    "units": "schemes frames height width window sink steps",
+    "units": "schemes frames height width model window sink steps first_steps schedule search "
+    "clips draws",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out timeout workers device share",
     "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
@@ -623,9 +624,16 @@ def test_units_prints_the_partition(run: Run) -> None:
     code, out, _ = run("units", "multiscale:4,2,1", "cube:1x2x2/wavefront", "--steps", "3")
     assert code == 0
     cells = [text.split() for text in out.splitlines()]
-    assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "36", "136"] in cells
+    assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "3", "36", "136"] in cells
     # Two cubes of each frame share a wave.
-    assert ["cube:1x2x2/wavefront", "32", "4", "24", "72", "124"] in cells
+    assert ["cube:1x2x2/wavefront", "32", "4", "24", "3", "72", "124"] in cells
+
+
+def test_units_counts_the_steps_of_a_checkpoint(run: Run, checkpoint: str) -> None:
+    """Steps, window and sinks are its own, but for what is said."""
+    code, out, _ = run("units", "frame", "--model", checkpoint)
+    assert code == 0
+    assert ["frame", "8", "16", "8", "2", "16", "80"] in [line.split() for line in out.splitlines()]
 
 
 # ---------------------------------------------------------------- measurements

@@ -10,11 +10,12 @@ from tiny import MODEL, SCHEMES, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
-from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
+from videoar.generation.guidance import Guided
 
 STEPS = 3
 SEEDS = (1, 2)

@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from reference import to_latents
 from tiny import SCHEMES
 
-from videoar.core.schemes import ORDERS, Blocks, Cells, KeyDetail, Pyramid, Scheme, box, parse
-from videoar.core.tokens import Assembler, to_tokens
+from videoar.core.schemes import (
+    ORDERS,
+    Blocks,
+    Cells,
+    KeyDetail,
+    Pyramid,
+    Scheme,
+    box,
+    parse,
+)
+from videoar.core.tokens import to_tokens
 from videoar.core.units import Units, Visible, clean_copies, token_mask
+from videoar.generation.latents import Assembler
 
 SIZES = st.integers(1, 4)
 # Plain data: a scheme is built inside the test, where its types are checked.
@@ -23,7 +33,7 @@ ANY_SCHEME = st.one_of(
         SIZES,
         st.none() | SIZES,
         st.none() | SIZES,
-        st.sampled_from(sorted(ORDERS)),
+        st.sampled_from(list(ORDERS)),
     ),
     st.tuples(st.just(Blocks), st.none()),
     st.tuples(st.just(KeyDetail), st.integers(2, 5)),
@@ -31,6 +41,12 @@ ANY_SCHEME = st.one_of(
         st.just(Pyramid),
         SIZES,
         st.sampled_from([(1,), (2, 1), (4, 1), (4, 2, 1), (8, 4, 2, 1)]),
+    ),
+    st.tuples(
+        st.just(parse),
+        st.sampled_from(
+            ["frame+chunk:3", "cube:1x2x2/spiral+key-detail:2", "frame+multiscale:2,1"]
+        ),
     ),
 )
 LATTICE = st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 6))

@@ -9,14 +9,14 @@ from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
 from videoar.core.flow import sigma_steps
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, layout, mask_of
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss, layout, mask_of
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import to_tokens
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
-from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
 
 CONTEXTS = ("clean", "noisy")
 WORDS = torch.tensor([[1, 2, 3], [4, 0, 0]])

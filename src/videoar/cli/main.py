@@ -16,7 +16,7 @@ from videoar.checks import Note, hint, import_named
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
-from videoar.evaluation.options import Bench, Evaluate, HeldOut, Study
+from videoar.evaluation.options import Bench, Evaluate, HeldOut, PrintUnits, Study
 
 USAGE = """\
 usage: videoar [--version] COMMAND ...
@@ -108,7 +108,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (options.Distill, "videoar.cli.train:train"),
     "convert": (options.Convert, "videoar.cli.checkpoints:convert"),
     "info": (options.Info, "videoar.cli.checkpoints:info"),
-    "units": (options.PrintUnits, "videoar.cli.units:print_units"),
+    "units": (PrintUnits, "videoar.cli.units:print_units"),
     "prepare": (Prepare, "videoar.cli.prepare:prepare"),
     "bench": (Bench, "videoar.cli.evaluate:measure"),
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),

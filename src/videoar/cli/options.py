@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from videoar.checks import check_positive
-from videoar.core.schemes import KINDS
 from videoar.evaluation.options import Checkpoint
 
 
@@ -86,6 +85,8 @@ class Generate(CheckpointOptions):
     """Keep transformer and text encoder on the host, but for the layer that computes."""
     num_inference_steps: int | None = None
     """Denoising steps per unit."""
+    first_steps: tuple[int, ...] | None = None
+    """Steps of the first units, if they need more: 4, or 4 3."""
     shift: float | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
@@ -96,8 +97,9 @@ class Generate(CheckpointOptions):
     """Latent frames that a unit may read, the sinks included."""
     sink: int | None = None
     """First latent frames that stay readable for ever."""
-    lag: int | None = None
-    """Steps between the starts of two units; the number of steps is one after the other."""
+    lag: int | float | str | None = None
+    """Steps between the starts of two units; the number of steps is one after the other. Or the
+    name of a schedule, such as rolling: see docs/concepts/sampling.md."""
     threads: int | None = None
     """CPU threads."""
     force: bool = False
@@ -201,28 +203,3 @@ class Info(CheckpointOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "seconds", "window")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrintUnits:
-    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
-
-    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
-    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
-    frames: int = 8
-    """Latent frames of the lattice."""
-    height: int = 4
-    """Rows of tokens."""
-    width: int = 4
-    """Columns of tokens."""
-    window: int | None = None
-    """Latent frames that a unit may read; all by default."""
-    sink: int = 0
-    """First latent frames that stay readable for ever."""
-    steps: int = 4
-    """Denoising steps per unit."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "steps")
-        if not self.schemes:
-            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -152,3 +152,49 @@ class HeldOut:
             ("checkpoints", distinct(self.checkpoints), "one or more, none twice"),
             ("seed", self.seed >= 0, "0 or more"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintUnits:
+    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
+
+    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]] = ()
+    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
+    frames: int = 8
+    """Latent frames of the lattice."""
+    height: int = 4
+    """Rows of tokens."""
+    width: int = 4
+    """Columns of tokens."""
+    model: str | None = None
+    """Checkpoint whose steps, window and sinks are the defaults; 4 and all without."""
+    window: int | None = None
+    """Latent frames that a unit may read."""
+    sink: int | None = None
+    """First latent frames that stay readable for ever."""
+    steps: int | None = None
+    """Denoising steps per unit."""
+    first_steps: tuple[int, ...] | None = None
+    """Steps of the first units, if they need more."""
+    schedule: int | float | str | None = None
+    """Draw the matrix of sigmas: rows between the starts of two waves, or a name, as rolling."""
+    search: Annotated[tuple[str, Path] | None, arg(metavar="CHECKPOINT CLIPS")] = None
+    """Find the partitions of --frames that cost a checkpoint least on prepared videos, for every
+    number of passes; the schemes, by default its own, are what they are made of."""
+    clips: int = 32
+    """Clips that are searched on."""
+    draws: int = 4
+    """Videos of every clip."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps")
+        check_options(self, least={"clips": 4, "draws": 2})
+        if not self.schemes and self.search is None:
+            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Fields of `GenerationConfig` that are given."""
+        given = {"num_inference_steps": self.steps, "first_steps": self.first_steps}
+        given |= {"window_frames": self.window, "sink_frames": self.sink, "lag": self.schedule}
+        return {name: value for name, value in given.items() if value is not None}

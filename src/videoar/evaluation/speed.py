@@ -165,7 +165,8 @@ def generate(
         units=config.units[0],
         **stated,
     )
-    counted: Json = {"tokens": 0, "flops": 0.0, "steps": generation.sampler.config.num_steps}
+    steps = len(generation.sampler.config.sigmas) - 1
+    counted: Json = {"tokens": 0, "flops": 0.0, "steps": steps}
 
     def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: Json) -> None:
         size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from videoar.checks import Count, Options
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss, on
 from videoar.core.schemes import Scheme, parse
+from videoar.core.tokens import Latents
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units
 from videoar.encoders.text_encoder import StoredText, TextEncoder
@@ -88,6 +89,22 @@ class StageConfig(Options):
     """Clips cut of each sample of a batch: short ones cost little, and many are wanted."""
     units: tuple[str, ...] = ()
     """Unit schemes; those of the run, if none is named."""
+
+
+def draw_clip(
+    latents: Latents, scheme: Scheme, config: FlowMatchingConfig, rng: torch.Generator
+) -> Float[Tensor, "batch clip channels height width"]:
+    """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
+    batch, frames = latents.shape[:2]
+    length = min(config.clip_frames, frames)
+    units = Units(scheme, length, 1, 1)  # for its segments alone
+    head = units.whole_segments(config.sink_frames, window=length)
+    start = torch.randint(head, frames - (length - head) + 1, (batch,), **on(rng))
+    near = torch.rand(batch, **on(rng)) >= config.far_probability
+    offset = (start - head).masked_fill(near, 0).to(latents.device)
+    place = torch.arange(length, device=latents.device)
+    index = place + offset[:, None] * (place >= head)
+    return latents[torch.arange(batch, device=latents.device)[:, None], index]
 
 
 class FlowMatching(Objective):

@@ -11,7 +11,7 @@ from tyro.conf import AvoidSubcommands, arg
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
 from videoar.checks import Count, Options, check
 from videoar.core import schemes
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
@@ -24,7 +24,7 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import save_trained, trainable
-from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
 from videoar.training.run_folder import Report
 
 SIZES = {
