@@ -1,8 +1,9 @@
 """Codecs: videos to latents and back, whole or as a stream.
 
 A clip of `1 + stride * k` pixel frames has `1 + k` latent frames: the first latent frame is one
-picture, each later one a group. Whole clips and streams walk one latent frame at a time, so they
-agree bit for bit by construction; only training (`TinyCodec.reconstruct`) takes all at once.
+picture, each later one a group. Whole clips and streams walk one latent frame at a time, or as
+many as move no bit, so they agree bit for bit; only training (`TinyCodec.reconstruct`) takes all at
+once.
 """
 
 import hashlib
@@ -50,6 +51,14 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         """Turn latent frames into a group of `stride[0]` pixel frames each."""
+
+    def fast_step(self) -> Callable[..., tuple[Tensor, Memory]]:
+        """Return `decode_step` for a stream, during which the weights do not change."""
+        return self.decode_step
+
+    def together(self, latents: Latents) -> int:
+        """Return how many latent frames a stream decodes at once: as many as move no bit."""
+        return 1
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the deviation of each channel of the latents inside the network."""
@@ -156,6 +165,10 @@ class StreamEncoder(_Stream):
 class StreamDecoder(_Stream):
     """Decodes latent frames as they come, any number per call."""
 
+    def __init__(self, codec: Codec) -> None:
+        super().__init__(codec)
+        self._step = codec.fast_step()
+
     @torch.no_grad()
     def __call__(self, latents: Latents) -> Video:
         """Return the pixel frames that these latent frames finish."""
@@ -168,7 +181,8 @@ class StreamDecoder(_Stream):
             )
         # The frames before the first picture only fill the memory; they are never shown.
         unseen = codec.stride[0] - 1 if self._memory is None else 0
-        return self._walk(codec.decode_step, latents.split(1, dim=1))[:, unseen:]
+        groups = latents.split(codec.together(latents), dim=1)
+        return self._walk(self._step, groups)[:, unseen:]
 
 
 @dataclass(frozen=True, kw_only=True)
