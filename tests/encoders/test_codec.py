@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from videoar.encoders.codec import Codec, PatchCodec, PatchCodecConfig
+from videoar.encoders.convolution import Convolution
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 
 TINY = TinyCodecConfig(
@@ -359,3 +360,18 @@ def test_impossible_configs_are_refused(field: str, value: object, message: str)
     """They would fail later, inside a layer."""
     with pytest.raises(ValueError, match=message):
         replace(TinyCodecConfig(), **{field: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_convolution_in_one_kernel_is_the_one_in_three(dtype: torch.dtype, relu: bool) -> None:
+    """Other processors and GPUs take the three: a picture must not depend on which."""
+    weight, bias = torch.randn(6, 4, 3, 3, dtype=dtype), torch.randn(6, dtype=dtype)
+    x, add = torch.randn(2, 4, 8, 6, dtype=dtype), torch.randn(2, 6, 8, 6, dtype=dtype)
+    x, add = (part.contiguous(memory_format=torch.channels_last) for part in (x, add))
+    joined = Convolution(weight, bias, relu=relu)
+    plain = Convolution(weight, bias, relu=relu)
+    plain.one_kernel = False
+    exact = {} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.02}
+    torch.testing.assert_close(joined(x), plain(x), **exact)
+    torch.testing.assert_close(joined(x, add), plain(x, add), **exact)

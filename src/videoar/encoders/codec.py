@@ -1,14 +1,16 @@
 """Codecs: videos to latents and back, whole or as a stream.
 
 A clip of `1 + stride * k` pixel frames has `1 + k` latent frames: the first latent frame is one
-picture, each later one a group. Whole clips and streams walk one latent frame at a time, so they
-agree bit for bit by construction; only training (`TinyCodec.reconstruct`) takes all at once.
+picture, each later one a group. Whole clips and streams walk one latent frame at a time, or as
+many as move no bit, so they agree bit for bit; only training (`TinyCodec.reconstruct`) takes all at
+once.
 """
 
 import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +51,14 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         """Turn latent frames into a group of `stride[0]` pixel frames each."""
+
+    def fast_step(self) -> Callable[..., tuple[Tensor, Memory]]:
+        """Return `decode_step` for a stream, during which the weights do not change."""
+        return self.decode_step
+
+    def together(self, latents: Latents) -> int:
+        """Return how many latent frames a stream decodes at once: as many as move no bit."""
+        return 1
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the deviation of each channel of the latents inside the network."""
@@ -110,7 +120,7 @@ class StreamDecoder:
     """Decodes latent frames as they come, any number per call; many may take turns on one codec."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        self._codec, self._step = codec, codec.fast_step()
         self._memory: Memory | None = None
 
     @torch.no_grad()
@@ -125,8 +135,8 @@ class StreamDecoder:
             )
         # The frames before the first picture only fill the memory; they are never shown.
         unseen = codec.stride[0] - 1 if self._memory is None else 0
-        for latent in latents.split(1, dim=1):
-            group, self._memory = codec.decode_step(latent, self._memory)
+        for some in latents.split(codec.together(latents), dim=1):
+            group, self._memory = self._step(some, self._memory)
             frames.append(group)
         return torch.cat(frames, dim=1)[:, unseen:]
 
