@@ -10,11 +10,12 @@ from tiny import MODEL, SCHEMES, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
-from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
+from videoar.generation.together import Guided
 
 STEPS = 3
 SEEDS = (1, 2)
@@ -276,12 +277,6 @@ def test_an_impossible_schedule_is_refused(changes: dict, message: str) -> None:
     """Before anything is computed, with the value and the limit."""
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**{"sigmas": sigma_steps(STEPS), **changes})
-
-
-def test_an_endless_stream_cannot_start_all_at_once(model) -> None:
-    """With lag 0 every unit would enter before the first pass: it would never begin."""
-    with pytest.raises(ValueError, match="lag of 1 or more"):
-        Sampler(model, Units(parse("frame"), None, 3, 4), [], _config(_plan(lag=0)), seeds=(0,))
 
 
 # ---------------------------------------------------------------- ready for a GPU

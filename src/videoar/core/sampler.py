@@ -13,10 +13,12 @@ model is told so: noised like the others they say little at high sigmas, where f
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from videoar.core.cache import KVCache, cached_tokens
 from videoar.core.flow import Memory, Sigmas, add_noise, euler_step, step_of
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
-from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
+from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
@@ -116,11 +118,6 @@ class Sampler:
         self._noise = noise if noise is None else noise.to(device, dtype).split(units.sizes, dim=1)
         self.hold(known)
         self.lag = config.num_steps if config.lag is None else config.lag
-        if self.lag == 0 and units.count is None:
-            raise ValueError(
-                "With lag 0 all units start at once, which an endless stream cannot: "
-                "use a lag of 1 or more, or give a number of frames."
-            )
         waves = 1 + (config.num_steps // self.lag if self.lag else int(units.waves[-1]))
         endless = units.count is None and config.visible.window is None
         room = None if endless else cached_tokens(units, config.visible, in_flight=waves)
@@ -149,9 +146,20 @@ class Sampler:
         """Those of which every token is known."""
 
     def __iter__(self) -> Iterator[Finished]:
+        for said in self.walk():
+            if isinstance(said, Finished):
+                yield said
+            else:
+                said["output"] = self.network(**said)
+
+    def walk(self) -> Iterator[Finished | dict[str, Any]]:
+        """Yield units as they finish, and what the network is asked: put its `output` in.
+
+        So several samplers can be walked side by side, and their passes be one.
+        """
         yield from self._deliver()
         while self._enter():
-            self._advance()
+            yield from self._advance()
             yield from self._deliver()
 
     def _deliver(self) -> Iterator[Finished]:
@@ -159,12 +167,12 @@ class Sampler:
 
         Who stops or saves between two units of a wave gets the rest later.
         """
-        while self.delivered in self.active:
-            index = self.delivered
+        while (index := self.delivered) in self.active or index in self.known_units:
             if self._shown(index) < self.config.num_steps:
                 return
             self.delivered += 1
-            yield Finished(self._unit(index), self.active[index], self._before.get(index))
+            tokens = self.active[index] if index in self.active else self.known[index].tokens
+            yield Finished(self._unit(index), tokens, self._before.get(index))
 
     def _unit(self, index: int) -> Unit:
         return self.cache.keep(self.units.at, index)
@@ -175,36 +183,41 @@ class Sampler:
 
     def _shown(self, index: int) -> int:
         """The steps of a unit before this row; a known one does not wait for its turn."""
-        known = index in self.known_units
-        return self.config.num_steps if known else self._steps_done(index)
+        return self.config.num_steps if index in self.known_units else self._steps_done(index)
 
     def _enter(self) -> bool:
-        """Start the units whose first step is due in this row; say whether any unit has one due."""
+        """Start the units whose first step is due in this row; say whether any are left.
+
+        While nothing is in flight but known units, rows are left out: so one pass fills the cache,
+        as far as it can hold them, beside the first step of the next unit.
+        """
         while self.units.count is None or self.entered < self.units.count:
-            index = self.entered
-            unit = self._unit(index)
+            unit = self._unit(index := self.entered)
             if unit.wave * self.lag > self.row:
-                break
+                visible = self.config.visible
+                room = (visible.window or math.inf) + visible.sink - len(self.cache.blocks)
+                if len(self.active) > max(1, room) or not self.known_units.issuperset(self.active):
+                    break
+                self.row = unit.wave * self.lag
             noise = self._noise[index] if self._noise else self._fresh(index)
             self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
+        return self.delivered != self.units.count
 
-    def _advance(self) -> None:
-        """Run one row, unless all in flight are known and none is due for the cache."""
+    def _advance(self) -> Iterator[dict[str, Any]]:
+        """Run one row."""
         group = [self._unit(index) for index in sorted(self.active)]
         steps_done = [self._steps_done(unit.index) for unit in group]
-        steps = self.config.num_steps
-        if steps in steps_done or not self.known_units.issuperset(self.active):
-            output = self._forward(group, [self._shown(unit.index) for unit in group])
-            velocities = output.velocity.split([unit.size for unit in group], dim=1)
-            for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
-                if done == steps:
-                    del self.active[unit.index]
-                    self._before.pop(unit.index, None)
-                elif unit.index not in self.known_units:
-                    self.active[unit.index] = self._step(unit.index, done, velocity)
-            self._commit(group, steps_done)
+        asked = self._pass(group, [self._shown(unit.index) for unit in group])
+        yield asked
+        velocities = asked["output"].velocity.split([unit.size for unit in group], dim=1)
+        for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
+            if done == self.config.num_steps:
+                del self.active[unit.index]
+                self._before.pop(unit.index, None)
+            elif unit.index not in self.known_units:
+                self.active[unit.index] = self._step(unit.index, done, velocity)
+        self._commit(group, steps_done)
         self.row += 1
 
     def _step(self, index: int, done: int, velocity: Tensor) -> Tensor:
@@ -229,7 +242,7 @@ class Sampler:
         known = self.known.get(index)
         return tokens if known is None else torch.where(known.mask[:, None], known.tokens, tokens)
 
-    def _forward(self, group: list[Unit], steps_done: list[int]) -> Output:
+    def _pass(self, group: list[Unit], steps_done: list[int]) -> dict[str, Any]:
         config = self.config
         self._place_sinks(group[-1].index)
         tokens, sigmas = [], []
@@ -244,15 +257,15 @@ class Sampler:
         self.passes += 1
         keep, indices = self.cache.keep, tuple(unit.index for unit in group)
         told, rows = keep(self._levels, *sigmas)
-        return self.network(
-            tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
-            coords=keep(self._coords, *indices),
-            sigma=told,
-            unit=rows,
-            text=self.text,
-            mask=keep(self._mask, self.cache.version, *indices),
-            cache=self.cache,
-        )
+        return {
+            "tokens": tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
+            "coords": keep(self._coords, *indices),
+            "sigma": told,
+            "unit": rows,
+            "text": self.text,
+            "mask": keep(self._mask, self.cache.version, *indices),
+            "cache": self.cache,
+        }
 
     def _levels(self, *of_units: tuple[float, int, int]) -> tuple[Tensor, Tensor]:
         """Return the sigmas of a pass, and for every token which.
@@ -340,18 +353,3 @@ def part_of(
     """Return what a state keeps under `name.`, on a device and in its own dtype."""
     kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
     return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}
-
-
-class Guided:
-    """Classifier-free guidance around a network (Ho and Salimans 2022, arXiv:2207.12598).
-
-    The cache and the text hold the conditional batch followed by the unconditional one.
-    """
-
-    def __init__(self, network: VideoTransformer, scale: float):
-        self.network, self.scale, self.config = network, scale, network.config
-
-    def __call__(self, tokens: Tensor, **inputs) -> Output:
-        both = self.network(torch.cat([tokens] * 2), **inputs).velocity
-        conditional, unconditional = both.chunk(2)
-        return Output(unconditional + self.scale * (conditional - unconditional))

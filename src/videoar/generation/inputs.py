@@ -1,13 +1,11 @@
 """What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
 
-import dataclasses
 import itertools
 import math
 import numbers
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar.checks import check, check_whole, hint
+from videoar.checks import check, check_whole
+from videoar.core.sampler import SamplerConfig
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, known_tokens, to_tokens
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
-from videoar.generation.config import GenerationConfig
+from videoar.generation.config import STEPS, GenerationConfig
 from videoar.generation.stream import Generation
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -67,15 +66,6 @@ def hearing(
         return (changed or values).get("latents", tokens)
 
     return on_step
-
-
-def check_names(given: Iterable[str], *functions: Callable[..., Any]) -> None:
-    """Raise for a keyword that no function and no field of the sampling has."""
-    fields = [field.name for field in dataclasses.fields(GenerationConfig)]
-    known = fields + [name for function in functions for name in signature(function).parameters]
-    for name in given:
-        if name not in fields:
-            raise TypeError(f"there is no keyword {name!r}{hint(name, known)}")
 
 
 def check_inputs(
@@ -125,6 +115,28 @@ def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:
             )
         lengths.append(size // side)
     return Units(scheme, frames, *lengths)
+
+
+def settings_of(
+    pipe: Any, options: GenerationConfig, frames: int | None
+) -> tuple[Units, SamplerConfig]:
+    """Return units over latent frames, and how to sample: see `VideoPipeline.settings`."""
+    num_frames = None if frames is None else 1 + pipe.codec.stride[0] * (frames - 1)
+    lattice = lattice_of(pipe, options.units, num_frames)
+    if options.lag == 0 and frames is None:
+        raise ValueError(
+            "With lag 0 all units start at once, which an endless stream cannot: "
+            "use a lag of 1 or more, or give a number of frames."
+        )
+    config = SamplerConfig(
+        sigmas=options.schedule,
+        lag=options.lag,
+        visible=options.visible(lattice),
+        context_noise=options.context_noise,
+        moving_sinks=options.moving_sinks,
+        **STEPS.get(options.step, {}),
+    )
+    return lattice, config
 
 
 def known_of(pipe: Any, conditioning: Any, batch: int, lattice: Units) -> dict[int, Known]:
