@@ -28,6 +28,8 @@ MAX_UNSENT = 64
 """Messages that may wait for a slow connection."""
 IDLE = 60.0
 """Seconds after which a session that nobody watches ends."""
+PAUSED = 600.0
+"""Seconds after which one ends for which nothing was computed, though somebody watches."""
 KEPT_BYTES = 2**26
 """Of the moments that a session can go back to."""
 RECENT = 32
@@ -37,7 +39,7 @@ class Live:
     """A session, its encoder, and who watches it; all of it belongs to the engine's thread."""
 
     def __init__(self, session: Session, *, height: int, width: int):
-        self.id, self.left_at = secrets.token_urlsafe(12), time.monotonic()
+        self.id, self.used_at = secrets.token_urlsafe(12), time.monotonic()
         self.height, self.width = height, width
         self.viewer: Any = None
         """Who gets messages and says how many are `unsent`: see `app.Connection`."""
@@ -50,7 +52,7 @@ class Live:
         """Show it to somebody, or to nobody; another who watched sees no more of it."""
         if viewer is not None:
             self.tell(Refused(message="the session is watched from elsewhere now", fatal=True))
-        self.viewer, self.left_at = viewer, time.monotonic()
+        self.viewer, self.used_at = viewer, time.monotonic()
         if viewer is not None:
             self.begin()
 
@@ -102,7 +104,7 @@ class Live:
     def due(self) -> Sampler:
         """Return what computes the next unit."""
         generation = self.session.generation
-        self._begun, plan = time.perf_counter(), generation.plan
+        self._begun, plan, self.used_at = time.perf_counter(), generation.plan, time.monotonic()
         sampler = generation.due()
         assert sampler is not None, "a stream has no end"
         self._shows |= generation.plan != plan or generation.wanted is None
@@ -198,9 +200,11 @@ class Engine(threading.Thread):
                 if not self._calls and not any(live.waits for live in self.lives.values()):
                     self._wake.wait(0.2)  # who reads slowly does not say when it has read
             self._answer()
-            gone = time.monotonic() - IDLE
             for live in list(self.lives.values()):
-                if live.viewer is None and live.left_at < gone:
+                limit = IDLE if live.viewer is None else PAUSED
+                if live.used_at < time.monotonic() - limit:
+                    words = f"the session stood still for {limit:g} s and has ended: begin another"
+                    live.tell(Refused(message=words, fatal=True))
                     del self.lives[live.id]
 
     def _answer(self) -> None:
