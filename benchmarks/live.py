@@ -1,6 +1,7 @@
 """Measure a live server: frames per second beside the bare pipeline, and how soon a prompt shows.
 
-    python benchmarks/live.py
+    python benchmarks/live.py                           # the tables
+    python benchmarks/live.py --seconds 2 --count 3     # to see that it works
 
 The server is a process of its own, as in use; this one plays the viewers, who decode nothing.
 """
@@ -86,6 +87,14 @@ def reactions(url: str, units: str, count: int, *, recompute: bool) -> list[floa
     return found
 
 
+def first_picture(url: str, units: str) -> float:
+    """Return the milliseconds from asking for a session to having its first fragment."""
+    begun = time.perf_counter()
+    with connect(url, PROMPTS[0], units=units) as session:
+        next(session.fragments())
+        return 1000 * (time.perf_counter() - begun)
+
+
 def main(model: str = "toy", seconds: float = 20.0, count: int = 20, threads: int = 1) -> None:
     """Print two tables.
 
@@ -115,9 +124,10 @@ def main(model: str = "toy", seconds: float = 20.0, count: int = 20, threads: in
                 viewer.join()
             a, b = statistics.mean(alone), statistics.mean(one)
             print(f"| `{units}` | {a:.1f} | {b:.1f} | {b / a:.0%} | {sum(four):.1f} |", flush=True)
-        print("\n| units | keep: median | p90 | recompute: median | p90 |\n|---|---|---|---|---|")
+        print("\n| units | first picture | keep: median | p90 | recompute: median | p90 |")
+        print("|---|---|---|---|---|---|")
         for units in KINDS:
-            cells = []
+            cells = [statistics.median(first_picture(url, units) for _ in range(5))]
             for recompute in (False, True):
                 times = sorted(reactions(url, units, count, recompute=recompute))
                 cells += [statistics.median(times), times[int(0.9 * (len(times) - 1))]]

@@ -29,8 +29,16 @@ Rule = tuple[str, bool, str]
 
 def hint(word: str, known: Iterable[str], says: str = "; did you mean {}?") -> str:
     """Return the known word that is closest, as the end of a sentence; nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    names, word = list(known), word.strip("-")
+    parts = [name for name in names if word in re.split("[-_]+", name)]  # of steps, say
+    close = parts or difflib.get_close_matches(word, names, n=1)
     return says.format(close[0]) if close else ""
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for a keyword that is not known."""
+    for name in set(given) - set(known):
+        raise TypeError(f"there is no keyword {name!r}{hint(name, known)}")
 
 
 def check(name: str, value: Any, right: bool, remedy: str) -> None:
@@ -80,9 +88,12 @@ def check_types(options: Any) -> None:
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Have a function take arguments of its types alone, and say in a sentence what is none."""
     known = inspect.signature(function)
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in known.parameters.values())
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
+        if not takes_all:
+            check_names(options, known.parameters)
         bound = known.bind(*args, **options)
         bound.arguments.update(typed(function, bound.arguments))
         return function(*bound.args, **bound.kwargs)

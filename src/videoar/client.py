@@ -90,7 +90,7 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
         with urllib.request.urlopen(urllib.request.Request(where + query, body, kind)) as answer:
             name = json.load(answer)["session"]
     except HTTPError as error:
-        raise ValueError(error.read().decode()) from error
+        raise ValueError(json.load(error)["detail"]) from error
     socket = f"ws://{urlsplit(url).netloc}/api/sessions/{name}{query}"
     try:
         # Who reads slowly has the answers to its own pings in the queue.

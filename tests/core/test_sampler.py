@@ -280,12 +280,6 @@ def test_an_impossible_schedule_is_refused(changes: dict, message: str) -> None:
         SamplerConfig(**{"sigmas": sigma_steps(STEPS), **changes})
 
 
-def test_an_endless_stream_cannot_start_all_at_once(model) -> None:
-    """With lag 0 every unit would enter before the first pass: it would never begin."""
-    with pytest.raises(ValueError, match="lag of 1 or more"):
-        Sampler(model, Units(parse("frame"), None, 3, 4), [], _config(_plan(lag=0)), seeds=(0,))
-
-
 # ---------------------------------------------------------------- ready for a GPU
 
 

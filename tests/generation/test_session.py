@@ -358,3 +358,9 @@ def test_a_misspelt_setting_is_not_taken(pipe) -> None:
     session = pipe.session("a ball", num_frames=5)
     with pytest.raises(AttributeError, match="prompts"):
         session.prompts = "a square"
+    with pytest.raises(TypeError, match="no keyword 'promt'; did you mean prompt"):
+        session.change(promt="a square")
+    with pytest.raises(TypeError, match="no keyword 'dtyp'; did you mean dtype"):
+        VideoPipeline.from_pretrained("toy", dtyp="float32")
+    with pytest.raises(TypeError, match="no keyword 'steps'; did you mean num_inference_steps"):
+        pipe("a ball", steps=2)

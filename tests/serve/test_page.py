@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from serving import serving
 
-from videoar.data.video import read_video
+from videoar.data.video import Video, read_video
 from videoar.generation.pipeline import VideoPipeline
+from videoar.serve import engine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -162,6 +165,38 @@ def test_a_reload_goes_on_with_the_session(page: Any, toy: tuple[str, Any]) -> N
     _until(lambda: page.evaluate(PLAYED) > 0)
     assert page.url.partition("#")[2] == name
     assert float(page.inner_text("#clock").split()[0]) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["png", "mp4"])
+def test_what_is_dropped_becomes_the_beginning(page: Any, kind: str, tmp_path: Any) -> None:
+    """A white picture, or a clip of it, on a black video: the new video begins white."""
+    _start(page)
+    white = np.full((9, 64, 64, 3), 255, dtype=np.uint8)
+    file = tmp_path / f"white.{kind}"
+    if kind == "png":
+        Image.fromarray(white[0]).save(file)
+    else:
+        Video(frames=white, fps=16).save(file)
+    take = """([bytes, name]) => {
+      const carried = new DataTransfer();
+      carried.items.add(new File([new Uint8Array(bytes)], name));
+      return carried;
+    }"""
+    carried = page.evaluate_handle(take, [list(file.read_bytes()), file.name])
+    page.dispatch_event("#screen", "drop", {"dataTransfer": carried})
+    _until(lambda: page.evaluate(BRIGHT) > 220)
+    assert page.inner_text("#status") == "live"
+
+
+def test_a_page_that_stands_still_ends_with_a_word(page: Any, monkeypatch: Any) -> None:
+    """What was paused for long says so, and can be begun anew."""
+    _start(page)
+    page.click("#pause")
+    monkeypatch.setattr(engine, "PAUSED", 0.5)
+    _until(lambda: "stood still" in page.inner_text("#status"))
+    monkeypatch.undo()
+    page.click("#start")
+    _until(lambda: page.inner_text("#status") == "live")
 
 
 def test_it_fits_a_phone(page: Any) -> None:

@@ -26,7 +26,7 @@ from videoar.data.fragments import encode
 from videoar.serve import app
 from videoar.serve import engine as engines
 from videoar.serve.engine import Engine
-from videoar.serve.messages import Branch, Seek, Seen, Start
+from videoar.serve.messages import Branch, Pause, Seek, Seen, Start
 
 pytestmark = pytest.mark.xdist_group("serve")
 PROMPT, OTHER = "a red ball", "a blue square"
@@ -239,6 +239,51 @@ def test_a_session_that_nobody_watches_ends(url: str, engine, wait, monkeypatch)
         assert json.loads(socket.recv())["message"].startswith("the session has ended")
 
 
+def test_a_session_that_stands_still_ends_with_a_word(url: str, monkeypatch) -> None:
+    """A page that is paused, or in the background, does not keep a place for ever."""
+    with connect(url, PROMPT, units="frame") as watched:
+        shown = iter(watched)
+        next(shown)
+        watched.say(Pause(paused=True))
+        monkeypatch.setattr(engines, "PAUSED", 0.5)
+        with pytest.raises(ValueError, match="the session stood still"):
+            list(shown)
+
+
+def test_a_viewer_that_stops_reading_costs_no_memory(url: str, engine, wait) -> None:
+    """Through a real WebSocket whose buffers fill: computing stops, and few messages wait."""
+    name = _begin(url)
+    place = f"{url.replace('http', 'ws')}/api/sessions/{name}"
+    with open_socket(place, max_queue=1, ping_interval=None) as socket:
+        live = engine.lives[name]
+        stop = threading.Event()
+
+        def play() -> None:  # says that it has seen all, and reads nothing
+            while not stop.wait(0.01):
+                socket.send(json.dumps({"type": "seen", "seconds": 1e300}))
+
+        player = threading.Thread(target=play)
+        player.start()
+        wait(lambda: live.viewer.unsent >= engines.MAX_UNSENT, 120)
+        made = live.frames
+        stop.wait(1)
+        stop.set()
+        player.join()
+        assert live.frames == made
+        assert live.viewer.unsent <= engines.MAX_UNSENT + 3
+    _ask(url, "DELETE", f"/api/sessions/{name}")
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(url: str) -> None:
+    """A few kilobytes that would be gigabytes are refused by what their head says."""
+    bomb = BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG", optimize=True)
+    with connect(url, PROMPT, units="frame") as watched:
+        with pytest.raises(urllib.error.HTTPError, match="422") as error:
+            _ask(url, "PUT", f"/api/sessions/{watched.name}/beginning", bomb.getvalue())
+    assert "30000" in json.loads(error.value.read())["detail"]
+
+
 def test_a_session_has_one_viewer(url: str) -> None:
     """Who comes later has it, and the first is told so, and not left waiting."""
     with connect(url, PROMPT, units="frame") as first:
@@ -383,8 +428,9 @@ def test_the_interface_is_described(url: str) -> None:
     """OpenAPI for requests, JSON schema for messages; nothing of it from elsewhere."""
     paths = _ask(url, "GET", "/openapi.json")["paths"]
     assert {"/api/sessions", "/api/messages", "/api/sessions/{session}/beginning"} <= paths.keys()
-    with pytest.raises(urllib.error.HTTPError, match="422"):
+    with pytest.raises(urllib.error.HTTPError, match="422") as error:
         _begin(url, seed="x")
+    assert json.loads(error.value.read())["detail"].startswith("body.seed: Input should be a valid")
     with pytest.raises(urllib.error.HTTPError, match="422") as error:
         _begin(url, units="cbe")
     assert "Unknown units 'cbe'" in json.loads(error.value.read())["detail"]

@@ -1,5 +1,6 @@
 """`videoar generate`."""
 
+import itertools
 import math
 import os
 import secrets
@@ -12,7 +13,7 @@ from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import say
-from videoar.cli.prompts import wanted
+from videoar.cli.prompts import lines_of, read_text, wanted
 from videoar.core.schemes import names, parse
 from videoar.data.video import PICTURES, STREAMS
 from videoar.files import check_folder, to_json, written_whole
@@ -120,12 +121,14 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         file = stream.unpacked(state, "file") | {"pending": state["pending"].numpy()}
         writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
     else:
+        generation = _begun(args, pipe, prompt, image)
+        for second, later in script:
+            change = {"prompts": [later], "recompute": args.recompute}
+            generation.change_at(frame := round(second * pipe.sampling.fps), **change)
+            if frame >= generation.num_frames:
+                say(f"the video ends before {second:g} s, from which on {later!r} was to hold")
         for line in doubts(args, pipe, [prompt, *(prompt for _, prompt in script)]):
             say(line)
-        generation = _begun(args, pipe, prompt, image)
-        for second, prompt in script:
-            change = {"prompts": [prompt], "recompute": args.recompute}
-            generation.change_at(round(second * pipe.sampling.fps), **change)
         writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
     return _write(pipe, generation, writer, args), names([generation.plan.options.units])[0], target
 
@@ -184,19 +187,23 @@ def _begun(args: options.Generate, pipe: Any, prompt: str, image: Any) -> Any:
 def read_script(args: options.Generate) -> list[tuple[float, str]]:
     """Return the prompts and the seconds from which on they hold; the first is that of 0."""
     found = [] if args.prompt is None else [(0.0, args.prompt)]
-    if args.script is not None:
-        for number, line in enumerate(args.script.read_text(encoding="utf-8").splitlines(), 1):
-            second, _, prompt = line.strip().partition(" ")
-            try:
-                found += [(float(second), prompt.strip())] if second else []
-            except ValueError as error:
-                raise ValueError(
-                    f"line {number} of {args.script} begins with {second!r}: write the second from"
-                    " which on its prompt holds, and the prompt, as `12.5 a red ball`"
-                ) from error
-    found = sorted((*found, *args.prompt_at), key=lambda item: item[0])
+    given = [("--prompt-at", *at) for at in args.prompt_at]
+    for number, line in lines_of(read_text(args.script)) if args.script else []:
+        second, _, prompt = line.partition(" ")
+        given.append((f"line {number} of {args.script}", second, prompt.strip()))
+    for place, second, prompt in given:
+        try:
+            found.append((float(second), prompt))
+        except ValueError as error:
+            raise ValueError(
+                f"{place} begins with {second!r}: write the second from which on its prompt holds,"
+                " and the prompt, as `12.5 a red ball`"
+            ) from error
+    found.sort(key=lambda item: item[0])
     seconds = [second for second, _ in found]
-    if seconds[:1] != [0.0] or len(set(seconds)) < len(seconds) or not math.isfinite(sum(seconds)):
+    if twice := [one for one, other in itertools.pairwise(seconds) if one == other]:
+        raise ValueError(f"two prompts hold from {twice[0]:g} s on: leave out one, such as PROMPT")
+    if seconds[:1] != [0.0] or not math.isfinite(sum(seconds)):
         raise ValueError(
             f"the prompts hold from {', '.join(f'{s:g}' for s in seconds)} s on: give one for 0,"
             " and one for each other moment"
@@ -228,6 +235,8 @@ def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:
     from videoar.weights import read_safetensors
 
     assert args.resume is not None
+    if not args.resume.exists():
+        raise ValueError(f"there is no {args.resume}: it is removed when its video is whole")
     state = read_safetensors(args.resume)
     held = unpacked(state, "args")
     held |= {"out": Path(held["out"]), "lora": tuple(held["lora"])}

@@ -40,13 +40,15 @@ class Generate(CheckpointOptions):
     prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
     """What to show."""
     prompts: Path | None = None
-    """Or a file of them, a line for each: .txt; .jsonl or .csv with prompt, name and seed."""
+    """Or a file of them, a line for each, but where # begins a remark: .txt; .jsonl or .csv with
+    prompt, name and seed."""
     num_videos_per_prompt: int = 1
     """How many videos of each prompt, with seeds of their own."""
-    prompt_at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
+    prompt_at: UseAppendAction[tuple[tuple[str, str], ...]] = ()
     """Another prompt from a second on, SECONDS PROMPT; once for each."""
     script: Path | None = None
-    """File of prompts, in each line the second from which on one holds, and the prompt."""
+    """File of prompts, in each line the second from which on one holds, and the prompt; lines that
+    begin with # are remarks."""
     recompute: bool = False
     """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
     units: str | None = None

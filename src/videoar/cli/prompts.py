@@ -57,17 +57,29 @@ def wanted(prompt: str | Path, *, seed: int, count: int) -> list[Wanted]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a file, those of JSON as they are written, and the lines they end in."""
-    kind = path.suffix.lower()
+    kind, text = path.suffix.lower(), read_text(path)
     try:
-        text = path.read_text("utf-8-sig")
         if kind == ".csv":
             table = csv.DictReader(io.StringIO(text))
             yield from ((table.line_num, {k: v for k, v in row.items() if v}) for row in table)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read ({error}): save it as CSV") from error
+    for number, line in [] if kind == ".csv" else lines_of(text):
+        yield number, line if kind == ".jsonl" else {"prompt": line}
+
+
+def read_text(path: Path) -> str:
+    """Return what a file of text holds."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read ({error}): save it as UTF-8") from error
-    for number, line in enumerate([] if kind == ".csv" else text.split("\n"), start=1):
-        if line.strip():
-            yield number, line if kind == ".jsonl" else {"prompt": line.strip()}
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """Return the lines that say something, with their numbers; those after a # are remarks."""
+    lines = enumerate(map(str.strip, text.split("\n")), start=1)
+    return [(number, line) for number, line in lines if line and line[0] != "#"]
 
 
 def _read(values: Any, *, default: str, seed: int) -> tuple[str, str, int]:

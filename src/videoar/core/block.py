@@ -6,6 +6,7 @@ them, or the same as one product of matrices that lie as it reads them (`Linears
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -184,7 +185,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens channels"],
-        table: Complex[Tensor, "tokens 1 1 pairs"],
+        table: Complex[Tensor, "*#batch tokens 1 1 pairs"],
         text: KeyValue,
         mask: Mask | None,
         cache: KVCache | None,
@@ -202,8 +203,8 @@ class Block(nn.Module):
         query_key = rotate(query_key.view(*x.shape[:2], 2, *heads[2:]), table).type_as(x)
         query, key = query_key.transpose(1, 3).unbind(2)
         value = qkv[:, :, 2].view(heads).transpose(1, 2)
-        seen = (key, value) if cache is None else cache.extend(layer, key, value)
-        attended = attend(query, *seen, mask).transpose(1, 2).flatten(2)
+        read = attend if cache is None else partial(cache.attend, layer)
+        attended = read(query, key, value, mask).transpose(1, 2).flatten(2)
         x = _gated(x, own_out(attended), runs, 2)
 
         normed = F.layer_norm(x.float(), x.shape[-1:], norm2[0], norm2[1], self.eps)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from videoar.core.attention import rope_table, rotate
+from videoar.core.attention import attend, rope_table, rotate
 from videoar.core.units import Units, Visible
 
 KeyValue = tuple[Tensor, Tensor]
@@ -78,6 +78,10 @@ class KVCache:
             cached = keys[:, :, : self.tokens], values[:, :, : self.tokens]
             return torch.cat([cached[0], key], dim=2), torch.cat([cached[1], value], dim=2)
         return keys[:, :, :end], values[:, :, :end]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        """Let the tokens of a pass read what is cached, and each other."""
+        return attend(query, *self.extend(layer, key, value), mask)
 
     def reserve(self, tokens: int, *, shape: tuple[int, ...], like: Tensor) -> None:
         """Make scratch room for a pass of so many tokens.

@@ -13,10 +13,12 @@ model is told so: noised like the others they say little at high sigmas, where f
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from videoar.core.cache import KVCache, cached_tokens
 from videoar.core.flow import Memory, Rows, Schedule, Sigmas, add_noise, euler_step
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
-from videoar.core.transformer import Network, Output, TextContext
+from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
@@ -151,9 +153,20 @@ class Sampler:
         """Those of which every token is known."""
 
     def __iter__(self) -> Iterator[Finished]:
+        for said in self.walk():
+            if isinstance(said, Finished):
+                yield said
+            else:
+                said["output"] = self.network(**said)
+
+    def walk(self) -> Iterator[Finished | dict[str, Any]]:
+        """Yield units as they finish, and what the network is asked: put its `output` in.
+
+        So several samplers can be walked side by side, and their passes be one.
+        """
         yield from self._deliver()
         while self._enter():
-            self._advance()
+            yield from self._advance()
             yield from self._deliver()
 
     def _deliver(self) -> Iterator[Finished]:
@@ -161,12 +174,12 @@ class Sampler:
 
         Who stops or saves between two units of a wave gets the rest later.
         """
-        while self.delivered in self.active:
-            index = self.delivered
+        while (index := self.delivered) in self.active or index in self.known_units:
             if self._shown(index):
                 return
             self.delivered += 1
-            yield Finished(self._unit(index), self.active[index], self._before.get(index))
+            tokens = self.active[index] if index in self.active else self.known[index].tokens
+            yield Finished(self._unit(index), tokens, self._before.get(index))
 
     def _unit(self, index: int) -> Unit:
         return self.cache.keep(self.units.at, index)
@@ -181,18 +194,25 @@ class Sampler:
         return 0.0 if index in self.known_units else self._sigma(index)
 
     def _enter(self) -> bool:
-        """Begin with the units that are due in this row; say whether any step is left."""
+        """Begin with the units that are due in this row; say whether any are left.
+
+        While nothing is in flight but known units, rows are left out: so one pass fills the cache,
+        as far as it can hold them, beside the first step of the next unit.
+        """
         while self.units.count is None or self.entered < self.units.count:
-            index = self.entered
-            unit = self._unit(index)
-            if self.rows.enters(unit.wave) > self.row:
-                break
+            unit = self._unit(index := self.entered)
+            if (row := self.rows.enters(unit.wave)) > self.row:
+                visible = self.config.visible
+                room = (visible.window or math.inf) + visible.sink - len(self.cache.blocks)
+                if len(self.active) > max(1, room) or not self.known_units.issuperset(self.active):
+                    break
+                self.row = row
             noise = self._noise[index] if self._noise else self._fresh(index)
             self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return self.entered != self.units.count or any(map(self._sigma, self.active))
+        return self.delivered != self.units.count
 
-    def _advance(self) -> None:
+    def _advance(self) -> Iterator[dict[str, Any]]:
         """Run one row, unless no sigma moves and none is due for the cache."""
         group = [self._unit(index) for index in sorted(self.active)]
         # What the first clean ones read is in the cache.
@@ -200,8 +220,8 @@ class Sampler:
         unknown = self.active.keys() - self.known_units
         moving = {index for index in unknown if self._sigma(index) != self._sigma(index, 1)}
         if ready or moving:
-            output = self._forward(group)
-            velocities = output.velocity.split([unit.size for unit in group], dim=1)
+            yield (asked := self._pass(group))
+            velocities = asked["output"].velocity.split([unit.size for unit in group], dim=1)
             for unit, velocity in zip(group, velocities, strict=True):
                 if unit.index in moving:
                     self.active[unit.index] = self._step(unit.index, velocity)
@@ -232,7 +252,7 @@ class Sampler:
         known = self.known.get(index)
         return tokens if known is None else torch.where(known.mask[:, None], known.tokens, tokens)
 
-    def _forward(self, group: list[Unit]) -> Output:
+    def _pass(self, group: list[Unit]) -> dict[str, Any]:
         noise = self.config.context_noise
         self._place_sinks(group[-1].index)
         tokens, sigmas = [], []
@@ -247,15 +267,15 @@ class Sampler:
         self.passes += 1
         keep, indices = self.cache.keep, tuple(unit.index for unit in group)
         told, rows = keep(self._levels, *sigmas)
-        return self.network(
-            tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
-            coords=keep(self._coords, *indices),
-            sigma=told,
-            unit=rows,
-            text=self.text,
-            mask=keep(self._mask, self.cache.version, *indices),
-            cache=self.cache,
-        )
+        return {
+            "tokens": tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
+            "coords": keep(self._coords, *indices),
+            "sigma": told,
+            "unit": rows,
+            "text": self.text,
+            "mask": keep(self._mask, self.cache.version, *indices),
+            "cache": self.cache,
+        }
 
     def _levels(self, *of_units: tuple[float, int, int]) -> tuple[Tensor, Tensor]:
         """Return the sigmas of a pass, and for every token which.

@@ -75,7 +75,7 @@ class VideoTransformer(nn.Module):
         self,
         tokens: Float[Tensor, "batch tokens features"],
         *,
-        coords: Float[Tensor, "tokens 4"],
+        coords: Float[Tensor, "*rows tokens 4"],
         sigma: Float[Tensor, "#batch units"],
         unit: Int[Tensor, " tokens"],
         text: TextContext,
@@ -90,7 +90,7 @@ class VideoTransformer(nn.Module):
 
         Args:
             tokens: noisy or clean tokens, features ordered (channel, row, column).
-            coords: (t, h, w, level) of the tokens.
+            coords: (t, h, w, level) of the tokens, alike for all rows or for each row its own.
             sigma: the sigma of every unit in this pass, one row for all videos or one for each.
             unit: for every token, the row of its unit in `sigma`.
             text: from `encode_text`.
@@ -129,7 +129,7 @@ class VideoTransformer(nn.Module):
         """Return what tokens get for their levels, and the rotations of their positions."""
         config = self.config
         table = rope_table(coords, head_dim=config.head_dim, theta=config.rope_theta)
-        return self.scale_embedding(coords[:, 3].long()), table[:, None, None]
+        return self.scale_embedding(coords[..., 3].long()), table[..., None, None, :]
 
     def _modulation(
         self, sigma: Tensor, unit: Tensor, offset: Tensor | None, apart: bool

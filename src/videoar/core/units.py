@@ -180,11 +180,6 @@ class Units:
     def waves(self) -> Int[Tensor, " units"]:
         return torch.tensor([self.wave_of(index) for index in range(len(self.sizes))])
 
-    @cached_property
-    def complete_frames(self) -> tuple[int, ...]:
-        """Latent frames that are finished after each unit."""
-        return tuple(unit.complete_frames for unit in self.clip)
-
     def units_of(self, frames: int) -> int:
         """Units of the whole segments that span at least `frames` latent frames."""
         return math.ceil(frames / self.segment_frames) * self.units_per_segment

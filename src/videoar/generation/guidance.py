@@ -15,6 +15,9 @@ class Guided:
     def __init__(self, network: VideoTransformer, scale: float):
         self.network, self.scale, self.config = network, scale, network.config
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guided) and vars(self) == vars(other)
+
     def __call__(self, tokens: Tensor, **inputs) -> Output:
         both = self.network(torch.cat([tokens] * 2), **inputs).velocity
         conditional, unconditional = both.chunk(2)

@@ -1,13 +1,11 @@
 """What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
 
-import dataclasses
 import itertools
 import math
 import numbers
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar.checks import check, check_whole, hint
+from videoar.checks import check, check_whole
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
 from videoar.core.units import Units
@@ -70,15 +68,6 @@ def hearing(
         return (changed or values).get("latents", tokens)
 
     return on_step
-
-
-def check_names(given: Iterable[str], *functions: Callable[..., Any]) -> None:
-    """Raise for a keyword that no function and no field of the sampling has."""
-    fields = [field.name for field in dataclasses.fields(GenerationConfig)]
-    known = fields + [name for function in functions for name in signature(function).parameters]
-    for name in given:
-        if name not in fields:
-            raise TypeError(f"there is no keyword {name!r}{hint(name, known)}")
 
 
 def check_inputs(

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check, check_types, check_whole, checked
-from videoar.core.sampler import Sampler
+from videoar.checks import check, check_names, check_types, check_whole, checked
+from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
 from videoar.core.transformer import TextContext, VideoTransformer
@@ -252,7 +253,7 @@ class VideoPipeline:
         pipe = replace(self, height=about["height"], width=about["width"])
         sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
         given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
-        generation = Generation(pipe.sampler, pipe.text, self.codec, plan, sampler, **given)
+        generation = Generation(pipe, plan, sampler, **given)
         generation.load_state_dict(source)
         return Session(generation, self.resume)
 
@@ -295,9 +296,11 @@ class VideoPipeline:
             TypeError: there is no such keyword.
         """
         started, batch = time.perf_counter(), len(prompts)
-        inputs.check_names(sampling, self.generate, self.__call__)
+        known = [*vars(self.sampling), *signature(self.generate).parameters]
+        check_names(sampling, [*known, *signature(self.__call__).parameters])
         options = self.sampling.replaced(**sampling)
-        inputs.check_inputs(prompts, seeds, num_frames, options, encoded=prompt_embeds is not None)
+        encoded = prompt_embeds is not None
+        inputs.check_inputs(prompts, seeds, num_frames, options, encoded=encoded)
         if sampling.get("negative_prompt") and options.guidance_scale == 1:
             raise ValueError(
                 "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
@@ -321,7 +324,7 @@ class VideoPipeline:
         }
         sampler = pipe.sampler(plan, lattice.frames, **begun)
         how = {"num_frames": num_frames, "conditioning": conditioning, "started": started}
-        return Generation(pipe.sampler, pipe.text, self.codec, plan, sampler, **how)
+        return Generation(pipe, plan, sampler, **how)
 
     def sampler(
         self,
@@ -333,15 +336,25 @@ class VideoPipeline:
         text: TextContext | None = None,
     ) -> Sampler:
         """Return the sampler of a plan over so many latent frames, or of an endless stream."""
-        options, encoded = plan.options, text is not None
-        inputs.check_inputs(plan.prompts, plan.seeds, None, options, encoded=encoded)
-        num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
-        lattice, network = self.lattice(options.units, num_frames), self.transformer
-        config = options.sampler(lattice)
-        if options.guidance_scale != 1:
-            network = Guided(network, options.guidance_scale)
+        (lattice, config), network = self.settings(plan.options, frames), self.transformer
+        if plan.options.guidance_scale != 1:
+            network = Guided(network, plan.options.guidance_scale)
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
+
+    def check(self, plan: Plan) -> None:
+        """Raise unless a stream can go on so."""
+        inputs.check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=False)
+        self.settings(plan.options, None)
+
+    def settings(
+        self, options: GenerationConfig, frames: int | None
+    ) -> tuple[Units, SamplerConfig]:
+        """Return the units over so many latent frames, or of an endless stream; how to sample."""
+        num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
+        config = options.sampler(lattice := self.lattice(options.units, num_frames))
+        config.rows(lattice.count)  # what an endless stream cannot is said now
+        return lattice, config
 
     def text(self, plan: Plan, *, before: Tensor | None = None) -> TextContext:
         """Return what the passes of a plan read; `before` are rows of its prompts."""

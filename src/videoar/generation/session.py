@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from videoar.checks import check_names
+from videoar.core.sampler import Finished
 from videoar.core.units import Unit
 from videoar.files import written_whole
-from videoar.generation.config import Plan
-from videoar.generation.stream import Batch, Generation, State
+from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.stream import HOW, Batch, Generation, State
 from videoar.weights import write_safetensors
 
 KEPT_BYTES = 2**28
@@ -58,9 +60,9 @@ class Session:
             if done[1] is not None:
                 yield done[1][0]
 
-    def step(self) -> tuple[Unit, Batch | None] | None:
-        """Compute one unit; return it and the frames that it finishes, if any; None at the end."""
-        done = self.generation.step()
+    def step(self, finished: Finished | None = None) -> tuple[Unit, Batch | None] | None:
+        """Compute one unit, or take a computed one: see `Generation.step`."""
+        done = self.generation.step(finished)
         if done is not None and done[1] is not None:
             self._keep()
         return done
@@ -133,4 +135,5 @@ class Session:
 def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:
     """Return changes of one video as those of a batch of one."""
     several = {"prompt": "prompts", "seed": "seeds"}
+    check_names(changes, [*several, *HOW, *vars(GenerationConfig())])
     return {several.get(k, k): [v] if k in several else v for k, v in changes.items()}

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checks import check, check_same
-from videoar.core.sampler import Sampler, part_of
+from videoar.core.sampler import Finished, Sampler, part_of
 from videoar.core.tokens import Known, Latents, Tokens
-from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
 from videoar.data.video import VideoWriter
-from videoar.encoders.codec import Codec, to_frames
+from videoar.encoders.codec import to_frames
 from videoar.files import Json
 from videoar.generation.config import Plan
 from videoar.generation.latents import Assembler, known_tokens
 from videoar.generation.timing import Timing
+from videoar.generation.together import side_by_side
 from videoar.machine import peak_bytes, process_seconds
 
 State = dict[str, Tensor]
@@ -43,9 +43,7 @@ class Generation:
     memory. What follows can be changed between two units: see `change`.
 
     Args:
-        begin: makes the sampler of a plan and a number of latent frames, or of an endless stream.
-        text: makes what the passes of a plan read.
-        codec: of the latents.
+        pipe: a `VideoPipeline`: makes the sampler of a plan and what its passes read, and decodes.
         plan: what is asked for.
         sampler: of that.
         num_frames: pixel frames; None for an endless stream.
@@ -55,9 +53,7 @@ class Generation:
 
     def __init__(
         self,
-        begin: Callable[[Plan, int | None], Sampler],
-        text: Callable[[Plan], TextContext],
-        codec: Codec,
+        pipe: Any,
         plan: Plan,
         sampler: Sampler,
         *,
@@ -65,7 +61,7 @@ class Generation:
         conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None,
         started: float,
     ):
-        self._begin, self._text, self._codec = begin, text, codec
+        self._pipe, self._codec = pipe, pipe.codec
         self.begun = self.plan = plan
         self.wanted: Plan | None = None
         """What is asked for and has not begun."""
@@ -73,7 +69,7 @@ class Generation:
         self.script: list[tuple[int, dict[str, Any]]] = []
         """Changes to come, each after the frames at which it is due."""
         self.num_frames, self.conditioning, self.started = num_frames, conditioning, started
-        self.stats, self._decoder = Timing(), codec.stream_decoder()
+        self.stats, self._decoder = Timing(), pipe.codec.stream_decoder()
         self._frames = sampler.units.frames
         self._past: dict[int, Latents] = {}
         """Latent frames that a unit may yet read: the first, and the newest."""
@@ -123,7 +119,7 @@ class Generation:
         options = plan.options.replaced(**changes)
         check("fps", options.fps, options.fps == plan.options.fps, "the rate that it began with")
         plan = replace(plan, prompts=tuple(prompts), seeds=tuple(seeds), options=options)
-        self._begin(plan, None)  # raises what is wrong with it
+        self._pipe.check(plan)
         return plan
 
     def _change(self, wanted: Plan) -> None:
@@ -135,14 +131,17 @@ class Generation:
             self.plan = replace(self.plan, stretch=self.plan.stretch + 1)
             self._begin_again()
         elif self.plan != before:
-            self.sampler.text, self.sampler.seeds = self._text(self.plan), self.plan.noise_seeds
+            self.sampler.text, self.sampler.seeds = (
+                self._pipe.text(self.plan),
+                self.plan.noise_seeds,
+            )
         self._anew = False
         self.wanted = replace(wanted, stretch=self.plan.stretch) if later else None
 
     def _begin_again(self) -> None:
         """Go on with a new sampler, for which the frames that a unit reads are known."""
-        sampler = self._begin(self.plan, None)
-        options, units = self.plan.options, sampler.units
+        options = self.plan.options
+        units, _ = self._pipe.settings(options, None)
         first, last = 0, self._whole
         if options.window_frames is not None:
             first = units.whole_segments(options.sink_frames, window=options.window_frames)
@@ -151,8 +150,8 @@ class Generation:
         whole = [t for t in sorted(self._past) if t < self._whole]
         kept = [t for t in whole if t < first or t >= self._whole - last]
         kept = kept[len(kept) % units.segment_frames :]
-        if self._frames is not None:
-            sampler = self._begin(self.plan, len(kept) + self._frames - self._whole)
+        rest = None if self._frames is None else len(kept) + self._frames - self._whole
+        sampler = self._pipe.sampler(self.plan, rest)
         sampler.on_step = self.sampler.on_step
         self._take(sampler)
         self.kept = kept
@@ -188,9 +187,9 @@ class Generation:
             if done[1] is not None:
                 yield done[1]
 
-    def step(self) -> tuple[Unit, Batch | None] | None:
-        """Compute one unit; return it and the frames that it finishes, if any; None at the end."""
-        stats, before = self.stats, time.perf_counter()
+    def due(self) -> Sampler | None:
+        """Begin what is asked for, and return what computes the next unit; None at the end."""
+        stats, self._begun = self.stats, time.perf_counter()
         if self.num_frames is not None and stats.frames >= self.num_frames:
             return None  # the rest of the last unit is not shown
         while self.script and stats.frames >= self.script[0][0]:
@@ -198,21 +197,28 @@ class Generation:
         with torch.inference_mode():
             if self.wanted is not None:
                 self._change(self.wanted)
-            sampler = self.sampler
-            finished = next(iter(sampler), None)
-        computed = time.perf_counter()
+        return self.sampler
+
+    def step(self, finished: Finished | None = None) -> tuple[Unit, Batch | None] | None:
+        """Compute one unit; return it and the frames that it finishes, if any; None at the end.
+
+        Or take one that was computed `together.side_by_side`, after `due`.
+        """
+        if finished is None and (sampler := self.due()) is not None:
+            (finished,) = side_by_side([sampler])
+        if finished is None:
+            return None
+        stats, sampler, computed = self.stats, self.sampler, time.perf_counter()
         stats.passes, self._passes = stats.passes + sampler.passes - self._passes, sampler.passes
         stats.cache_bytes = sampler.cache.num_bytes
         stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
-        stats.model_seconds += computed - before
-        if finished is None:
-            return None
+        stats.model_seconds += computed - self._begun
         stats.units += 1
         with torch.inference_mode():
             if self.plan.left:
                 self.plan = replace(self.plan, left=self.plan.left - 1)
                 self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
-                sampler.text = self._text(self.plan)
+                sampler.text = self._pipe.text(self.plan)
             latents = self._assembler.add(finished.unit, finished.tokens)
             if latents is not None and not latents.isfinite().all():
                 raise FloatingPointError(
@@ -305,7 +311,7 @@ class Generation:
         check_same(about, self.about, held=held, other="state")
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
         if plan != self.plan or plan.stretch:
-            self._take(self._begin(plan, now["lattice"]))
+            self._take(self._pipe.sampler(plan, now["lattice"]))
         self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
         self._anew, self._whole, self.kept = (now[k] for k in ("anew", "whole", "kept"))
         self.script = [(frame, changes) for frame, changes in now["script"]]

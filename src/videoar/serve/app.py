@@ -5,7 +5,7 @@ import hmac
 import importlib.resources
 import re
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from videoar.data.video import Frames
@@ -119,6 +120,11 @@ def make_app(engine: Engine, *, token: str = "") -> FastAPI:
     app.add_middleware(Door, token=token)
     for path, name in FILES.items():
         app.get(path, include_in_schema=False)(partial(_file, name))
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(_: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"detail": sentence(error.errors())}, status_code=422)
+
     _add_sessions(app, engine)
     app.websocket("/api/sessions/{session}")(partial(_watched, engine))
     return app
@@ -202,6 +208,12 @@ async def _watched(engine: Engine, socket: WebSocket, session: str) -> None:
             await _called(engine, live.watch, None)
 
 
+def sentence(errors: Sequence[Any]) -> str:
+    """Say what is wrong with a message, of the first that was found."""
+    place = ".".join(map(str, errors[0]["loc"]))
+    return f"{place or 'the message'}: {errors[0]['msg']}"
+
+
 async def listened(engine: Engine, live: Live, viewer: Connection) -> None:
     """Pass on what a viewer says, until it leaves."""
     while True:
@@ -211,10 +223,7 @@ async def listened(engine: Engine, live: Live, viewer: Connection) -> None:
         try:
             asked = CONTROL.validate_json(message.get("text") or "")
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            refused = Refused(message=f"{place or 'the message'}: {first['msg']}")
-            viewer.send(viewer.way, refused)
+            viewer.send(viewer.way, Refused(message=sentence(error.errors())))
             continue
         engine.call(engine.obey, live, asked)
 

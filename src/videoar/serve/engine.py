@@ -1,37 +1,26 @@
-"""Sessions that share one model: they take turns unit by unit, in a thread of their own."""
+"""Sessions that share one model: each gets a unit, then each the next, in a thread of its own."""
 
 import functools
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, runtime_checkable
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from videoar.core.sampler import Finished, Sampler
 from videoar.core.units import Unit
 from videoar.data.fragments import encode
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
+from videoar.generation.together import side_by_side
 from videoar.machine import peak_bytes
-from videoar.serve.messages import (
-    Begin,
-    Branch,
-    Branched,
-    Change,
-    Changed,
-    Computed,
-    Control,
-    Event,
-    Pause,
-    Refused,
-    Seek,
-    Seen,
-    Start,
-    plain,
-)
+from videoar.serve import messages
+from videoar.serve.messages import Change, Event, Refused, Start
 
 AHEAD = 1.0
 """Seconds of video that are computed before they are played."""
@@ -39,40 +28,31 @@ MAX_UNSENT = 64
 """Messages that may wait for a slow connection."""
 IDLE = 60.0
 """Seconds after which a session that nobody watches ends."""
+PAUSED = 600.0
+"""Seconds after which one ends for which nothing was computed, though somebody watches."""
 KEPT_BYTES = 2**26
 """Of the moments that a session can go back to."""
 RECENT = 32
-
-
-@runtime_checkable
-class Viewer(Protocol):
-    """The other end of a session."""
-
-    def send(self, way: int, message: Event | bytes) -> None:
-        """Send a message of a way; those of an old one are dropped. Called from any thread."""
-
-    @property
-    def unsent(self) -> int:
-        """Messages that wait."""
 
 
 class Live:
     """A session, its encoder, and who watches it; all of it belongs to the engine's thread."""
 
     def __init__(self, session: Session, *, height: int, width: int):
-        self.id, self.left_at = secrets.token_urlsafe(12), time.monotonic()
+        self.id, self.used_at = secrets.token_urlsafe(12), time.monotonic()
         self.height, self.width = height, width
-        self.viewer: Viewer | None = None
+        self.viewer: Any = None
+        """Who gets messages and says how many are `unsent`: see `app.Connection`."""
         self.given: dict[str, Any] = {}
         """The picture or clip that `Start` may begin with."""
         self.way = 0
         self.take(session)
 
-    def watch(self, viewer: Viewer | None) -> None:
+    def watch(self, viewer: Any) -> None:
         """Show it to somebody, or to nobody; another who watched sees no more of it."""
         if viewer is not None:
             self.tell(Refused(message="the session is watched from elsewhere now", fatal=True))
-        self.viewer, self.left_at = viewer, time.monotonic()
+        self.viewer, self.used_at = viewer, time.monotonic()
         if viewer is not None:
             self.begin()
 
@@ -94,7 +74,7 @@ class Live:
         head = encode(black, fps=session.fps, first=0, index=0, lossless=False).head
         profile = head[head.index(b"avcC") + 5 :][:3].hex()
         self.tell(
-            Begin(
+            messages.Begin(
                 mime=f'video/mp4; codecs="avc1.{profile}"',
                 seconds=session.seconds,
                 oldest=session.oldest,
@@ -121,33 +101,39 @@ class Live:
         if self.viewer is not None:
             self.viewer.send(self.way, message)
 
-    def step(self) -> None:
-        """Compute one unit, and send what it finishes."""
-        before, plan = time.perf_counter(), self.session.generation.plan
-        done = self.session.step()
-        assert done is not None, "a stream has no end"
+    def due(self) -> Sampler:
+        """Return what computes the next unit."""
         generation = self.session.generation
+        self._begun, plan, self.used_at = time.perf_counter(), generation.plan, time.monotonic()
+        sampler = generation.due()
+        assert sampler is not None, "a stream has no end"
         self._shows |= generation.plan != plan or generation.wanted is None
-        unit, batch = done
-        took = time.perf_counter() - before
+        return sampler
+
+    def step(self, finished: Finished | None) -> None:
+        """Take the unit that was due, and send what it finishes."""
+        assert finished is not None, "a stream has no end"
+        done = self.session.step(finished)
+        assert done is not None
+        (unit, batch), took = done, time.perf_counter() - self._begun
         self._took.append((took, 0 if batch is None else batch.shape[1]))
         if batch is not None:
             place = {"first": self.frames, "index": self.fragments}
             part = encode(batch[0], fps=self.session.fps, lossless=False, **place)
             if self._asked and self._shows:
                 waited = 1000 * (time.perf_counter() - self._asked[0][1])
-                self.tell(Changed(ids=[number for number, _ in self._asked], ms=waited))
+                self.tell(messages.Changed(ids=[number for number, _ in self._asked], ms=waited))
                 self._asked, self._shows = [], False
             self.tell(part.body)
             self.frames, self.fragments = self.frames + batch.shape[1], self.fragments + 1
         self.tell(self._computed(unit, took))
 
-    def _computed(self, unit: Unit, took: float) -> Computed:
+    def _computed(self, unit: Unit, took: float) -> messages.Computed:
         generation = self.session.generation
         sampler, kept = generation.sampler, generation.kept
         busy, made = (sum(values) for values in zip(*self._took, strict=True))
         cached = [sampler.units.at(index) for index in sampler.cache.blocks]
-        return Computed(
+        return messages.Computed(
             index=generation.stats.units,
             cells=runs([unit], kept),
             next=runs([sampler.units.at(sampler.delivered)], kept),
@@ -160,17 +146,17 @@ class Live:
             process_bytes=peak_bytes(),
         )
 
-    def obey(self, message: Change | Pause | Seek | Seen) -> None:
+    def obey(self, message: Change | messages.Pause | messages.Seek | messages.Seen) -> None:
         """Do what the viewer asks for; a wrong value is a `ValueError`, and changes nothing."""
-        if isinstance(message, Pause):
+        if isinstance(message, messages.Pause):
             self.paused = message.paused
-        elif isinstance(message, Seen):
+        elif isinstance(message, messages.Seen):
             self.seen = min(message.seconds, self.frames / self.session.fps)
-        elif isinstance(message, Seek):
+        elif isinstance(message, messages.Seek):
             self.session.seek(message.seconds)
             self.begin()
         else:
-            said = {k: v for k, v in plain(message).items() if k not in ("type", "id")}
+            said = {k: v for k, v in messages.plain(message).items() if k not in ("type", "id")}
             self.session.change(**said)
             self._asked.append((message.id, time.perf_counter()))
             self._shows = False
@@ -190,7 +176,7 @@ def runs(units: Iterable[Unit], kept: Sequence[int]) -> list[list[int]]:
 
 
 class Engine(threading.Thread):
-    """The thread that computes: what others want done, and one unit of each session in turn."""
+    """The thread that computes: what others want done, and a unit of each session, side by side."""
 
     def __init__(self, pipe: VideoPipeline, *, limit: int = 8):
         super().__init__(daemon=True)
@@ -209,17 +195,16 @@ class Engine(threading.Thread):
 
     def run(self) -> None:
         while not self._ended:
-            for live in list(self.lives.values()):
-                self._answer()
-                if live.id in self.lives and live.waits:
-                    self._turn(live)
+            self._turn()
             with self._wake:
                 if not self._calls and not any(live.waits for live in self.lives.values()):
                     self._wake.wait(0.2)  # who reads slowly does not say when it has read
             self._answer()
-            gone = time.monotonic() - IDLE
             for live in list(self.lives.values()):
-                if live.viewer is None and live.left_at < gone:
+                limit = IDLE if live.viewer is None else PAUSED
+                if live.used_at < time.monotonic() - limit:
+                    words = f"the session stood still for {limit:g} s and has ended: begin another"
+                    live.tell(Refused(message=words, fatal=True))
                     del self.lives[live.id]
 
     def _answer(self) -> None:
@@ -232,12 +217,28 @@ class Engine(threading.Thread):
             except Exception as error:
                 future.set_exception(error)
 
-    def _turn(self, live: Live) -> None:
+    def _turn(self) -> None:
+        """Compute a unit of each session that somebody waits for, side by side."""
+        lives, due = [live for live in self.lives.values() if live.waits], dict[Live, Sampler]()
+        for live in lives:
+            with self._ending(live):
+                due[live] = live.due()
+        finished: list[Finished | None] = []
+        with self._ending(*due):
+            finished = side_by_side(list(due.values()))
+        for live, unit in zip(due, finished, strict=False):
+            with self._ending(live):
+                live.step(unit)
+
+    @contextmanager
+    def _ending(self, *lives: Live) -> Iterator[None]:
+        """End sessions in which something goes wrong; the others go on."""
         try:
-            live.step()
-        except Exception as error:  # of this session; the others go on
-            live.tell(Refused(message=f"the session has ended: {error}", fatal=True))
-            del self.lives[live.id]
+            yield
+        except Exception as error:
+            for live in lives:
+                live.tell(Refused(message=f"the session has ended: {error}", fatal=True))
+                del self.lives[live.id]
 
     def end(self) -> None:
         self._ended = True
@@ -251,7 +252,7 @@ class Engine(threading.Thread):
     def make(self, message: Start, given: dict[str, Any]) -> Session:
         """Begin a session."""
         self.check_units(message)
-        said = {k: v for k, v in plain(message).items() if k not in ("type", "given")}
+        said = {k: v for k, v in messages.plain(message).items() if k not in ("type", "given")}
         return self.pipe.session(**said, **(given if message.given else {}))
 
     def check_units(self, message: Start | Change) -> None:
@@ -269,14 +270,14 @@ class Engine(threading.Thread):
         if len(self.lives) >= self.limit:
             raise ValueError(f"there are {self.limit} sessions already: try again later")
 
-    def obey(self, live: Live, message: Control) -> None:
+    def obey(self, live: Live, message: messages.Control) -> None:
         """Do what a viewer asks for, or say why not."""
         try:
             if isinstance(message, Start):
                 live.take(self.make(message, live.given))
-            elif isinstance(message, Branch):
+            elif isinstance(message, messages.Branch):
                 self.check_room()
-                live.tell(Branched(session=self.add(live.session.branch())))
+                live.tell(messages.Branched(session=self.add(live.session.branch())))
             else:
                 if isinstance(message, Change):
                     self.check_units(message)
