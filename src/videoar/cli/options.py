@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from videoar.checks import check_positive
+from videoar.checks import check_options, check_positive
 from videoar.core.schemes import KINDS
-from videoar.evaluation.options import Checkpoint
+from videoar.data.options import ALL, turns
+from videoar.evaluation.options import Checkpoint, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,41 +27,15 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(CheckpointOptions):
-    """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
+class Sampling(CheckpointOptions):
+    """How videos are made, whatever they show."""
 
-    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
-    """What to show."""
-    prompts: Path | None = None
-    """Or a file of them, a line for each: .txt; .jsonl or .csv with prompt, name and seed."""
-    num_videos_per_prompt: int = 1
-    """How many videos of each prompt, with seeds of their own."""
-    prompt_at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
-    """Another prompt from a second on, SECONDS PROMPT; once for each."""
-    script: Path | None = None
-    """File of prompts, in each line the second from which on one holds, and the prompt."""
-    recompute: bool = False
-    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
-    image: Path | None = None
-    """Picture to begin with."""
-    video: Path | None = None
-    """Video to go on from; its frames come first in the result."""
-    keep: float | None = None
-    """Seconds of it to go on after; all by default."""
-    fit: Literal["crop", "letterbox"] | None = None
-    """How a picture or video of another shape is brought to the model's size; crop by default."""
     seconds: float | None = None
     """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: int | None = None
     """Length in frames, instead of seconds."""
-    seed: int | None = 0
-    """Seed of the noise; the same seed gives the same video. More videos count on from it. None
-    draws one, and says which."""
-    out: Path = Path("video.mp4")
-    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
-    folder, in which those that are there are left as they are."""
     model: str = "toy"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     codec: str | None = None
@@ -93,6 +68,52 @@ class Generate(CheckpointOptions):
     """CPU threads."""
     force: bool = False
     """Replace the file if it exists."""
+    share: str = ALL
+    """K/N in the K-th of N processes that share a folder of videos: it makes every N-th of them."""
+
+    def __post_init__(self) -> None:
+        names = ("seconds", "num_frames", "num_inference_steps", "shift", "threads")
+        check_positive(self, *names, "height", "width")
+        check_options(self, ("share", turns(self.share) != slice(0), "K/N with K up to N, as 2/8"))
+        if self.seconds is not None and self.num_frames is not None:
+            raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+        if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
+            raise ValueError(
+                f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
+                " too: use fewer sinks, or a longer window"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
+
+    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
+    """What to show."""
+    prompts: Path | None = None
+    """Or a file of them, a line for each: .txt; .jsonl or .csv with prompt, name and seed."""
+    num_videos_per_prompt: int = 1
+    """How many videos of each prompt, with seeds of their own."""
+    prompt_at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
+    """Another prompt from a second on, SECONDS PROMPT; once for each."""
+    script: Path | None = None
+    """File of prompts, in each line the second from which on one holds, and the prompt."""
+    recompute: bool = False
+    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
+    image: Path | None = None
+    """Picture to begin with."""
+    video: Path | None = None
+    """Video to go on from; its frames come first in the result."""
+    keep: float | None = None
+    """Seconds of it to go on after; all by default."""
+    fit: Literal["crop", "letterbox"] | None = None
+    """How a picture or video of another shape is brought to the model's size; crop by default."""
+    seed: int | None = 0
+    """Seed of the noise; the same seed gives the same video. More videos count on from it. None
+    draws one, and says which."""
+    out: Path = Path("video.mp4")
+    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
+    folder, in which those that are there are left as they are."""
     save_state: Path | None = None
     """File that is kept up to date while it lasts: what --resume needs if the process is killed."""
     resume: Path | None = None
@@ -109,10 +130,10 @@ class Generate(CheckpointOptions):
         if self.prompts and single:
             names = ", ".join(sorted(single)).replace("_", "-")
             raise ValueError(f"--prompts makes a video of each line: leave out {names}")
-        names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
-        check_positive(self, *names, "height", "width", "num_videos_per_prompt")
-        if self.seconds is not None and self.num_frames is not None:
-            raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+        super().__post_init__()
+        check_positive(self, "keep", "num_videos_per_prompt")
+        if self.share != ALL and not self.several:
+            raise ValueError(f"--share {self.share} parts many videos: give --prompts, or no share")
         if self.image is not None and self.video is not None:
             raise ValueError(
                 "--image and --video both say how the video begins: choose one of them"
@@ -121,16 +142,19 @@ class Generate(CheckpointOptions):
             raise ValueError("--keep says how much of --video comes first: name a video too")
         if self.fit is not None and self.image is None and self.video is None:
             raise ValueError("--fit says how --image or --video is resized: name one of them too")
-        if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
-            raise ValueError(
-                f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
-                " too: use fewer sinks, or a longer window"
-            )
 
     @property
     def several(self) -> bool:
         """Whether there may be more than one video."""
         return self.prompts is not None or self.num_videos_per_prompt > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchGenerate(Sampling, Suite):
+    """Make the videos that VBench asks for; goes on where it stopped."""
+
+    folder: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of the run: the videos, and by what protocol they are made."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class Prepare:
             ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
             ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
             ("max_seconds", self.max_seconds > 0, "a number above 0"),
-            ("share", self.turns != slice(0), "K/N with K up to N, such as 2/8"),
+            ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8"),
             ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
             least={"stride": 1, "workers": 1},
         )
@@ -73,9 +73,9 @@ class Prepare:
         found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
         return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
 
-    @property
-    def turns(self) -> slice:
-        """Return which of all videos are made; none if the share is none."""
-        found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", self.share)
-        number, count = map(int, found.groups()) if found else (1, 0)
-        return slice(number - 1, None, count) if number <= count else slice(0)
+
+def turns(share: str) -> slice:
+    """Return which of all a share K/N takes; none if it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", share)
+    number, count = map(int, found.groups()) if found else (1, 0)
+    return slice(number - 1, None, count) if number <= count else slice(0)

@@ -30,7 +30,7 @@ from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check, check_same
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
-from videoar.data.options import ALL, Prepare
+from videoar.data.options import ALL, Prepare, turns
 from videoar.data.sources import Listing, Source, list_sources
 from videoar.data.video import Frames, contact_sheet
 from videoar.data.workers import Pool
@@ -84,7 +84,7 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about)
     while todo := _not_made(config, listing.sources, work):
-        _make_parts(config, listing.sources[config.turns], todo, show)
+        _make_parts(config, listing.sources[turns(config.share)], todo, show)
     if config.share != ALL:
         return {}
     info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=config.codec)
@@ -124,7 +124,7 @@ def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source
 
     Which those are is known when it is known which of all videos can be used.
     """
-    made = {source: work / f"{source.key}.json" for source in sources[config.turns]}
+    made = {source: work / f"{source.key}.json" for source in sources[turns(config.share)]}
     clips = dict.fromkeys(sources, 2)
     clips |= {s: read_done(s, work)["clips"] for s, path in made.items() if path.exists()}
     for source in held_out(clips, share=config.held_out) & made.keys():
