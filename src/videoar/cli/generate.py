@@ -62,7 +62,7 @@ def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = Non
         pipe.generate([prompt], num_frames=1, seeds=[seed])
     for number, video in enumerate(todo, start=1):
         target, said = folder / video.name, f"{number}/{len(todo)}  {folder / video.name}"
-        if video not in left:
+        if target.exists() and not args.force:
             say(f"{said} is there already and is skipped")
             continue
         folder.mkdir(exist_ok=True)

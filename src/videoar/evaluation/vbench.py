@@ -54,7 +54,8 @@ def suite(config: Suite) -> tuple[list[Json], Json]:
     prompts, told = [entry["prompt_en"] for entry in entries], "as they are"
     if config.extended is not None:
         told = f"extended by {hash_of(config.extended)}"
-        prompts = config.extended.read_text("utf-8-sig").rstrip("\n").split("\n")
+        lines = config.extended.read_text("utf-8-sig").rstrip().split("\n")
+        prompts = [line.strip() for line in lines]
         fits = len(prompts) == len(entries)
         check(f"lines of {config.extended}", len(prompts), fits, f"{len(entries)}, as of {path}")
     rows, counts = dict[str, list[Json]](), Counter[str]()
@@ -117,9 +118,8 @@ def _score(config: VBenchScore, folder: Path, info: Path, name: str, *, still: b
         command = list(map(str, [config.python, "-c", *words]))
         try:
             with log.open("wb") as file:
-                subprocess.run(
-                    command, stdout=file, stderr=file, timeout=config.timeout, check=True
-                )
+                how: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+                subprocess.run(command, timeout=config.timeout, check=True, **how)
         except subprocess.TimeoutExpired as error:
             raise ValueError(f"{config.timeout:g} s were too few, raise --timeout") from error
         except subprocess.CalledProcessError as error:
