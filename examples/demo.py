@@ -1,10 +1,9 @@
-"""The demonstration, `make demo`: one prompt under every kind of unit, and a minute of the last."""
+"""The demonstration, `make demo`: one prompt under every kind of unit, and a minute of a story."""
 
 import signal
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from videoar.checks import check_positive
 from videoar.cli import arguments, options
-from videoar.cli.generate import make
+from videoar.cli.generate import make, read_script
 from videoar.cli.main import exit_code
 from videoar.cli.progress import say
 from videoar.core.schemes import KINDS
@@ -26,24 +25,28 @@ from videoar.data.video import (
     decode_frames,
     read_video,
 )
-from videoar.evaluation import judge
+from videoar.evaluation.entries import find_judge
+from videoar.evaluation.judge import Judge, windows
 from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.options import Judged
 from videoar.evaluation.speed import apart
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.timing import Timing
 
-DEMO_PROMPT = "a small red ball bounces up and down on a black background"
+STORY = Path(__file__).parent / "robot" / "story.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Generate a minute of video, and one prompt under all five kinds of unit."""
+    """Generate one prompt under all five kinds of unit, and a minute in which prompts change."""
 
     out: Path = Path("demo")
     """Folder; the files of an earlier demo in it are replaced."""
-    model: str = "toy"
+    model: str = "robot"
     """Checkpoint: a bundled name or a folder."""
+    script: Path = STORY
+    """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
     seconds: float = 60.0
     """Length of the long video."""
 
@@ -54,19 +57,33 @@ class Demo:
 def demo(args: Demo) -> None:
     """Generate every kind of unit in a process of its own, so that start and memory are its own."""
     check_folder(args.out)
+    judge, _ = find_judge(Judged(), args.model)
     out, minute, rows, videos = args.out, args.out / "minute.mp4", [], []
-    say(f"{DEMO_PROMPT!r} under {len(KINDS)} kinds of unit, and for {args.seconds:g} s")
     # One thread: as fast as two for so small a model, and far faster on a busy machine.
-    one = options.Generate(prompt=DEMO_PROMPT, model=args.model, force=True, threads=1)
+    long = options.Generate(script=args.script, model=args.model, force=True, threads=1)
+    story = [each for each in read_script(long) if each[0] < args.seconds]
+    say(f"{story[0][1]!r} under {len(KINDS)} kinds of unit, and {len(story)} prompts in a minute")
+    clip = replace(long, script=None, prompt=story[0][1], seconds=WINDOW_SECONDS)
     with tempfile.TemporaryDirectory() as scratch:
-        clip = replace(one, seconds=WINDOW_SECONDS, out=Path(scratch) / "clip.mp4")
         for kind in KINDS:
-            rows.append(_row(replace(clip, units=kind)))
-            videos.append(read_video(clip.out))
+            one = replace(clip, units=kind, out=Path(scratch) / "clip.mp4")
+            seen = " / ".join(text for _, text in watched(one, _row(one, rows), judge))
+            rows[-1]["seen"] = seen
+            videos.append(read_video(one.out))
     out.mkdir(exist_ok=True)
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
-    rows.append(_row(replace(one, seconds=args.seconds, units=KINDS[-1], out=minute)))
-    say(f"\n{columns(cells(rows))}\n\n{minute} and {out / 'units.webp'} are ready")
+    long = replace(long, seconds=args.seconds, units=KINDS[-1], out=minute)
+    fps = _row(long, rows)
+    told = [
+        {
+            "from": f"{second:.0f} s",
+            "told": [prompt for start, prompt in story if start <= second + 1e-6][-1],
+            "seen": text,
+        }
+        for second, text in watched(long, fps, judge)
+    ]
+    say(f"\n{columns(cells(rows))}\n\n{columns(cells(told))}")
+    say(f"\n{minute} and {out / 'units.webp'} are ready")
 
 
 def side_by_side(videos: Sequence[Video], labels: Sequence[str], *, scale: int = 1) -> Video:
@@ -107,8 +124,8 @@ def _generate(args: options.Generate) -> Timing:
     return make(args)[0]
 
 
-def _row(args: options.Generate) -> dict[str, str]:
-    """Generate a video in a process of its own; say its figures, and return them."""
+def _row(args: options.Generate, rows: list[dict[str, str]]) -> int:
+    """Generate a video in a process of its own; say and add its figures, and return its rate."""
     timing: Timing = apart(_generate, args)
     if timing.interrupted:
         raise KeyboardInterrupt
@@ -123,25 +140,16 @@ def _row(args: options.Generate) -> dict[str, str]:
         "peak memory": f"{timing.peak_bytes / 2**20:.0f} MiB",
     }
     say("  ".join(f"{name} {value}" for name, value in row.items()))
-    return row | {"seen": seen(args.out, fps=round(timing.frames / timing.video_seconds))}
+    rows.append(row)
+    return round(timing.frames / timing.video_seconds)
 
 
-def seen(file: Path, *, fps: int) -> str:
-    """Say what the judge of the procedural world sees in a video, the most frequent first."""
-    size, counts = round(WINDOW_SECONDS * fps), Counter[str]()
-    for clip in judge.windows((frame[None, None] for frame in decode_frames(file)), size=size):
-        if clip.shape[1] <= size // 2:
-            break
-        reading = judge.read(clip[0], fps=fps)
-        things = [
-            f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
-            for thing in reading.things
-        ]
-        ground = reading.background or "another colour"
-        counts[f"{' and '.join(things) or 'nothing'} on {ground}"] += 1
-    if len(counts) == 1:
-        return next(iter(counts))
-    return "; ".join(f"{count}x {text}" for text, count in counts.most_common(3))
+def watched(args: options.Generate, fps: int, judge: Judge) -> Iterator[tuple[float, str]]:
+    """Yield the second and what the judge sees in it, of each window of a video."""
+    size, frames = round(WINDOW_SECONDS * fps), decode_frames(args.out)
+    for k, clip in enumerate(windows((frame[None, None] for frame in frames), size=size)):
+        if clip.shape[1] > size // 2:
+            yield k * WINDOW_SECONDS, judge.describe(clip, fps=fps)[0]
 
 
 def main(words: Sequence[str]) -> int:

@@ -10,18 +10,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
+from tyro.conf import Positional, arg
 
+from videoar.checks import check_positive
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
-from videoar.cli.options import PrintUnits
 from videoar.cli.progress import say
-from videoar.core.schemes import parse
+from videoar.core.schemes import KINDS, parse
 from videoar.core.units import Units, Visible, token_mask
 from videoar.data.video import check_output
 from videoar.files import check_folder
@@ -44,13 +45,32 @@ RAMP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawUnits(PrintUnits):
+class DrawUnits:
     """Draw how schemes cut a lattice into units."""
 
+    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
+    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
+    frames: int = 8
+    """Latent frames of the lattice."""
+    height: int = 4
+    """Rows of tokens."""
+    width: int = 4
+    """Columns of tokens."""
+    window: int | None = None
+    """Latent frames that a unit may read; all by default."""
+    sink: int = 0
+    """First latent frames that stay readable for ever."""
+    steps: int = 4
+    """Denoising steps per unit."""
     out: Path = Path("drawings")
     """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
     force: bool = False
     """Replace files that exist."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps")
+        if not self.schemes:
+            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
 
 
 def color(share: float) -> tuple[int, int, int]:

@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoar.core.flow import sigma_steps, step_of
+from videoar.core.flow import sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Cells, Scheme, box
-from videoar.core.tokens import Assembler, to_tokens
+from videoar.core.tokens import to_tokens
 from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
 from videoar.core.units import Units, Visible, token_mask
 from videoar.data import world
 from videoar.encoders.text_encoder import TextEncoder, TextEncoderConfig
+from videoar.generation.latents import Assembler
 from videoar.training.objectives import FlowMatching, TextToVideo
 
 MODEL = ModelConfig(
@@ -83,11 +84,9 @@ def sample_without_cache(
         unit_noise((seed,), i, (size, model.config.token_dim)) for i, size in enumerate(units.sizes)
     ]
     x = torch.cat(noise, dim=1)
-    steps, waves = config.num_steps, units.waves.tolist()
-    done = [
-        [step_of(row, wave, steps=steps, lag=steps) for wave in waves]
-        for row in range(steps * (waves[-1] + 1) + 1)
-    ]
+    waves = units.waves.tolist()
+    rows, count = config.rows(waves[-1] + 1), (len(config.sigmas) - 1) * (waves[-1] + 1)
+    done = [[rows.done(row, wave) for wave in waves] for row in range(count + 1)]
     for now, after in itertools.pairwise(torch.tensor(config.sigmas)[torch.tensor(done)]):
         output = model(
             x, coords=units.coords, sigma=now[None], unit=units.unit, text=text, mask=mask

@@ -256,7 +256,7 @@ class Fuzz:
             "distill": ["toy-dmd", "--task.teacher", "tiny", "--task.student", "tiny", *run],
             "evaluate": ["tiny", "--num-prompts", "0"],
             "evaluate heldout": ["tiny", "--data", "latents"],
-            "compare": ["tiny", "--num-prompts", "0"],
+            "study": ["checkpoints", "--checkpoint", "tiny", "--num-prompts", "0"],
             "bench": ["tiny", "--repeats", "0"],
         }
         weights = [6, 5, 4, 3, 4, 4, 2, 2, 2, 2, 1]

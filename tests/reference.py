@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videoar.core.noise import unit_noise
-from videoar.core.tokens import Assembler
 from videoar.core.transformer import ModelConfig, Output, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units
+from videoar.generation.latents import Assembler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,24 @@ class Plan:
     sink: int = 0
     context_noise: float = 0.0
     renoise: bool = False
+    first: tuple[tuple[float, ...], ...] = ()
+    """Sigmas of the first waves."""
+    table: tuple[tuple[int, ...], ...] = ()
+    """How many steps every wave has made before every row, if no lag says it."""
 
     @property
     def steps(self) -> int:
         """Denoising steps of a unit."""
         return len(self.sigmas) - 1
 
+    def own(self, wave: int) -> tuple[float, ...]:
+        """The sigmas of a wave."""
+        return [*self.first, *[self.sigmas] * (wave + 1)][wave]
+
     def level(self, row: int, wave: int) -> int:
         """How many steps a wave has made before a row."""
+        if self.table:
+            return self.table[row][wave]
         return min(max(row - self.lag * wave, 0), self.steps)
 
     def reads(self, reader: Unit, read: Unit) -> bool:
@@ -52,20 +62,23 @@ class Plan:
         ]
         return torch.cat(rows)
 
-    def next(self, x: Tensor, velocity: Tensor, *, level: int, seeds, unit: int) -> Tensor:
+    def next(
+        self, x: Tensor, velocity: Tensor, *, level: int, seeds, unit: int, wave: int = 2**20
+    ) -> Tensor:
         """Make one step with a unit's tokens."""
-        now, then = self.sigmas[level], self.sigmas[level + 1]
+        now, then = self.own(min(wave, len(self.first)))[level : level + 2]
         if not self.renoise:
             return x - (now - then) * velocity
         clean = x - now * velocity
         fresh = unit_noise(seeds, unit, tuple(x.shape[1:]), draw=level + 1)
         return (1 - then) * clean + then * fresh
 
-    def context(self, x: Tensor, *, seeds, unit: int) -> tuple[Tensor, float]:
+    def context(self, x: Tensor, *, seeds, unit: int, wave: int = 2**20) -> tuple[Tensor, float]:
         """What later units read of a finished one, and the level that the model is told."""
         if not self.context_noise:
             return x, 0.0
-        noise = unit_noise(seeds, unit, tuple(x.shape[1:]), draw=self.steps + 1)
+        draw = len(self.own(min(wave, len(self.first))))
+        noise = unit_noise(seeds, unit, tuple(x.shape[1:]), draw=draw)
         return (1 - self.context_noise) * x + self.context_noise * noise, self.context_noise
 
 
@@ -82,14 +95,16 @@ def recomputed(
     """Generate a clip without any cache: every row runs all units from the beginning."""
     group = list(units)
     mask = plan.mask(group, group)
-    rows = plan.lag * group[-1].wave + plan.steps
+    rows = len(plan.table) - 1 if plan.table else plan.lag * group[-1].wave + plan.steps
     state = [unit_noise(seeds, u.index, (len(u.cells), model.config.token_dim)) for u in group]
     for row in range(rows):
         levels = [plan.level(row, u.wave) for u in group]
         inputs, told = [], []
         for x, u, level in zip(state, group, levels, strict=True):
-            done = level == plan.steps
-            shown = plan.context(x, seeds=seeds, unit=u.index) if done else (x, plan.sigmas[level])
+            sigma = plan.own(u.wave)[level]
+            shown = (x, sigma)
+            if not sigma:
+                shown = plan.context(x, seeds=seeds, unit=u.index, wave=u.wave)
             inputs.append(shown[0])
             told.append(shown[1])
 
@@ -112,10 +127,9 @@ def recomputed(
             )
             moves = with_prompt * scale + without * (1 - scale)
         for u, move in zip(group, moves.split(units.sizes, dim=1), strict=True):
-            if 0 <= row - plan.lag * u.wave < plan.steps:
-                state[u.index] = plan.next(
-                    state[u.index], move, level=levels[u.index], seeds=seeds, unit=u.index
-                )
+            if plan.level(row + 1, u.wave) > levels[u.index]:
+                step = {"level": levels[u.index], "unit": u.index, "wave": u.wave}
+                state[u.index] = plan.next(state[u.index], move, seeds=seeds, **step)
     return torch.cat(state, dim=1)
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.cache import BenchCache
 from benchmarks.compare import Compare
 from benchmarks.distill import BenchDistill
+from benchmarks.gpu import BenchGpu
 from benchmarks.length import BenchLength
 from benchmarks.prepare import BenchPrepare
 from examples.draw_units import DrawUnits
@@ -29,6 +30,7 @@ PROGRAMS = {
     "benchmarks/cache.py": BenchCache,
     "benchmarks/compare.py": Compare,
     "benchmarks/distill.py": BenchDistill,
+    "benchmarks/gpu.py": BenchGpu,
     "benchmarks/length.py": BenchLength,
     "benchmarks/prepare.py": BenchPrepare,
     "examples/draw_units.py": DrawUnits,

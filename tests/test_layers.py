@@ -33,7 +33,7 @@ ROOMS = (
     ("cli",),
 )
 # Only the geometry and the choice of it name a scheme; everything else sees a partition.
-SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid)\b")
+SCHEMES = re.compile(r"\b(Blocks|KeyDetail|Pyramid|Mixed)\b")
 KNOW_SCHEMES = {"core.schemes", "training.recipes"}
 # Reading a device value makes the host wait for the device, at every token or step.
 NO_ITEM = {"sampler", "cache", "transformer"}
@@ -41,7 +41,7 @@ NO_ITEM = {"sampler", "cache", "transformer"}
 LIGHT = {"__init__", "__main__", "cli.main"}
 MAX_FILE, MAX_FUNCTION = 400, 80
 # What is new here, and all of it with the parts around: see docs/decisions/size.md.
-MAX_CORE, MAX_TOTAL = 1250, 11250
+MAX_CORE, MAX_TOTAL = 1250, 12150
 
 
 def _module(path: Path) -> str:

@@ -7,7 +7,7 @@ from videoar.encoders.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
     TinyPromptEncoder,
-    Tokenizer,
+    train_tokenizer,
 )
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.generation.config import GenerationConfig
@@ -57,7 +57,7 @@ def tiny_transformer(config: ModelConfig = MODEL, *, seed: int = 0) -> VideoTran
 def tiny_pipeline(*, seed: int = 0) -> VideoPipeline:
     """Prompt to frames in milliseconds; the frames are noise."""
     torch.manual_seed(seed)
-    tokenizer = Tokenizer.train(["a red ball moves left", "a blue square"], vocab_size=300)
+    tokenizer = train_tokenizer(["a red ball moves left", "a blue square"], vocab_size=300)
     return VideoPipeline(
         transformer=tiny_transformer(seed=seed),
         prompt_encoder=TinyPromptEncoder(tokenizer, TextEncoder(TEXT).eval()),

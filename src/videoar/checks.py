@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import numbers
+import operator
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +37,38 @@ def check(name: str, value: Any, right: bool, remedy: str) -> None:
     """Raise unless a value is right, in a sentence that ends in what is."""
     if not right:
         raise ValueError(SENTENCE.format(name, value, remedy))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What a value has to be beside its type, said in the annotation of its field."""
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+def one_of(known: Iterable[str]) -> Limit:
+    """Return the limit of words."""
+    return Limit(frozenset(known).__contains__, f"one of {', '.join(known)}")
+
+
+Count = Annotated[int, Limit(lambda value: value >= 1, "1 or more")]
+Natural = Annotated[int, Limit(lambda value: value >= 0, "0 or more")]
+Positive = Annotated[float, Limit(lambda value: value > 0, "a number above 0")]
+"""Infinity, too, where something else ends."""
+Finite = Annotated[Positive, Limit(lambda value: value < math.inf, "a number above 0")]
+Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "a share from 0 to 1")]
+
+
+class Options:
+    """A dataclass whose fields have the types and keep the limits of their annotations."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+class _Beyond(ValueError):
+    """A value is of its type, but beyond its limit."""
 
 
 def check_types(options: Any) -> None:
@@ -62,13 +95,18 @@ def typed(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]
 
     What means the same is taken: a text for a path, a list for a tuple, a number of NumPy.
     """
-    found, hints = dict[str, Any](), typing.get_type_hints(kind)
+    found, hints = dict[str, Any](), typing.get_type_hints(kind, include_extras=True)
     for name, value in values.items():
         try:
             found[name] = _as(value, hints.get(name, Any))
+        except _Beyond as beyond:
+            raise ValueError(SENTENCE.format(name, value, beyond)) from beyond
         except (TypeError, ValueError, OverflowError) as error:  # of int(nan), float(10**400)
-            plain = type(hints[name]) is type
-            needed = hints[name].__name__ if plain else re.sub(r"\b[a-z]+\.", "", str(hints[name]))
+            hint = typing.get_type_hints(kind)[name]
+            if typing.get_origin(hint) is typing.Union:  # of a limit, or nothing: int | None
+                hint = functools.reduce(operator.or_, typing.get_args(hint))
+            plain = type(hint) is type
+            needed = hint.__name__ if plain else re.sub(r"\b[a-z]+\.", "", str(hint))
             raise ValueError(SENTENCE.format(name, f"{value!r:.80}", needed)) from error
     return found
 
@@ -76,6 +114,8 @@ def typed(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]
 def _as(value: Any, hint: Any) -> Any:
     """Return a value as what an annotation says."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is Annotated:
+        return _within(_as(value, inner[0]), inner[1:])
     if origin in (typing.Union, types.UnionType):
         for choice in inner:
             with contextlib.suppress(TypeError):
@@ -95,6 +135,14 @@ def _as(value: Any, hint: Any) -> Any:
     elif hint is Any or isinstance(value, origin):
         return value
     raise TypeError
+
+
+def _within(value: Any, said: tuple[Any, ...]) -> Any:
+    """Return a value that keeps the limits of an annotation."""
+    for limit in said:
+        if isinstance(limit, Limit) and not limit.holds(value):
+            raise _Beyond(limit.says)
+    return value
 
 
 def _items(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
@@ -211,6 +259,21 @@ def build_named(text: str, base: type, says: str) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"{what} cannot be built ({error}): give its fields.") from error
+
+
+def name_of(built: Any) -> str:
+    """Return what `build_named` makes an object of again: `package.module:Class/field=value`."""
+    kind, known = type(built), dataclasses.fields(built)
+    if kind.__module__ == "__main__" or "<" in kind.__qualname__:
+        raise ValueError(
+            f"{kind.__qualname__} is defined where no other program finds it: put it into a"
+            " module of its own, and import it from there."
+        )
+    stated = [
+        (f.name, getattr(built, f.name)) for f in known if getattr(built, f.name) != f.default
+    ]
+    values = [f"/{name}={json.dumps(value)}" for name, value in stated]
+    return f"{kind.__module__}:{kind.__qualname__}{''.join(values)}"
 
 
 def import_extra(module: str, says: str) -> Any:

@@ -6,9 +6,14 @@ import re
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes() -> int:
@@ -20,6 +25,30 @@ def peak_bytes() -> int:
             return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that live; on the meta device they are not even made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._leave, storage._cdata, storage.nbytes())
+        return result
+
+    def _leave(self, storage: int, size: int) -> None:
+        self._seen.discard(storage)
+        self.now -= size
 
 
 def process_seconds() -> float | None:

@@ -114,32 +114,25 @@ def build_empty(module_class: Callable[[Any], ModuleT], config: Any) -> ModuleT:
 
 def assign_weights(module: ModuleT, weights: Mapping[str, Tensor], *, file: Path) -> ModuleT:
     """Make tensors those of a module, all of them and without a copy, or say what does not fit."""
-    if packed := [k for k, x in weights.items() if x.ndim > 1 and not x.is_floating_point()]:
-        kind = str(weights[packed[0]].dtype).removeprefix("torch.")
+    wanted, kind = module.state_dict(), type(module).__name__
+    whole = [key for key, tensor in weights.items() if not tensor.is_floating_point()]
+    if packed := [key for key in whole if weights[key].ndim > 1 or key in wanted]:
+        dtype = str(weights[packed[0]].dtype).removeprefix("torch.")
         raise ValueError(
-            f"{file} is quantised to {kind}{_list(packed)}, which is not read; use the file in "
+            f"{file} is quantised to {dtype}{_list(packed)}, which is not read; use the file in "
             "bfloat16, float16 or float8"
         )
-    wanted, kind = module.state_dict(), type(module).__name__
-    remedy = "configuration and weights must come from the same checkpoint"
     wrong = []
     if missing := [key for key in wanted if key not in weights]:
         wrong.append(f"lacks {len(missing)} of the {len(wanted)} tensors of {kind}{_list(missing)}")
     if unexpected := [key for key in weights if key not in wanted]:
         wrong.append(f"has {len(unexpected)} that {kind} does not know{_list(unexpected)}")
+    if other := [k for k in wanted if k in weights and weights[k].shape != wanted[k].shape]:
+        shape, needed = (tuple(tensors[other[0]].shape) for tensors in (weights, wanted))
+        wrong.append(f"holds {other[0]!r} in shape {shape}, but {kind} needs {needed}")
     if wrong:
+        remedy = "configuration and weights must come from the same checkpoint"
         raise ValueError(f"{file} {' and '.join(wrong)}; {remedy}")
-    for key, tensor in wanted.items():
-        if tensor.is_floating_point() and not weights[key].is_floating_point():
-            raise ValueError(
-                f"{file} holds {key!r} in {weights[key].dtype}, which is not read: use weights in"
-                " bfloat16, float16 or float32"
-            )
-        needed, shape = tuple(tensor.shape), tuple(weights[key].shape)
-        if shape != needed:
-            raise ValueError(
-                f"{file} holds {key!r} in shape {shape}, but {kind} needs {needed}; {remedy}"
-            )
     module.load_state_dict(weights, strict=True, assign=True)
     for buffer, tensor in module.named_buffers():
         assert not tensor.is_meta, f"buffer {buffer} is not saved: compute it in forward"
@@ -171,21 +164,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def build_config(config_class: type, values: dict[str, Any], *, file: Path) -> Any:
     """Build a config from what JSON made of it."""
-    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
-    if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(
-            f"{file} has a field {unknown[0]!r}, but {config_class.__name__} knows only "
-            f"{', '.join(fields)}; remove it or update VideoAR"
-        )
-    for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(
-                f"{file} lacks the field {name!r}, which {config_class.__name__} needs; {AGAIN}"
-            )
     try:
         return config_class(**typed(config_class, values))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not make a {config_class.__name__}: {error}") from error
+        remedy = ""
+        if isinstance(error, TypeError):  # a field is missing or unknown
+            known = ", ".join(f.name for f in dataclasses.fields(config_class) if f.init)
+            remedy = f", of {known}; {AGAIN}, or update VideoAR"
+        kind = config_class.__name__
+        raise ValueError(f"{file} does not make a {kind}: {error}{remedy}") from error
 
 
 def _list(keys: list[str]) -> str:
@@ -273,8 +260,7 @@ def _read_shards(folder: Path) -> Weights:
 
     That is the file, or the files of an index; `model.fp16.safetensors` is a variant of `model`.
     """
-    kinds = [kind for kind in WEIGHT_FILES if any(folder.glob(f"{kind}*"))]
-    kind = kinds[0] if kinds else WEIGHT_FILES[0]
+    kind = next((k for k in WEIGHT_FILES if any(folder.glob(f"{k}*"))), WEIGHT_FILES[0])
     indices = sorted(folder.glob(f"{kind}.index*.json"), key=lambda path: len(path.name))
     found = sorted(folder.glob(kind))
     stems = [file.stem for file in found]

@@ -111,7 +111,7 @@ def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     ("changes", "words"),
     [
         ({"depth": 3}, ["'depth'", "NetConfig", "width, stride"]),
-        ({"width": "DROP"}, ["lacks the field 'width'", "NetConfig"]),
+        ({"width": "DROP"}, ["missing", "'width'", "NetConfig"]),
         ({"width": "4"}, ["width", "'4'", "int"]),
         ({"width": True}, ["width", "True", "int"]),
         ({"width": 0}, ["width is 0", "at least 1"]),

@@ -169,14 +169,6 @@ def test_streams_of_the_codec_equal_the_whole(pipe: VideoPipeline, splits: tuple
     """Bit for bit, with two streams in turn on one module, and through a saved state."""
     codec, clip = pipe.codec, _clip(9)
     latents = codec.encode(clip)
-    encoder, other = codec.stream_encoder(), codec.stream_encoder()
-    parts = []
-    for part in clip.split(list(splits), dim=1):
-        parts.append(encoder(part))
-        other(_clip(part.shape[1], seed=3))
-        encoder, old = codec.stream_encoder(), encoder
-        encoder.load_state_dict(load(save(old.state_dict())))
-    assert torch.equal(torch.cat(parts, dim=1), latents)
     whole = codec.decode(latents)
     decoder, other, parts = codec.stream_decoder(), codec.stream_decoder(), []
     for part in latents.split([1 + (n - 1) // 4 if n % 4 else n // 4 for n in splits], dim=1):
@@ -208,7 +200,7 @@ def test_the_codec_of_wan_2_2_is_refused(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "vae", tmp_path / "wan" / "vae")
     file = tmp_path / "wan" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 2}))
-    with pytest.raises(ValueError, match=r"patch_size 2, as the codec of Wan 2\.2"):
+    with pytest.raises(ValueError, match=r"patch_size 2, as Wan 2\.2 .* Wan 2\.1, or its codec"):
         Checkpoint.find(tmp_path / "wan").codec()
 
 

@@ -39,8 +39,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)
 
 SAMPLING = (
     "base lora preset dtype units seconds num_frames model codec codec_dtype height width device "
-    "offload num_inference_steps shift guidance_scale negative_prompt window sink lag threads "
-    "force share"
+    "offload num_inference_steps first_steps shift guidance_scale negative_prompt window sink lag "
+    "threads force share"
 )
 FROZEN = {
     "generate": f"{SAMPLING} prompt prompts num_videos_per_prompt prompt_at script recompute image "
@@ -50,15 +50,16 @@ FROZEN = {
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",
     "info": "base lora preset dtype checkpoint seconds window",
-    "units": "schemes frames height width window sink steps",
+    "units": "schemes frames height width model window sink steps first_steps schedule search "
+    "clips draws",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
-    "held_out max_seconds timeout workers device share",
+    "held_out timeout workers device share",
     "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
-    "evaluate": "long_prompts long_seconds seed batch_size judge footage out checkpoint units "
-    "num_prompts seconds num_inference_steps shift guidance_scale",
+    "evaluate": "seed batch_size judge footage checkpoint units num_prompts seconds "
+    "num_inference_steps shift guidance_scale long_prompts long_seconds out",
     "evaluate heldout": "checkpoints data units seed out",
-    "compare": "long_prompts long_seconds seed batch_size judge footage out entries units "
-    "num_prompts seeds seconds",
+    "study": "seed batch_size judge footage design checkpoint out quick units num_prompts seeds "
+    "seconds share",
     "vbench prompts": "python info dimensions extended limit seed",
     "vbench generate": f"python info dimensions extended limit seed {SAMPLING} folder",
     "vbench score": "python info dimensions folder device timeout static_filter",
@@ -332,7 +333,7 @@ BAD = [
     (("generate", "ball", "--seconds", "nan"), "seconds is nan"),
     (("generate", "ball", "--seconds", "inf"), "seconds is inf"),
     (("generate", "ball", "--seconds", "x"), "--seconds"),
-    (("generate", "ball", "--seconds", "1", "--num-frames", "9"), "choose one"),
+    (("generate", "ball", "--seconds", "1", "--num-frames", "9"), "leave out num-frames"),
     (("generate", "ball", "--num-frames", "0"), "num_frames is 0"),
     (("generate", "ball", "--seed", "-1"), "seed is -1"),
     (("generate", "ball", "--num-inference-steps", "0"), "num_inference_steps is 0"),
@@ -343,7 +344,7 @@ BAD = [
     (("generate", "ball", "--window", "1", "--units", "chunk:2"), "smaller than one unit"),
     (("generate", "ball", "--sink", "-1"), "sink_frames is -1"),
     (("generate", "ball", "--sink", "100", "--window", "4"), "use fewer sinks"),
-    (("generate", "ball", "--fit", "crop"), "name one of them too"),
+    (("generate", "ball", "--fit", "crop"), "--fit is of --image or --video: name one too"),
     (("generate", "ball", "--negative-prompt", "red"), "guidance_scale is 1"),
     (("generate", ""), "prompt is empty"),
     (("generate", "ball " * 2000), "10000 characters"),
@@ -398,7 +399,7 @@ BAD = [
 
 INSTANT = (
     "seconds is", "num_frames is", "num_inference_steps is", "shift is", "threads is", "steps is",
-    "choose one", "missing does not exist", ".avi", "did you mean --seconds?", "PROMPT",
+    "missing does not exist", ".avi", "did you mean --seconds?", "PROMPT",
     "no scheme", "no PROMPT", "leave out",
 )  # fmt: skip
 
@@ -501,8 +502,6 @@ class LineTask:
 
 class Line(Objective):
     """The task, the objective and the data of a line."""
-
-    tokens_per_batch, flops_per_batch = 1, 1.0
 
     def __init__(self, task: LineTask, config: TrainConfig) -> None:
         self.task, self.module, self.objective = task, nn.Linear(1, 1), self
@@ -632,9 +631,16 @@ def test_units_prints_the_partition(run: Run) -> None:
     code, out, _ = run("units", "multiscale:4,2,1", "cube:1x2x2/wavefront", "--steps", "3")
     assert code == 0
     cells = [text.split() for text in out.splitlines()]
-    assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "36", "136"] in cells
+    assert ["multiscale:4,2,1", "12", "2,", "8,", "32", "12", "3", "36", "136"] in cells
     # Two cubes of each frame share a wave.
-    assert ["cube:1x2x2/wavefront", "32", "4", "24", "72", "124"] in cells
+    assert ["cube:1x2x2/wavefront", "32", "4", "24", "3", "72", "124"] in cells
+
+
+def test_units_counts_the_steps_of_a_checkpoint(run: Run, checkpoint: str) -> None:
+    """Steps, window and sinks are its own, but for what is said."""
+    code, out, _ = run("units", "frame", "--model", checkpoint)
+    assert code == 0
+    assert ["frame", "8", "16", "8", "2", "16", "80"] in [line.split() for line in out.splitlines()]
 
 
 # ---------------------------------------------------------------- measurements

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videoar.checks import checked, typed
+from videoar.checks import Count, Share, checked, typed
 from videoar.training.loop import TrainConfig
 from videoar.training.optimizer import OptimizerConfig
 
@@ -54,6 +54,21 @@ def test_what_means_nothing_is_named(name: str, value: object, needed: str) -> N
     """The sentence has field, value and type."""
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r:.80}: use {needed}")):
         typed(TrainConfig, {name: value})
+
+
+def test_limits_are_said_in_annotations() -> None:
+    """Beside the type, also where there may be nothing; the sentence says what is right."""
+
+    def draw(count: Count | None = None, share: Share = 0.5) -> None: ...
+
+    assert typed(draw, {"count": None, "share": 1}) == {"count": None, "share": 1.0}
+    for name, value, needed in (
+        ("count", 0, "1 or more"),
+        ("count", "a", "int | None"),
+        ("share", math.nan, "a share from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}: use {needed}.")):
+            typed(draw, {name: value})
 
 
 def test_arguments_are_checked_where_users_call() -> None:

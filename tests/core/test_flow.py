@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from videoar.core.flow import (
+    Rows,
     add_noise,
     clean_of,
     euler_step,
@@ -13,7 +14,6 @@ from videoar.core.flow import (
     renoise_step,
     shifted,
     sigma_steps,
-    step_of,
     velocity_of,
 )
 from videoar.core.noise import unit_noise
@@ -96,7 +96,8 @@ def test_training_sigmas_are_uniform_before_the_shift() -> None:
 def test_a_wave_starts_at_noise_and_ends_clean(lag: int) -> None:
     """Clip and stream follow one rule: a wave waits for its turn, steps in every row, and stops."""
     for wave in range(3):
-        done = [step_of(row, wave, steps=3, lag=lag) for row in range(2 * lag + 4)]
+        rows = Rows((sigma_steps(3),), lag, 3)
+        done = [rows.done(row, wave) for row in range(2 * lag + 4)]
         assert done == [0] * (lag * wave) + [0, 1, 2, 3] + [3] * (lag * (2 - wave))
 
 

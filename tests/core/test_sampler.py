@@ -8,13 +8,15 @@ from reference import Oracle, Plan, rebased, recomputed, to_latents
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
-from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.tokens import to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
+from videoar.generation.guidance import Guided
 
 STEPS = 3
 SEEDS = (1, 2)
@@ -293,10 +295,15 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, tuple[int, ...] | None]] = []
+        self.copies: list[str] = []
+        """Between devices."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Do it and note it."""
         out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) and x.ndim]
+        if len({x.device for x in tensors}) > 1:
+            self.copies.append(str(func))
         self.seen.append((str(func), tuple(out.shape) if isinstance(out, torch.Tensor) else None))
         return out
 
@@ -307,12 +314,14 @@ class Watched:
     def __init__(self, network: VideoTransformer) -> None:
         self.network, self.config = network, network.config
         self.passes: list[list[tuple[str, tuple[int, ...] | None]]] = []
+        self.copies: list[str] = []
 
     def __call__(self, *args, **inputs):
         """Record a pass."""
         with Recorder() as recorder:
             output = self.network(*args, **inputs)
         self.passes.append(recorder.seen)
+        self.copies += recorder.copies
         return output
 
 
@@ -340,3 +349,28 @@ def test_a_stream_repeats_the_same_operations_and_never_waits(model, name: str) 
     assert len(storage) == 1
     for operations in itertools.chain(*per_segment[1:]):
         assert not [op for op, _ in operations if any(word in op for word in WAITS)]
+
+
+@pytest.mark.parametrize("name", ["frame", "chunk:2"])
+def test_only_noise_places_and_masks_cross_from_the_host(name: str) -> None:
+    """Every copy from pageable memory drains a card's queue; the meta device stands for the card.
+
+    A pass makes none, sinks and window included. Beside it a unit brings its noise, and its places
+    alone and with the unit before: no more in one segment than in another.
+    """
+    with torch.device("meta"):
+        model = VideoTransformer(MODEL)
+        text = model.encode_text(torch.randn(1, 5, MODEL.text_dim))
+    units, network = Units(parse(name), None, 4, 4), Watched(model)
+    segment = units.units_per_segment
+    config = _config(_plan(window=2 * segment, sink=segment))
+    sampler = iter(Sampler(network, units, text, config, seeds=(0,), device="meta"))
+    copies = []
+    for _ in range(5):
+        network.copies.clear()  # of the first pass: constants
+        with Recorder() as recorder:
+            list(itertools.islice(sampler, segment))
+        copies.append(recorder.copies)
+        assert not network.copies or not copies[:-1]
+    assert copies[-1] == copies[-2]
+    assert len(copies[-1]) <= 6 * segment

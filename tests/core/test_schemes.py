@@ -1,5 +1,6 @@
 """Names of schemes: every scheme is read again from its own, also one that nobody here wrote."""
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -38,10 +39,74 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_rows:Rows"
 
 
-@pytest.mark.parametrize("name", [*KINDS, *SCHEMES, "full", "cube:2x3x4"])
+MORE = (
+    "full",
+    "cube:2x3x4",
+    "cube:1x2x2/far-first",
+    "cube:1x2x2/3,0,1,2",
+    "frame+multiscale:4,2,1",
+)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *SCHEMES, *MORE])
 def test_a_name_comes_back(name: str) -> None:
     """What a checkpoint stores is what it was trained with."""
     assert parse(name).name == name
+
+
+def _order(name: str, rows: int = 4, columns: int = 4) -> list[list[tuple[int, int]]]:
+    """The places of blocks of one cell, wave by wave."""
+    waves = parse(f"cube:1x1x1/{name}").segment(1, rows, columns)
+    return [[unit[0][1:3] for unit in wave] for wave in waves]
+
+
+def test_a_spiral_goes_from_the_centre_outwards() -> None:
+    """Ring by ring, and from neighbour to neighbour within a ring."""
+    places = [place for (place,) in _order("spiral", 5, 5)]
+    assert places[0] == (2, 2)
+    rings = [max(abs(r - 2), abs(c - 2)) for r, c in places]
+    assert rings == sorted(rings)
+    for (r, c), (row, column), *rest in zip(places, places[1:], rings, rings[1:], strict=False):
+        assert abs(r - row) + abs(c - column) == 1 or rest[0] != rest[1]
+
+
+def test_far_first_takes_the_farthest_from_all_before() -> None:
+    """Written out: no block left is farther from the nearest one that is done."""
+    places = [place for (place,) in _order("far-first", 3, 5)]
+    for k, place in enumerate(places[1:], start=1):
+        away = {p: min(math.dist(p, q) for q in places[:k]) for p in places[k:]}
+        assert away[place] == max(away.values())
+
+
+def test_a_random_order_is_the_same_in_every_program() -> None:
+    """A checkpoint that was trained in it is sampled in it."""
+    places = [(1, 1), (1, 2), (0, 1), (0, 0), (0, 2), (1, 0)]
+    assert _order("random", 2, 3) == [[place] for place in places]
+
+
+def test_an_order_of_ones_own_is_the_turn_of_every_block() -> None:
+    """In raster order; those of one turn are generated together."""
+    assert _order("3,0,1,2", 2, 2) == [[(0, 1)], [(1, 0)], [(1, 1)], [(0, 0)]]
+    assert _order("0,1,2,1,2,3", 2, 3) == _order("wavefront", 2, 3)
+    with pytest.raises(ValueError, match="Turns of 0,1,2 is 3: use 4"):
+        _order("0,1,2", 2, 2)
+    with pytest.raises(ValueError, match="or the turn of every block"):
+        parse("cube:1x2x2/spirals")
+
+
+def test_segments_of_several_schemes_follow_each_other() -> None:
+    """Each part begins where the one before ends, and the last ends where the clip does."""
+    mixed = parse("frame+cube:2x1x2/wavefront+chunk:3")
+    assert mixed.frames == 6
+    start, expected = 0, []
+    for part in ("frame", "cube:2x1x2/wavefront", "chunk:2"):
+        scheme = parse(part)
+        waves = scheme.segment(scheme.frames, 2, 4)
+        expected += [[tuple((t + start, *c) for t, *c in unit) for unit in w] for w in waves]
+        start += scheme.frames
+    assert mixed.segment(5, 2, 4) == expected
+    with pytest.raises(ValueError, match="schemes of a number of frames"):
+        parse("frame+full")
 
 
 class Turned(Blocks):

@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from reference import to_latents
 from tiny import SCHEMES
 
-from videoar.core.schemes import Blocks, Cells, KeyDetail, Pyramid, Scheme, box, parse
-from videoar.core.tokens import Assembler, to_tokens
+from videoar.core.schemes import (
+    ORDERS,
+    Blocks,
+    Cells,
+    KeyDetail,
+    Pyramid,
+    Scheme,
+    box,
+    parse,
+)
+from videoar.core.tokens import to_tokens
 from videoar.core.units import Units, Visible, clean_copies, token_mask
+from videoar.generation.latents import Assembler
 
 SIZES = st.integers(1, 4)
 # Plain data: a scheme is built inside the test, where its types are checked.
@@ -23,7 +33,7 @@ ANY_SCHEME = st.one_of(
         SIZES,
         st.none() | SIZES,
         st.none() | SIZES,
-        st.sampled_from(["raster", "snake", "wavefront"]),
+        st.sampled_from(list(ORDERS)),
     ),
     st.tuples(st.just(Blocks), st.none()),
     st.tuples(st.just(KeyDetail), st.integers(2, 5)),
@@ -31,6 +41,12 @@ ANY_SCHEME = st.one_of(
         st.just(Pyramid),
         SIZES,
         st.sampled_from([(1,), (2, 1), (4, 1), (4, 2, 1), (8, 4, 2, 1)]),
+    ),
+    st.tuples(
+        st.just(parse),
+        st.sampled_from(
+            ["frame+chunk:3", "cube:1x2x2/spiral+key-detail:2", "frame+multiscale:2,1"]
+        ),
     ),
 )
 LATTICE = st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 6))
@@ -177,6 +193,35 @@ def test_the_order_of_cubes_is_the_one_that_is_named() -> None:
     assert corners("cube:1x2x2/snake") == raster[:3] + raster[:2:-1]
     diagonals = [[(0, 0)], [(0, 1), (1, 0)], [(0, 2), (1, 1)], [(1, 2)]]
     assert corners("cube:1x2x2/wavefront") == diagonals
+    around = [(0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0)]
+    assert corners("cube:1x2x2/spiral") == [[place] for place in around]
+    written = [raster[k] for k in (5, 0, 2, 1, 4, 3)]
+    assert corners("cube:1x2x2/5,0,2,1,4,3") == written
+    drawn = corners("cube:1x2x2/random")
+    assert sorted(drawn) == raster != drawn == corners("cube:1x2x2/random")
+
+
+def test_a_spiral_ends_in_the_middle_and_far_blocks_come_first() -> None:
+    """On 4x4 blocks a spiral runs inwards, and the first four of `far-first` have no neighbours."""
+
+    def numbers(order: str) -> list[int]:
+        waves = Blocks(1, 1, 1, order).segment(1, 4, 4)
+        assert {len(wave) for wave in waves} == {1}
+        return [4 * h + w for wave in waves for ((_, h, w, _),) in wave]
+
+    assert numbers("spiral") == [0, 1, 2, 3, 7, 11, 15, 14, 13, 12, 8, 4, 5, 6, 10, 9]
+    first = [divmod(k, 4) for k in numbers("far-first")[:4]]
+    gaps = [abs(a[0] - b[0]) + abs(a[1] - b[1]) for a in first for b in first if a != b]
+    assert min(gaps) >= 2
+
+
+def test_a_written_order_is_of_all_blocks() -> None:
+    """One that repeats or leaves a block is refused; one of another lattice, where it is laid."""
+    for order in ("0,2", "0,0", "1,2", ""):
+        with pytest.raises(ValueError, match="order is"):
+            Blocks(1, 2, 2, order)
+    with pytest.raises(ValueError, match="is of 2 blocks, but a segment has 2x3"):
+        Blocks(1, 2, 2, "1,0").segment(1, 4, 6)
 
 
 # ---------------------------------------------------------------- names
@@ -193,6 +238,8 @@ def test_the_order_of_cubes_is_the_one_that_is_named() -> None:
         ("multiscale:2,1/frames=4", Pyramid(factors=(2, 1), frames=4)),
         ("cube:1x2x3", Blocks(1, 2, 3)),
         ("cube:2x2x2/wavefront", Blocks(2, 2, 2, "wavefront")),
+        ("cube:1x2x2/far-first", Blocks(1, 2, 2, "far-first")),
+        ("cube:1x2x2/2,0,1", Blocks(1, 2, 2, "2,0,1")),
     ],
 )
 def test_a_name_means_its_scheme(name: str, scheme: Scheme) -> None:

@@ -1,6 +1,7 @@
 """Prompts survive the tokenizer, and padding never reaches what a prompt means."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from videoar.encoders.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
     TinyPromptEncoder,
-    Tokenizer,
+    train_tokenizer,
     words_of,
 )
 
 COLORS = ("red", "green", "blue", "yellow")
 CORPUS = [f"a small {color} ball moves {way}" for color in COLORS for way in ("left", "right")]
-TOKENIZER = Tokenizer.train(CORPUS, vocab_size=300)
+TOKENIZER = train_tokenizer(CORPUS, vocab_size=300)
 CONFIG = TextEncoderConfig(vocab_size=300, hidden_size=32, num_heads=2, max_tokens=24)
+PROMPTS = TinyPromptEncoder(TOKENIZER, TextEncoder(CONFIG).eval())
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def encoder() -> TextEncoder:
 @given(st.text())
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     """Bytes are the alphabet, so no text is unknown; else prompts would silently lose letters."""
-    ids = TOKENIZER.encode(text)
+    ids = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(ids) == text
     assert PAD not in ids
 
@@ -55,50 +57,54 @@ def test_any_text_comes_back_from_its_tokens(text: str) -> None:
 )
 def test_hostile_text_comes_back_from_its_tokens(text: str) -> None:
     """Control characters, joiners and the padding token's own spelling are ordinary text."""
-    ids = TOKENIZER.encode(text)
+    ids = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(ids) == text
     assert PAD not in ids
 
 
 def test_words_of_the_corpus_are_single_tokens() -> None:
     """Merges are learned: else prompts would be bytes, and long."""
-    assert len(TOKENIZER.encode("a small green ball moves right")) == 6
+    assert len(PROMPTS.ids("a small green ball moves right")) == 6
 
 
-def test_training_and_saving_give_the_same_tokenizer() -> None:
+def test_training_and_saving_give_the_same_tokenizer(tmp_path: Path) -> None:
     """Ids are an interface to trained weights; if they moved, a checkpoint would talk nonsense."""
-    loaded = Tokenizer.from_json(TOKENIZER.to_json())
-    again = Tokenizer.train(CORPUS, vocab_size=300)
-    for other in (loaded, again):
-        assert other.to_json() == TOKENIZER.to_json()
-        assert other.encode("Ein <pad> röter ball") == TOKENIZER.encode("Ein <pad> röter ball")
+    PROMPTS.save(tmp_path)
+    again = TinyPromptEncoder(train_tokenizer(CORPUS, vocab_size=300), PROMPTS.encoder)
+    for other in (TinyPromptEncoder.load(tmp_path), again):
+        assert other.fingerprint() == PROMPTS.fingerprint()
+        assert other.ids("Ein <pad> röter ball") == PROMPTS.ids("Ein <pad> röter ball")
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     """A smaller one would have unknown letters."""
     with pytest.raises(ValueError, match="vocab_size is 256: use 257 or more"):
-        Tokenizer.train(CORPUS, vocab_size=256)
+        train_tokenizer(CORPUS, vocab_size=256)
+
+
+def _short(max_tokens: int) -> TinyPromptEncoder:
+    return TinyPromptEncoder(TOKENIZER, TextEncoder(replace(CONFIG, max_tokens=max_tokens)).eval())
 
 
 def test_a_batch_is_padded_behind_the_prompts() -> None:
     """Prompts keep their tokens whatever else is in the batch."""
-    batch = TOKENIZER.encode_batch(["a red ball", "", "blue"], max_tokens=5)
+    batch = _short(5).tokenize(["a red ball", "", "blue"])
     for row, text in zip(batch.tolist(), ["a red ball", "", "blue"], strict=True):
-        ids = TOKENIZER.encode(text)
+        ids = PROMPTS.ids(text)
         assert row == ids + [PAD] * (5 - len(ids))
 
 
 def test_a_prompt_at_the_limit_is_taken_and_one_token_more_is_refused() -> None:
     """Cutting a prompt silently would generate something else than was asked for."""
     text = "a small red ball moves left"
-    assert TOKENIZER.encode_batch([text], max_tokens=6).tolist() == [TOKENIZER.encode(text)]
+    assert _short(6).encode([text]).any(dim=-1).all()
     with pytest.raises(ValueError, match=r"has 6 tokens, but the limit is 5: shorten it"):
-        TOKENIZER.encode_batch(["a", text], max_tokens=5)
+        _short(5).encode(["a", text])
 
 
 def test_padding_does_not_reach_the_words(encoder: TextEncoder) -> None:
     """What stands in the rows of padding changes no bit of the others."""
-    ids = TOKENIZER.encode_batch(["a small red ball", "blue"], max_tokens=24)
+    ids = PROMPTS.tokenize(["a small red ball", "blue"])
     before = encoder(ids)
     with torch.no_grad():
         encoder.embedding.weight[PAD] = 1e3
@@ -107,9 +113,8 @@ def test_padding_does_not_reach_the_words(encoder: TextEncoder) -> None:
 
 def test_the_number_of_padding_rows_does_not_matter(encoder: TextEncoder) -> None:
     """A prompt means the same in a wide batch and in a narrow one."""
-    prompts = ["a small red ball", "blue"]
-    wide = encoder(TOKENIZER.encode_batch(prompts, max_tokens=24))
-    narrow = encoder(TOKENIZER.encode_batch(prompts, max_tokens=4))
+    ids = PROMPTS.tokenize(["a small red ball", "blue"])
+    wide, narrow = encoder(ids), encoder(ids[:, :4])
     torch.testing.assert_close(wide[:, :4], narrow)
     assert not wide[:, 4:].any()
 

@@ -93,7 +93,7 @@ def test_checkpoints_are_compared_on_the_same_clips(run: Run, prepared: dict[str
     assert f"| frame of {twin} | 0 [0, 0] | 0 [0, 0] | 0 [0, 0] | 0 [0, 0] |" in out
     assert run(twin, twin, *words)[0] == 2
     with pytest.raises(ValueError, match="use `videoar evaluate heldout` with it"):
-        parse(["compare", "toy", "--data", "x"])
+        parse(["study", "units", "--data", "x"])
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def test_drift_of_a_still_video_is_nothing() -> None:
     for known in values.values():
         assert slope(known, window_seconds=2.0) == pytest.approx(0, abs=1e-6)
     assert values["flicker"] == [0] * 4
-    assert values["motion"] == [0] * 4
+    assert values["change"] == [0] * 4
     assert values["colourfulness"] == pytest.approx([0] * 4, abs=1e-6)
     assert values["contrast"] == pytest.approx([10 / 255] * 4, abs=1e-5)
 
@@ -169,7 +169,7 @@ def test_drift_needs_two_windows() -> None:
     """A short video gives an error that says what would help, not a slope of one point."""
     values = properties(_grey(np.full(30, 128.0)), fps=8, window_seconds=2.0)
     with pytest.raises(ValueError, match=r"1 windows of 2.0 s have no slope"):
-        slope(values["motion"], window_seconds=2.0)
+        slope(values["change"], window_seconds=2.0)
 
 
 def test_xpsnr_falls_with_noise_and_is_infinite_without() -> None:

@@ -104,11 +104,9 @@ def test_nothing_happens_in_a_frozen_clip(judge: TrainedJudge) -> None:
 
 def test_held_out_videos_are_not_trained_on(judge: TrainedJudge, footage: Path) -> None:
     """What is asked for lies apart, by the rule that the weights bring along."""
-    known = {part.path for part in judge.known}
-    assert not known & {part.path for part in judge.asked}
-    assert len(known) + len(judge.asked) == 72
-    more = read_labels(footage, share=0.25)
-    assert {part.path for part in more if part.held_out} == {part.path for part in judge.asked}
+    parts = read_labels(footage, share=0.25)
+    assert 0 < len(judge.asked) < len(parts) == 72
+    assert {part.path for part in parts if part.held_out} == {part.path for part in judge.asked}
 
 
 def test_combinations_are_held_out_together(footage: Path) -> None:
@@ -117,13 +115,6 @@ def test_combinations_are_held_out_together(footage: Path) -> None:
     groups = {(p.things["color"], p.things["side"], p.held_out) for p in parts}
     assert len(groups) == 6
     assert {held_out for *_, held_out in groups} == {True, False}
-
-
-def test_the_nearest_training_clip_of_one_is_itself(judge: TrainedJudge) -> None:
-    """Memory is found where there is some."""
-    chosen = [judge.known[7], judge.known[2]]
-    clips = np.stack([part.clip(8, size=32) for part in chosen])
-    assert judge.nearest(clips) == chosen
 
 
 def test_a_run_repeats(run: TrainConfig, tmp_path: Path) -> None:

@@ -1,284 +1,334 @@
-"""Evaluation: held-out prompts in pairs, a judge with a ceiling, and results that are kept."""
+"""A study: designs are data, a killed one goes on, its statistics are right, its report opens."""
 
+import dataclasses
 import json
-from dataclasses import replace
+import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+from tiny import TEXT, tiny_pipeline
 
-from videoar.checkpoints.checkpoint import Checkpoint
-from videoar.data import world
-from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
-from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, Tokenizer
-from videoar.evaluation.judge import judge_ends, windows
-from videoar.evaluation.options import Evaluate
-from videoar.evaluation.study import evaluate
-from videoar.evaluation.tables import CLEAN, CODEC, unit_tables
-from videoar.generation.pipeline import VideoPipeline
+from videoar.cli.main import main
+from videoar.core.schemes import parse
+from videoar.core.units import Units
+from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
+from videoar.evaluation import designs
+from videoar.evaluation.designs import find
+from videoar.evaluation.entries import features, read_line, read_overrides
+from videoar.evaluation.metrics import frechet_distance, frechet_interval, seams, student
+from videoar.evaluation.options import Study
+from videoar.evaluation.statistics import difference, holm
+from videoar.generation.config import GenerationConfig
 
-FPS = 16
-ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
-Report = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny checkpoint whose prompts may be as long as captions."""
-    pipe: VideoPipeline = tiny.tiny_pipeline()
-    tokenizer = Tokenizer.train(["a small red ball moves left"], vocab_size=300)
-    text = TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
-    pipe.prompt_encoder = TinyPromptEncoder(tokenizer, text)
-    return str(pipe.save_pretrained(tmp_path_factory.mktemp("evaluate") / "tiny"))
+Lines = list[str]
 
 
 @pytest.fixture(scope="module")
-def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
-    """Few and short videos."""
-    return Evaluate(
-        checkpoint=checkpoint,
-        units=("frame", "cube:1x2x2"),
-        num_prompts=5,
-        seconds=2.0,
-        long_prompts=2,
-        long_seconds=9.0,
-        batch_size=3,
-        num_inference_steps=1,
-        out=tmp_path_factory.mktemp("report") / "report.json",
-    )
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    """Two tiny checkpoints of the same weights."""
+    pipe = tiny_pipeline()
+    encoder = TextEncoder(dataclasses.replace(TEXT, max_tokens=96)).eval()
+    pipe.prompt_encoder = TinyPromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
+    place = tmp_path_factory.mktemp("checkpoints")
+    return [str(pipe.save_pretrained(place / name)) for name in ("a", "b")]
 
 
 @pytest.fixture(scope="module")
-def text(config: Evaluate) -> str:
-    """One evaluation that several tests look at."""
-    return evaluate(config, lambda line: None)
+def words(checkpoints: Lines) -> Lines:
+    """A study of two lines, one of them with two trainings."""
+    lines = [f"one={checkpoints[0]}", f"two={checkpoints[0]},{checkpoints[1]}"]
+    more = ["--num-prompts", "3", "--seeds", "1", "--seconds", "1.5", "--units", "frame"]
+    return ["study", "checkpoints", "--checkpoint", *lines, *more, "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
-def report(text: str, config: Evaluate) -> Report:
-    """What its file holds."""
-    return json.loads(config.out.read_text())
+def done(words: Lines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that was never killed."""
+    folder = tmp_path_factory.mktemp("study") / "out"
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder
 
 
-def _row(report: Report, name: str) -> dict[str, float]:
-    rows = next(iter(report["tables"].values()))
-    row = next(row for row in rows if row["units"] == name)
-    return {key: value["mean"] for key, value in row.items() if key in ATTRIBUTES}
+def rows(folder: Path) -> dict[tuple[str, int], Any]:
+    """Return what a study measured of videos, but for what was torn."""
+    texts = [path.read_text() for path in (folder / "figures").iterdir()]
+    lines = [line for text in texts for line in text.splitlines() if line.endswith("}")]
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len({(row["entry"], row["index"]) for row in found}) == len(found)
+    return {(row["entry"], row["index"]): row for row in found if row["index"] >= 0}
 
 
-def test_scenes_were_never_trained_on() -> None:
-    """Prompts come from indices behind all of training; else memory would pass for faithfulness."""
-    prompt = held_out_prompts(3, seed=4)[2]
-    assert FIRST_SCENE > FIRST_HELD_OUT
-    assert prompt["scene"] == scene_of(FIRST_SCENE + 2, seed=4)[0].to_json()
-    assert prompt["seed"] == 6
+# ---------------------------------------------------------------- the command
 
 
-def test_more_prompts_begin_with_the_same_ones() -> None:
-    """Prompt i does not depend on how many there are, so runs of different length compare."""
-    assert held_out_prompts(5, seed=0)[:2] == held_out_prompts(2, seed=0)
+def test_checkpoints_are_compared_in_pairs(done: Path) -> None:
+    """The same weights, prompts and noise make the same videos, whose difference is nothing."""
+    found = rows(done)
+    for k in range(3):
+        same = {key: found[key, k] | {"entry": ""} for key in ("one frame #1", "two frame #2")}
+        assert same["one frame #1"] == same["two frame #2"]
+    text = (done / "report.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| two frame | 0.0 [0.0, 0.0]"))
+    assert row.count("none, no spread, p 1") == 4
+    assert "| real clips | 100.0 [100.0, 100.0]" in text
 
 
-def test_every_kind_gets_the_same_prompts_and_seeds(report: Report) -> None:
-    """Differences are paired; with other prompts per kind their intervals would be wrong."""
-    asked = [
-        [(video["prompt"], video["seed"]) for video in report["entries"][name]["videos"]]
-        for name in (CLEAN, CODEC, "frame", "cube:1x2x2")
+def test_a_killed_study_goes_on(words: Lines, done: Path, tmp_path: Path, capsys) -> None:
+    """Shares of it, of which one was killed in a line, hold what one never killed holds."""
+    folder = tmp_path / "killed"
+    shutil.copytree(done, folder)
+    path = folder / "figures" / "1-of-1.jsonl"
+    text = path.read_text()
+    path.write_text(text[: int(0.6 * len(text))])
+    (folder / "report.html").unlink()
+    assert main([*words, "--out", str(folder), "--share", "2/2"]) == 0
+    said = capsys.readouterr().out
+    assert "is torn" in said
+    assert not (folder / "report.html").exists()
+    assert main([*words, "--out", str(folder), "--share", "1/2"]) == 0
+    assert (folder / "report.html").exists()
+    assert rows(folder) == rows(done)
+    before = {file: file.read_bytes() for file in folder.rglob("*.jsonl")}
+    assert main([*words, "--out", str(folder)]) == 0  # nothing is made again
+    assert before == {file: file.read_bytes() for file in folder.rglob("*.jsonl")}
+
+
+def test_what_is_there_is_not_mixed_or_lost(words: Lines, done: Path, tmp_path, capsys) -> None:
+    """Another seed in the same folder would make pairs of strangers; other files are left alone."""
+    assert main([*words, "--out", str(done), "--seed", "5"]) == 2
+    assert "seed = 0, but 5 is asked for" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert main([*words[:3], "a=toy", "a=toy-base", "--out", str(tmp_path / "no")]) == 2
+    assert "two checkpoints have one name" in capsys.readouterr().err
+
+
+class _Page(HTMLParser):
+    """What a page would load, and the data in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources, self.open, self.data = [], [], ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.sources += [given[name] for name in ("src", "href") if name in given]
+        self.open.append(given.get("id"))
+
+    def handle_data(self, data: str) -> None:
+        self.data += data if self.open[-1:] == ["data"] and not self.data else ""
+
+
+def test_the_report_opens_offline(done: Path) -> None:
+    """Nothing is loaded from elsewhere, the videos are there, and no text ends the script."""
+    page, text = _Page(), (done / "report.html").read_text()
+    page.feed(text)
+    assert page.sources == []
+    assert not re.search(r"(src|href)=.?.?https?:", text)  # names of formats are no addresses
+    data = json.loads(page.data)
+    assert len(data["text"]) == 4
+    assert [row["prompt"] for row in data["videos"]]
+    for row in data["videos"]:
+        assert all((done / shown["file"]).stat().st_size for shown in row["lines"].values())
+    assert "<" not in page.data
+
+
+def test_the_report_shows_in_a_browser(done: Path) -> None:
+    """A browser runs it without an error and without a request to elsewhere, and videos play."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no browser")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, said, asked = browser.new_page(), list[str](), list[str]()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(done.joinpath("report.html").as_uri())
+        page.wait_for_selector("video")
+        page.click("#play")
+        cells = page.locator("#tables a").count()
+        browser.close()
+    assert not said
+    assert all(url.startswith("file://") for url in asked)
+    assert cells > 20
+
+
+# ---------------------------------------------------------------- designs
+
+
+@pytest.mark.parametrize("name", list(designs.shipped()))
+def test_designs_that_ship_are_right(name: str, checkpoints: Lines) -> None:
+    """Each can be read, asks something, and lays its units over the lattice of the toy."""
+    lines = ("a=toy", "b=toy-base")
+    design = find(Study(design=name, checkpoint=lines))
+    quick = find(Study(design=name, checkpoint=lines, quick=True))
+    assert design.about.endswith(("?", "."))
+    assert (quick.num_prompts, quick.seeds) == (12, 1)
+    assert quick.seconds <= 9
+    for cell in design.cells():
+        units = Units(parse(cell.get("units", "frame")), 8, 4, 4)
+        GenerationConfig(**cell).visible(units)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(designs.shipped()))
+def test_designs_that_ship_run(name: str, checkpoints: Lines, tmp_path: Path) -> None:
+    """Each ends in a report, at tiny size."""
+    lines = [f"{name}={path}" for name, path in zip("ab", checkpoints, strict=True)]
+    few = ["--num-prompts", "2", "--seeds", "1", "--seconds", "1.5"]
+    words = ["study", name, "--checkpoint", *lines, *few, "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_design_of_ones_own_is_a_file(tmp_path: Path, capsys) -> None:
+    """It holds fields of a design, and what is wrong with it is a sentence."""
+    path = tmp_path / "mine.json"
+    path.write_text('{"units": ["frame", "chunk:2"], "steps": [1, 2], "windows": [4, "all"]}')
+    design = find(Study(design=str(path), num_prompts=5))
+    assert (design.steps, design.num_prompts) == ((1, 2), 5)
+    assert design.cells()[1] == {"units": "frame", "window_frames": None}
+    for text, says in (
+        ("[1]", "holds no design"),
+        ("{", "cannot be read"),
+        ('{"unit": 1}', "write some of about"),
+        ('{"units": ["frames"]}', "Did you mean frame"),
+        ('{"units": ["frame", "frame"]}', "none twice"),
+        ('{"seconds": "long"}', "seconds is 'long'"),
+        ('{"equal": ["passes"]}', "units beside it"),
+    ):
+        path.write_text(text)
+        assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["study", "unit"]) == 2
+    assert "did you mean units" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="2 or more"):
+        find(Study(design="critics"))
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def _simulated(seed: int, *, trainings: int, effect: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return two sides of 24 prompts, the second worse by the effect."""
+    rng = np.random.default_rng(seed)
+    easy = 3 * rng.standard_normal(24)  # what makes a prompt easy for both
+
+    def side(mean: float) -> np.ndarray:
+        trained = 0.3 * rng.standard_normal((trainings, 1)) * (trainings > 1)
+        return mean + easy + trained + 0.7 * rng.standard_normal((trainings, 24))
+
+    return side(effect), side(0.0)
+
+
+@pytest.mark.parametrize("trainings", [1, 3])
+def test_what_is_not_there_is_rarely_found(trainings: int) -> None:
+    """At 5 % one in twenty comparisons of the same thing differs, not more, and pairs matter."""
+    found = [
+        difference(*_simulated(seed, trainings=trainings, effect=0.0), resamples=200)
+        for seed in range(400)
     ]
-    assert len(asked[0]) == 5
-    assert all(other == asked[0] for other in asked)
+    assert sum(one.p < 0.05 for one in found) / 400 < 0.085
+    assert sum(one.change.low <= 0 <= one.change.high for one in found) / 400 > 0.915
+    assert np.mean([one.error for one in found]) < 0.4  # prompts alone would make it 0.87
 
 
-def test_the_judge_is_right_about_real_clips(report: Report) -> None:
-    """The ceiling is near 1 on clean clips; else scores say more of the judge than of a model."""
-    assert min(_row(report, CLEAN).values()) > 0.9
+def test_the_smallest_difference_is_found_in_four_of_five() -> None:
+    """The figure beside "no difference" is what it says, of one comparison and of ten."""
+    true = 0.7 * np.sqrt(2 / 24) * (student(0.975, 23) + student(0.8, 23))
+    found = [difference(*_simulated(k, trainings=1, effect=true), resamples=50) for k in range(400)]
+    assert sum(one.p < 0.05 for one in found) / 400 == pytest.approx(0.8, abs=0.06)
+    assert np.mean([one.least(1) for one in found]) == pytest.approx(true, rel=0.05)
+    assert found[0].least(10) > 1.2 * found[0].least(1)
 
 
-def test_noise_is_not_faithful(report: Report) -> None:
-    """A model with random weights scores far below the ceiling: the scores are not a constant."""
-    assert _row(report, "frame")["motion"] < 0.5
-    assert _row(report, "frame")["shape"] < 0.5
+def test_trainings_are_a_level_of_their_own() -> None:
+    """Three trainings that differ say less than as many videos of one, and the interval says so."""
+    first, second = _simulated(0, trainings=3, effect=0.0)
+    apart = first + np.array([[-3.0], [0.0], [3.0]])
+    assert difference(apart, second).error > 3 * difference(first, second).error
 
 
-def test_long_videos_are_judged_at_both_ends(report: Report) -> None:
-    """Every long video has scores of its first and last window, and slopes from all windows."""
-    (video, _) = report["entries"]["frame, long"]["videos"]
-    assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
-    assert len(video["values"]["brightness"]) == 4  # two halves of each of two whole windows
-    rows = [row for table in report["tables"].values() for row in table]
-    assert [row["units"] for row in rows].count("frame, long") == 4
+def test_student_and_holm_are_those_of_the_books() -> None:
+    """Quantiles of tables, and the worked example of Holm's correction."""
+    for freedom, quantile in ((3, 3.182), (5, 2.571), (9, 2.262), (30, 2.042)):
+        assert student(0.975, freedom) == pytest.approx(quantile, rel=0.015)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_ends_of_a_stream_are_its_first_and_last_seconds() -> None:
-    """The windows lie where they should when blocks of frames do not: here, things swap places."""
-    scene, _ = scene_of(0, seed=0)
-    other = replace(scene, background=next(b for b in world.BACKGROUNDS if b != scene.background))
-    clips = [world.render(s, num_frames=n)[None] for s, n in ((scene, 70), (other, 80))]
-    frames = np.concatenate(clips, axis=1)
-    prompt = {"prompt": "", "seed": 0, "scene": scene.to_json()}
-    (video,) = judge_ends(iter(np.split(frames, [1, 33, 40, 41, 140], axis=1)), [prompt], fps=FPS)
-    assert video["first"]["background"] == 1
-    assert video["last"]["background"] == 0
-    assert video["seen"]["last"]["background"] == other.background
+def test_seams_are_found_where_units_meet() -> None:
+    """A step of luma at a border is a seam; the same step elsewhere is none."""
+    frames = np.random.default_rng(0).integers(100, 110, (8, 32, 32, 3), dtype=np.uint8)
+    units = np.zeros((8, 32, 32), dtype=np.int32)
+    units[:, :, 16:] = 1
+    even = seams(frames, units)
+    assert even["space"] == pytest.approx(1, abs=0.1)
+    assert even["time"] is None
+    frames[:, :, 16:] += 60
+    assert seams(frames, units)["space"] > 8
+    units[4:] += 2
+    assert seams(frames, units)["time"] == pytest.approx(1, abs=0.1)
 
 
-def test_a_steady_video_has_no_slopes(rng: np.random.Generator) -> None:
-    """Brightness that rises by 1 per minute has that slope; a constant one has none."""
-    levels = np.round(np.arange(32 * FPS) / FPS / 60 * 255).astype(np.uint8)
-    rising = np.broadcast_to(levels[None, :, None, None, None], (1, 32 * FPS, 64, 64, 3))
-    both = np.concatenate([rising, np.full_like(rising, 9)])
-    prompts = held_out_prompts(2, seed=0)
-    first, second = judge_ends(iter(np.array_split(both, 7, axis=1)), prompts, fps=FPS)
-    assert first["slopes"]["brightness"] == pytest.approx(1, abs=0.02)
-    assert second["slopes"]["brightness"] == pytest.approx(0, abs=1e-9)
+def test_frechet_distance_is_the_closed_form() -> None:
+    """Shifted and scaled Gaussians: squared shift plus squared difference of deviations."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((50_000, 3))
+    second = 2 * rng.standard_normal((50_000, 3)) + np.array([3.0, 0, 0])
+    assert frechet_distance(first, second) == pytest.approx(9 + 3, rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
 
 
-def test_windows_keep_every_frame_in_order(rng: np.random.Generator) -> None:
-    """Cutting a stream anew loses nothing, whatever the sizes of its blocks."""
-    frames = rng.integers(256, size=(2, 29, 2, 2, 3), dtype=np.uint8)
-    cut = list(windows(iter(np.split(frames, [1, 5, 6, 20], axis=1)), size=8))
-    assert [part.shape[1] for part in cut] == [8, 8, 8, 5]
-    assert np.array_equal(np.concatenate(cut, axis=1), frames)
+def test_frechet_interval_holds_the_distance_of_many() -> None:
+    """Drawing anew adds distance; the interval of few videos still holds what many have."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for seed in range(20):
+        first, second = rng.standard_normal((100, 2)), rng.standard_normal((100, 2)) + 1
+        found = frechet_interval(first, second, seed=seed)
+        held += found.low <= 2.0 <= found.high
+    assert held >= 16
 
 
-def _videos(colors: list[float]) -> dict:
-    scene, _ = scene_of(0, seed=0)
-    scores = [dict.fromkeys(ATTRIBUTES, 1.0) | {"color": color} for color in colors]
-    videos = [{"scores": s, "scene": scene.to_json()} for s in scores]
-    return {"settings": {"num_prompts": len(videos)}, "videos": videos}
+def test_features_tell_videos_apart() -> None:
+    """Another background, another speed: another place."""
+    still = np.zeros((1, 9, 64, 64, 3), dtype=np.uint8)
+    bright, moving = np.full_like(still, 200), still.copy()
+    for t in range(9):
+        moving[0, t, 20:40, 4 * t : 4 * t + 20] = 255
+    places = [features(frames)[0] for frames in (still, bright, moving)]
+    assert np.array_equal(features(still)[0], places[0])
+    assert min(np.linalg.norm(a - b) for a, b in ((places[0], places[1]), places[1:])) > 0.1
 
 
-def test_shares_and_differences_are_those_of_the_scores() -> None:
-    """Half right, where the judge is right in 4 of 5, is 62.5 % of the ceiling."""
-    found = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
-    found |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
-    tables = unit_tables(found, units=("a", "b"))
-    of_codec = next(rows for title, rows in tables.items() if title.endswith(CODEC))[0]
-    assert of_codec["units"] == "a"
-    assert of_codec["color"].mean == pytest.approx(0.625)
-    (minus,) = next(rows for title, rows in tables.items() if title.startswith("Minus a"))
-    assert minus["units"] == "b"
-    assert minus["color"].mean == pytest.approx(0.1)
-    assert minus["shape"].low <= 0 <= minus["shape"].high
+def test_entries_name_one_or_several_checkpoints() -> None:
+    """Seeds of training belong together under one name."""
+    assert read_line("full=a,b") == ("full", ("a", "b"))
+    assert read_line("toy?units=frame") == ("toy?units=frame", ("toy?units=frame",))
+    assert read_line("runs/a/checkpoint") == ("runs/a/checkpoint", ("runs/a/checkpoint",))
+    commas = "toy?units=multiscale:4,2,1/frames=3", "toy?sigmas=[1,0.5,0]&shift=3"
+    assert read_line(commas[0]) == (commas[0], (commas[0],))
+    assert read_line(f"full={','.join(commas)},b") == ("full", (*commas, "b"))
+    for bad in ("", "=a", "full=", "full=a,"):
+        with pytest.raises(ValueError, match="names nothing"):
+            read_line(bad)
 
 
-def test_the_tables_hold_every_row(text: str, report: Report) -> None:
-    """Behind the first table the markdown has one line per row, with as many cells as columns."""
-    _, _, details = text.partition("\n\n")
-    lines = [line for line in details.splitlines() if line.startswith("|")]
-    tables = report["tables"]
-    assert len(lines) == sum(map(len, tables.values())) + 2 * len(tables)
-    assert all(line.count("|") == 10 for line in lines[:4])
-
-
-def test_the_first_table_fits_a_readme(text: str, report: Report) -> None:
-    """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
-    head, rule, *lines = text.partition("\n\n")[0].splitlines()
-    assert head == "| units | colour | shape | motion | all right |"
-    assert rule == "|---|---|---|---|---|".replace("---", " --- ")
-    kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]
-    assert [line.split(" | ")[0].strip("| ") for line in lines] == kinds
-    rows = next(iter(report["tables"].values()))
-    for line, row in zip(lines, rows, strict=True):
-        for cell, key in zip(
-            line.split(" | ")[1:], ("color", "shape", "motion", "all"), strict=True
-        ):
-            shown = [100 * row[key][name] for name in ("mean", "low", "high")]
-            assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
-
-
-def test_the_file_holds_every_score(report: Report) -> None:
-    """The tables can be made again from the videos in the file, to the last digit."""
-    tables = unit_tables(report["entries"], units=("frame", "cube:1x2x2"))
-    assert json.loads(json.dumps(tables, default=vars)) == report["tables"]
-
-
-def test_finished_kinds_are_not_computed_again(
-    report: Report, config: Evaluate, tmp_path: Path
-) -> None:
-    """A second run only adds what is new; a mark on an old result survives it."""
-    kept = json.loads(json.dumps(report))
-    kept["entries"]["frame"]["videos"][0]["mark"] = 7
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(kept))
-    lines: list[str] = []
-    evaluate(replace(config, out=path, units=("frame", "chunk:2"), long_prompts=0), lines.append)
-    more = json.loads(path.read_text())["entries"]
-    assert more["frame"]["videos"][0]["mark"] == 7
-    assert {line.partition(": ")[0] for line in lines} == {"chunk:2"}
-    assert "cube:1x2x2" in more
-
-
-def test_results_of_other_settings_are_not_mixed(
-    report: Report, config: Evaluate, tmp_path: Path
-) -> None:
-    """Another seed or other weights under the same name would make pairs of strangers."""
-    with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
-        evaluate(replace(config, seed=1), lambda line: None)
-    other = tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
-    first, second = (Checkpoint.find(name).fingerprint() for name in (other, config.checkpoint))
-    assert first != second
-
-
-def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
-    """A file that is no evaluation is refused in one sentence, and stays as it is."""
-    path = tmp_path / "notes.json"
-    for notes in ("my notes", '{"parts": {}}'):  # the second is a file of 0.1
-        path.write_text(notes)
-        with pytest.raises(ValueError, match="holds no evaluation"):
-            evaluate(replace(config, out=path), lambda line: None)
-        assert path.read_text() == notes
-    with pytest.raises(ValueError, match="does not exist"):
-        evaluate(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
-
-
-def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
-    """A model is not judged by what it never learned, unless it is asked for, and said."""
-    pipe = tiny.tiny_pipeline()
-    pipe.meta = {"units": ["chunk:2", "key-detail:2"]}
-    pipe.prompt_encoder = replace(
-        pipe.prompt_encoder, encoder=TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
-    )
-    folder, lines = pipe.save_pretrained(tmp_path / "two"), []
-    short = {"num_prompts": 2, "seconds": 2.0, "num_inference_steps": 1}
-    config = Evaluate(checkpoint=str(folder), out=tmp_path / "report.json", **short)
-    evaluate(config, lines.append)
-    found = json.loads((tmp_path / "report.json").read_text())["entries"]
-    assert set(found) >= {"chunk:2", "key-detail:2"}
-    assert "frame" not in found
-    assert not any("not trained" in line for line in lines)
-    evaluate(replace(config, units=("chunk:2", "frame")), lines.append)
-    (line,) = (line for line in lines if "not trained" in line)
-    assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2")
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("units", ("frame", "frame"), "twice"),
-        ("num_prompts", 1, "2 or more"),
-        ("long_prompts", 1, "use 0"),
-        ("seconds", 5.0, "2 to 4"),
-        ("seconds", float("nan"), "2 to 4"),
-        ("long_seconds", float("inf"), "8 or more"),
-        ("batch_size", 0, "batch_size is 0: use 1"),
-        ("seed", -1, "seed is -1: use 0"),
-    ],
-)
-def test_impossible_requests_are_refused(field: str, value: object, message: str) -> None:
-    """One sentence before any work, with the value and what to use."""
-    with pytest.raises(ValueError, match=message):
-        Evaluate(**{field: value})
-    with pytest.raises(ValueError, match="Did you mean chunk"):
-        evaluate(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
-
-
-def test_an_impossible_step_count_fails_before_the_first_video(
-    checkpoint: str, tmp_path: Path
-) -> None:
-    """Arguments that only the pipeline knows are checked for all kinds before hours of work."""
-    config = Evaluate(checkpoint=checkpoint, num_inference_steps=0)
-    with pytest.raises(ValueError, match="num_inference_steps is 0"):
-        evaluate(config, lambda line: pytest.fail(line))
+def test_fields_of_the_sampling_may_follow_a_name() -> None:
+    """The same checkpoint with and without guidance is a comparison, too."""
+    overrides = read_overrides("guidance_scale=2.5&units=frame&num_inference_steps=2")
+    changed = GenerationConfig(sigmas=(1.0, 0.0)).replaced(**overrides)
+    assert (changed.guidance_scale, changed.units, changed.num_inference_steps) == (2.5, "frame", 2)
+    assert changed.sigmas is None
+    assert read_overrides("") == {}
+    for bad in ("guidance=2", "shift"):
+        with pytest.raises(ValueError, match="changes no field of the sampling"):
+            read_overrides(bad)

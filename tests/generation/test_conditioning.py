@@ -10,11 +10,13 @@ from tiny import MODEL, SCHEMES, tiny_pipeline, tiny_transformer
 
 from videoar.core.flow import euler_step, renoise_step, sigma_steps
 from videoar.core.noise import unit_noise
-from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.tokens import Known, known_tokens, to_tokens
+from videoar.core.tokens import Known, to_tokens
 from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible, token_mask
+from videoar.generation.guidance import Guided
+from videoar.generation.latents import known_tokens
 from videoar.generation.pipeline import VideoPipeline
 
 STEPS, SEEDS, PROMPT = 2, (1, 2), "a red ball"

@@ -188,7 +188,8 @@ def test_a_script_is_the_changes_made_by_hand(pipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("units", "options"), [*zip(SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}]))]
+    ("units", "options"),
+    [*zip(SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}, {"first_steps": (4, 3)}]))],
 )
 def test_a_saved_session_goes_on_bit_for_bit(
     pipe, units: str, options: dict, tmp_path: Path

@@ -9,14 +9,14 @@ from tiny import MODEL, SCHEMES, TEXT, tiny_transformer
 from torch import Tensor
 
 from videoar.core.flow import sigma_steps
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, layout, mask_of
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss, layout, mask_of
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import to_tokens
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
-from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
 
 CONTEXTS = ("clean", "noisy")
 WORDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
@@ -271,13 +271,16 @@ def test_stages_come_one_after_the_other() -> None:
     )
     module = TextToVideo(tiny_transformer(), TextEncoder(TEXT))
     objective = FlowMatching(module, schemes=(parse("cube:1x2x2"),), config=config, stages=stages)
-    seen = []
+    seen, counted = [], []
     handle = module.transformer.register_forward_hook(
         lambda module, args, output: seen.append(tuple(output.velocity.shape[:2]))
     )
     for step in range(5):
         batch = {"latents": _latents(), "text": WORDS}
-        objective.loss(batch, torch.Generator().manual_seed(0), step=step)
+        terms = objective.loss(batch, torch.Generator().manual_seed(0), step=step)
+        counted.append(int(terms["tokens"]))
+        assert terms["flops"] > 6 * terms["tokens"]
     handle.remove()
     each = 3 * 4  # tokens of a frame; twice with the clean copies
     assert seen == [(6, 2 * each)] * 2 + [(2, 4 * each)] + [(2, 8 * each)] * 2
+    assert counted == [clips * tokens for clips, tokens in seen]  # what the log makes speeds of

@@ -121,6 +121,9 @@ def test_every_recipe_trains(trained, name: str) -> None:
     rows = [row for row in read_log(checkpoint.parent) if "loss" in row]
     assert rows
     assert all(np.isfinite(row["loss"]) for row in rows)
+    # A share of the machine's rate is of what was counted, and of nothing else.
+    counts = isinstance(find(name).task, TextToVideoConfig)
+    assert all((row.get("share_of_peak", 0) > 0) == counts for row in rows)
     assert Checkpoint.find(checkpoint).meta
 
 

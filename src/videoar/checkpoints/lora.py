@@ -128,13 +128,11 @@ def _stated(source: Path) -> dict[str, dict[str, Any]]:
     file = split_entry(source)[0]
     config = (file if file.is_dir() else file.parent) / CONFIG
     found = {str(config): read_json(config)} if config.is_file() else {}
-    for each in sorted(file.glob("*.safetensors")) if file.is_dir() else [file]:
-        header: dict[str, str] = {}
-        kohya = False
-        if each.suffix == ".safetensors":
-            with safe_open(each, "pt") as opened:
-                header = opened.metadata() or {}
-                kohya = any(".lora_down." in key for key in opened.keys())
+    files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+    for each in (file for file in files if file.suffix == ".safetensors"):
+        with safe_open(each, "pt") as opened:
+            header = opened.metadata() or {}
+            kohya = any(".lora_down." in key for key in opened.keys())
         if (text := header.get("lora_adapter_metadata")) is not None:
             place = f"lora_adapter_metadata of {each.name}"
             try:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from videoar.checks import Note
+from videoar.checks import Note, check
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.encoders.codec import Codec
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
+from videoar.files import Json
 from videoar.weights import (
     CONFIG,
     META,
@@ -69,6 +70,7 @@ FIELDS = {
     "in_channels": "latent_channels",
 } | {name: name for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
+CODEC_FIXED = {"is_residual": False, "patch_size": None}
 
 
 # What else is published beside transformers, by a part of its names.
@@ -175,14 +177,8 @@ def _config_of(
     if "num_attention_heads" in stated:
         patch = stated.get("patch_size", [1, 2, 2])
         square = [1, *2 * (patch[1:2] or [2])] if isinstance(patch, list) else [1, 2, 2]
-        for name, value in (FIXED | {"patch_size": square}).items():
-            if stated.get(name, value) != value:
-                raise ValueError(
-                    f"{file}/config.json gives {name} {stated[name]!r}, but only {value!r} can be "
-                    "run; use a text-to-video model of Wan 2.1"
-                )
-        fields = {ours: stated[name] for name, ours in FIELDS.items() if name in stated}
-        return build_config(ModelConfig, {**fields, "patch": square[1]}, file=file / CONFIG)
+        known, fixed = {**stated, "patch": square[1]}, FIXED | {"patch_size": square}
+        return _stated(ModelConfig, known, {**FIELDS, "patch": "patch"}, fixed, file / CONFIG)
     places = (base / "transformer" / CONFIG, base / CONFIG)
     theirs = next((read_json(place) for place in places if place.is_file()), {})
     head_dim = _head_dim(stated) or _head_dim(theirs) or 128
@@ -206,6 +202,23 @@ def _config_of(
         )
     except (KeyError, ValueError):  # no transformer of Wan: the lists of names will say so
         return ModelConfig()
+
+
+def _stated(
+    kind: type, stated: Mapping[str, Any], names: Mapping[str, str], fixed: Json, file: Path
+) -> Any:
+    """Build a config of what diffusers states: fields by its names, and values we take for granted.
+
+    What it does not state is as by default.
+    """
+    for name, value in fixed.items():
+        if stated.get(name, value) != value:
+            raise ValueError(
+                f"{file} gives {name} {stated[name]!r}, as Wan 2.2 or others have it, but only "
+                f"{value!r} can be run; use a text-to-video model of Wan 2.1, or its codec"
+            )
+    values = {ours: stated[theirs] for theirs, ours in names.items() if theirs in stated}
+    return build_config(kind, values, file=file)
 
 
 def _head_dim(stated: Mapping[str, Any]) -> int | None:
@@ -258,13 +271,11 @@ SOLVER |= dict.fromkeys(
 
 def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
     """Return how a family is sampled, or else plain Wan as the scheduler of a folder says."""
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"no preset is called {preset!r}: use one of {', '.join(PRESETS)}")
-    if preset is not None:
-        return dict(PRESETS[preset])
     file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return dict(PRESETS["wan"])
+    if preset is not None or not file.is_file():
+        preset = preset or "wan"
+        check("preset", preset, preset in PRESETS, f"one of {', '.join(PRESETS)}")
+        return dict(PRESETS[preset])
     stated = read_json(file)
     unknown = "euler", "shift", {"_class_name": ""}
     step, name, needed = SCHEDULERS.get(str(stated.get("_class_name")), unknown)
@@ -299,7 +310,9 @@ def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
     weights = {key: tensor.to(device) for key, tensor in read_weights(source).items()}
     if "decoder.22.weight" in weights:
         return assign_weights(build_empty(TinyCodec, TinyCodecConfig()), weights, file=source)
-    config = _codec_config(source / CONFIG) if source.is_dir() else WanCodecConfig()
+    stated = read_json(source / CONFIG) if source.is_dir() else {}
+    names = {field.name: field.name for field in fields(WanCodecConfig)}
+    config = _stated(WanCodecConfig, stated, names, CODEC_FIXED, source / CONFIG)
     if {"encoder.conv1.weight", "conv2.weight"} <= weights.keys():  # names of the original
         dim, channels = len(weights["encoder.conv1.weight"]), len(weights["conv2.weight"])
         config = replace(config, base_dim=dim, z_dim=channels)
@@ -307,16 +320,3 @@ def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
         weights = names.convert_wan_vae_to_diffusers(weights)
     named = {f"vae.{key}": tensor for key, tensor in weights.items()}
     return assign_weights(build_empty(WanCodec, config), named, file=source)
-
-
-def _codec_config(file: Path) -> WanCodecConfig:
-    """Read the config of diffusers; what ours does not know must be as in Wan 2.1."""
-    stated = read_json(file)
-    for name in ("is_residual", "patch_size"):
-        if stated.get(name):
-            raise ValueError(
-                f"{file} gives {name} {stated[name]!r}, as the codec of Wan 2.2 has it, which is "
-                "not supported; use the one of Wan 2.1"
-            )
-    names = {field.name for field in fields(WanCodecConfig)} & stated.keys()
-    return build_config(WanCodecConfig, {name: stated[name] for name in names}, file=file)

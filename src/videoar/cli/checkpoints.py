@@ -19,9 +19,11 @@ from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import columns
 from videoar.files import check_folder
 from videoar.generation.config import GenerationConfig
+from videoar.machine import LiveBytes, peak_bytes
 from videoar.weights import as_dtype, build_config
 
 MIB = 2**20
+KERNELS = 55 * MIB  # of libraries, that are not in memory before something is computed
 
 
 def convert(args: options.Convert) -> None:
@@ -88,15 +90,17 @@ def _memory(
     if args.window is not None:
         sampling = replace(sampling, window_frames=args.window)
     weights = sum(t.numel() * (dtype or t.dtype).itemsize for t in found.weights.values())
-    stride, decoding = (4, 8, 8), "a decoder"
+    stride, decoding, live, most = (4, 8, 8), "a decoder", LiveBytes(), 0.0
+    decoder_weights, started = 0, peak_bytes()  # before what only a forecast needs
     if codec is not None:
         # On the meta device: nothing is computed, however large the frames are.
         stride, decoder = codec.stride, codec.to("meta").stream_decoder()
         latents = (codec.latent_channels, height // stride[1], width // stride[2])
-        decoder(torch.zeros(1, 2, *latents, device="meta"))  # the first one leaves less behind
+        with live:
+            decoder(torch.zeros(1, 2, *latents, device="meta"))  # the first leaves less behind
         bytes_ = sum(tensor.nbytes for tensor in decoder.state_dict().values())
-        own = sum(parameter.nbytes for parameter in codec.parameters())
-        decoding = f"decoder {own / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
+        decoder_weights = sum(parameter.nbytes for parameter in codec.parameters())
+        decoding = f"decoder {decoder_weights / MIB:.2f} MiB and its memory {bytes_ / MIB:.2f} MiB"
     itemsize = (dtype or found.dtype).itemsize
     token = 2 * config.num_layers * config.hidden_size * itemsize / MIB
     frames = 1 + math.ceil((max(1, round(args.seconds * sampling.fps)) - 1) / stride[0])
@@ -110,9 +114,13 @@ def _memory(
         held = cached_tokens(units, visible, in_flight=2)
         rows[-1] += [f"{held * token:.2f} MiB, {cached} tokens and {held - cached} of a pass"]
         rows[-1] += [f"{sum(units.sizes) * token:.2f} MiB"]
+        wide = 2 * config.ffn_dim + 6 * config.hidden_size  # of a pass, the most at one time
+        most = max(most, held * token + (held - cached) * wide * itemsize / MIB)
+    whole = most + (weights + decoder_weights + live.peak + started + KERNELS) / MIB
     return (
         f"memory for {args.seconds:g} s of {width}x{height}, in a window of "
         f"{sampling.window_frames or 'all'} latent frames:\n"
         f"weights {weights / MIB:.2f} MiB, {decoding}; keys and values, "
-        f"twice as many with guidance:\n{columns(rows)}"
+        f"twice as many with guidance:\n{columns(rows)}\n\n"
+        f"peak of the process on a CPU, when prompts are encoded: {whole:.0f} MiB\n"
     )

@@ -21,7 +21,8 @@ from videoar.generation import conditioning
 from videoar.generation.progress import Progress, how_far
 from videoar.generation.timing import Timing
 
-FIELDS = ("units", "num_inference_steps", "shift", "guidance_scale", "negative_prompt", "lag")
+FIELDS = ("units", "num_inference_steps", "first_steps", "shift", "guidance_scale")
+FIELDS += ("negative_prompt", "lag")
 """Options that are fields of `GenerationConfig` under their own names."""
 LOAD = ("base", "lora", "codec", "preset", "dtype", "codec_dtype")
 HELD = ("model", "height", "width", *LOAD)
@@ -240,6 +241,13 @@ def doubts(args: options.Generate, pipe: Any, prompts: list[str]) -> Iterator[st
     """Yield what is asked of a model that its training did not know, a line for each."""
     if new := pipe.untrained([args.units or pipe.sampling.units]):
         yield f"the model is {new}"
+    from videoar.generation.config import trained_flow
+
+    steps = args.num_inference_steps or pipe.sampling.steps
+    lag = pipe.sampling.lag if args.lag is None else args.lag
+    clean = trained_flow(pipe.meta, pipe.sampling).context == "clean"
+    if clean and lag not in (None, "autoregressive", steps):
+        yield f"the model was trained on clean context, and reads noisy units with lag {lag}"
     if unknown := pipe.unknown_words(" ".join(prompts)):
         yield f"in no caption of the model's training: {', '.join(unknown)}"
     if pipe.sampling.step == "renoise" and args.guidance_scale not in (None, 1):

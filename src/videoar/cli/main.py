@@ -17,7 +17,7 @@ from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
 from videoar.evaluation import options as vbench
-from videoar.evaluation.options import Bench, Compare, Evaluate, HeldOut
+from videoar.evaluation.options import Bench, Evaluate, HeldOut, PrintUnits, Study
 
 USAGE = """\
 usage: videoar [--version] COMMAND ...
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
         close = hint(name, COMMANDS)
         raise ValueError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}{close}")
     asked = [word.partition("=")[0] for word in words]
-    if name in ("evaluate", "compare") and "--data" in asked:
+    if name in ("evaluate", "study") and "--data" in asked:
         raise ValueError(f"`{name}` reads no --data: use `videoar evaluate heldout` with it")
     kind, place = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
@@ -109,12 +109,12 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (options.Distill, "videoar.cli.train:train"),
     "convert": (options.Convert, "videoar.cli.checkpoints:convert"),
     "info": (options.Info, "videoar.cli.checkpoints:info"),
-    "units": (options.PrintUnits, "videoar.cli.units:print_units"),
+    "units": (PrintUnits, "videoar.cli.units:print_units"),
     "prepare": (Prepare, "videoar.cli.prepare:prepare"),
     "bench": (Bench, "videoar.cli.evaluate:measure"),
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
     "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
-    "compare": (Compare, "videoar.cli.evaluate:measure"),
+    "study": (Study, "videoar.cli.evaluate:measure"),
     "vbench prompts": (vbench.Suite, "videoar.cli.vbench:prompts"),
     "vbench generate": (options.VBenchGenerate, "videoar.cli.vbench:generate"),
     "vbench score": (vbench.VBenchScore, "videoar.cli.vbench:score"),

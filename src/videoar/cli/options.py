@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from videoar.checks import check_options, check_positive
-from videoar.core.schemes import KINDS
 from videoar.data.options import ALL, turns
 from videoar.evaluation.options import Checkpoint, Suite
 
@@ -24,6 +23,14 @@ class CheckpointOptions:
     """Family whose settings are the defaults: wan, rcm, self-forcing, causvid, longlive, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision; as it is stored by default."""
+
+
+# What an option of `generate` leaves no room for, and why; and what others are nothing without.
+CLASHES = {
+    "prompts": ("makes a video of each line", {"prompt", "prompt_at", "script", "save_state"}),
+    "image": ("is how the video begins", {"video"}),
+}
+NEEDS = {"keep": {"video"}, "fit": {"image", "video"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,8 @@ class Sampling(CheckpointOptions):
     """Keep transformer and text encoder on the host, but for the layer that computes."""
     num_inference_steps: int | None = None
     """Denoising steps per unit."""
+    first_steps: tuple[int, ...] | None = None
+    """Steps of the first units, if they need more: 4, or 4 3."""
     shift: float | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
@@ -62,8 +71,9 @@ class Sampling(CheckpointOptions):
     """Latent frames that a unit may read, the sinks included."""
     sink: int | None = None
     """First latent frames that stay readable for ever."""
-    lag: int | None = None
-    """Steps between the starts of two units; the number of steps is one after the other."""
+    lag: int | float | str | None = None
+    """Steps between the starts of two units; the number of steps is one after the other. Or the
+    name of a schedule, such as rolling: see docs/concepts/sampling.md."""
     threads: int | None = None
     """CPU threads."""
     force: bool = False
@@ -76,7 +86,7 @@ class Sampling(CheckpointOptions):
         check_positive(self, *names, "height", "width")
         check_options(self, ("share", turns(self.share) != slice(0), "K/N with K up to N, as 2/8"))
         if self.seconds is not None and self.num_frames is not None:
-            raise ValueError("--seconds and --num-frames both give the length: choose one of them")
+            raise ValueError("--seconds is the length: leave out num-frames")
         if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
             raise ValueError(
                 f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
@@ -121,27 +131,21 @@ class Generate(Sampling):
 
     def __post_init__(self) -> None:
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.resume and (others := given - {"resume", "threads", "device", "offload"}):
-            names = ", ".join(sorted(others)).replace("_", "-")
-            raise ValueError(f"--resume goes on with what it holds: leave out {names}")
+        held = given - {"resume", "threads", "device", "offload"}
+        clashes = {"resume": ("goes on with what it holds", held), **CLASHES}
+        for name, (why, others) in clashes.items():
+            if name in given and (clash := given & others):
+                names = ", ".join(sorted(clash)).replace("_", "-")
+                raise ValueError(f"--{name} {why}: leave out {names}")
         if not given & {"prompt", "prompts", "script", "resume"}:
             raise ValueError("no PROMPT is given: describe the video in a few words")
-        single = given & {"prompt", "prompt_at", "script", "save_state"}
-        if self.prompts and single:
-            names = ", ".join(sorted(single)).replace("_", "-")
-            raise ValueError(f"--prompts makes a video of each line: leave out {names}")
+        for name, others in NEEDS.items():
+            if name in given and not given & others:
+                raise ValueError(f"--{name} is of --{' or --'.join(sorted(others))}: name one too")
         super().__post_init__()
         check_positive(self, "keep", "num_videos_per_prompt")
         if self.share != ALL and not self.several:
             raise ValueError(f"--share {self.share} parts many videos: give --prompts, or no share")
-        if self.image is not None and self.video is not None:
-            raise ValueError(
-                "--image and --video both say how the video begins: choose one of them"
-            )
-        if self.keep is not None and self.video is None:
-            raise ValueError("--keep says how much of --video comes first: name a video too")
-        if self.fit is not None and self.image is None and self.video is None:
-            raise ValueError("--fit says how --image or --video is resized: name one of them too")
 
     @property
     def several(self) -> bool:
@@ -224,28 +228,3 @@ class Info(CheckpointOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "seconds", "window")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrintUnits:
-    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
-
-    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
-    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
-    frames: int = 8
-    """Latent frames of the lattice."""
-    height: int = 4
-    """Rows of tokens."""
-    width: int = 4
-    """Columns of tokens."""
-    window: int | None = None
-    """Latent frames that a unit may read; all by default."""
-    sink: int = 0
-    """First latent frames that stay readable for ever."""
-    steps: int = 4
-    """Denoising steps per unit."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "steps")
-        if not self.schemes:
-            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")

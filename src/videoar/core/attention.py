@@ -14,12 +14,12 @@ from videoar.core.units import Keys, Queries, UnitMask, token_mask
 
 
 @cache
-def _frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> list[Tensor]:
     """Angular frequencies per axis; t takes what h and w leave (Wan: 44, 42, 42 of 128 dims)."""
     side = 2 * (head_dim // 6)
     dims = (head_dim - 2 * side, side, side)
-    t, h, w = (theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for d in dims)
-    return t, h, w
+    exponents = (torch.arange(0, d, 2, dtype=torch.float64) / d for d in dims)
+    return [(theta**-exponent).to(device) for exponent in exponents]
 
 
 def rope_table(
@@ -30,7 +30,7 @@ def rope_table(
     Angles are formed in float64: positions have no upper limit, as a table would impose. (Su et
     al. 2021, arXiv:2104.09864, split over three axes.)
     """
-    frequencies = [f.to(coords.device) for f in _frequencies(head_dim, theta)]
+    frequencies = _frequencies(head_dim, theta, coords.device)
     parts = [coords[..., axis, None].double() * f for axis, f in enumerate(frequencies)]
     angles = torch.cat(parts, dim=-1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)

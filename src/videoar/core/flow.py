@@ -6,11 +6,13 @@
     clean    = x - sigma * velocity
 
 (rectified flow, Liu et al. 2022, arXiv:2209.03003; the signs of SD3, FLUX and Wan.) Sampling is a
-matrix of sigmas, rows x waves of units; `step_of` evaluates it, for a clip as for a stream.
+matrix of sigmas, rows x waves of units; `Rows` evaluates it, for a clip as for a stream.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,12 +45,51 @@ def sigma_steps(num_inference_steps: int, *, shift: float = 1.0) -> Sigmas:
     return tuple(shifted(sigmas, shift).tolist())
 
 
-def step_of(row: int, wave: int, *, steps: int, lag: int) -> int:
-    """Index into the sigmas of a wave before row `row`: `clamp(row - lag * wave, 0, steps)`.
+Schedule = Callable[[int, int, int], tuple[int, int]]
+"""(wave, number of waves, steps) -> the row of its first step, and rows from one to the next."""
 
-    `lag = steps` is autoregressive, `0 < lag < steps` pipelined, `lag = 0` full sequence.
-    """
-    return max(0, min(row - lag * wave, steps))
+
+@dataclass(frozen=True)
+class Rows:
+    """The matrix of sigmas: what every wave has before every row."""
+
+    sigmas: tuple[Sigmas, ...]
+    """Of the first waves; those of all others come last."""
+    lag: float | Schedule
+    """Rows between the starts of two waves, or what says when each takes its steps."""
+    waves: int | None
+    """Of a clip; None: of an endless stream."""
+
+    def of(self, wave: int) -> Sigmas:
+        """Return the sigmas of a wave."""
+        return self.sigmas[min(wave, len(self.sigmas) - 1)]
+
+    def steps(self, wave: int) -> range:
+        """Return the rows in which a wave takes its steps.
+
+        It waits for those that earlier waves have more than the rest.
+        """
+        rest, count, lag = len(self.sigmas[-1]), self.waves or 0, self.lag
+        start, stride = lag(wave, count, rest - 1) if callable(lag) else (int(lag * wave), 1)
+        start += stride * sum(len(sigmas) - rest for sigmas in self.sigmas[:wave])
+        return range(start, start + stride * (len(self.of(wave)) - 1), stride)
+
+    def done(self, row: int, wave: int) -> int:
+        """Return the number of steps that a wave has taken before a row."""
+        rows = self.steps(wave)
+        return len(range(rows.start, min(row, rows.stop), rows.step))
+
+    def enters(self, wave: int) -> int:
+        """Return the row in which it starts, or the last one, which reads it: none is earlier."""
+        return min(self.steps(each).start for each in (wave, (self.waves or wave + 1) - 1))
+
+    @property
+    def in_flight(self) -> int:
+        """The most waves in one pass, the finished one in front included."""
+        first = min(len(self.sigmas), self.waves or MAX_STEPS) - 1  # all behind it are alike
+        waves = itertools.islice(itertools.count(first), self.waves and self.waves - first)
+        end = self.steps(first).stop
+        return len(list(itertools.takewhile(lambda wave: self.enters(wave) <= end, waves)))
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:

@@ -117,22 +117,6 @@ def velocities(
     return output.velocity[:, -tokens.shape[1] :]
 
 
-def draw_clip(
-    latents: Latents, scheme: Scheme, config: FlowMatchingConfig, rng: torch.Generator
-) -> Float[Tensor, "batch clip channels height width"]:
-    """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
-    batch, frames = latents.shape[:2]
-    length = min(config.clip_frames, frames)
-    units = Units(scheme, length, 1, 1)  # for its segments alone
-    head = units.whole_segments(config.sink_frames, window=length)
-    start = torch.randint(head, frames - (length - head) + 1, (batch,), **on(rng))
-    near = torch.rand(batch, **on(rng)) >= config.far_probability
-    offset = (start - head).masked_fill(near, 0).to(latents.device)
-    place = torch.arange(length, device=latents.device)
-    index = place + offset[:, None] * (place >= head)
-    return latents[torch.arange(batch, device=latents.device)[:, None], index]
-
-
 def flow_matching_loss(
     model: Network,
     latents: Latents,

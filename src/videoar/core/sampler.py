@@ -1,9 +1,9 @@
 """Sampling: one generator for clips, batches, endless streams and training rollouts.
 
-All of it is a walk down the rows of the matrix of sigmas (`flow.step_of`). In every row the units
-whose sigma moves run through the model, together with the units that reached 0 in the row before:
-their pass writes the cache. So the commit of unit i shares a forward with the first step of unit
-i+1.
+All of it is a walk down the rows of the matrix of sigmas (`flow.Rows`). In every row the units that
+have begun run through the model: those whose sigma moves, those that are read meanwhile, and those
+that reached 0 with all before them: their pass writes the cache, which they leave the others for.
+So the commit of unit i shares a forward with the first step of unit i+1.
 
 What is known from the start, such as a picture to begin with, takes part in the same walk. A unit
 that is known whole is clean from the row in which it would start, so its rows are left out but for
@@ -24,10 +24,10 @@ from torch import Tensor
 from videoar.checks import check
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.cache import KVCache, cached_tokens
-from videoar.core.flow import Memory, Sigmas, add_noise, euler_step, step_of
+from videoar.core.flow import Memory, Rows, Schedule, Sigmas, add_noise, euler_step
 from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
-from videoar.core.transformer import Network, Output, TextContext, VideoTransformer
+from videoar.core.transformer import Network, Output, TextContext
 from videoar.core.units import Unit, Units, Visible
 
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
@@ -43,10 +43,12 @@ class SamplerConfig:
 
     sigmas: Sigmas
     """Falling sigmas of one unit, from 1 to 0: `flow.sigma_steps`."""
-    lag: int | None = None
-    """Rows between the starts of successive waves; None: one wave after the other. Less than the
-    number of steps is pipelined and needs a model trained with noisy context; 0 is full
-    sequence."""
+    first_sigmas: tuple[Sigmas, ...] = ()
+    """Those of the first waves, if they take more steps than the rest."""
+    lag: float | Schedule | None = None
+    """Rows between the starts of successive waves, or what says when each takes its steps; None:
+    one wave after the other. Less than the number of steps is pipelined and needs a model trained
+    with noisy context; 0 is full sequence."""
     visible: Visible = field(default_factory=Visible)
     """What a unit may read."""
     context_noise: float = 0.0
@@ -59,16 +61,21 @@ class SamplerConfig:
     """The sigma as the model is told it."""
 
     def __post_init__(self):
-        falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
-        if not falling or (*self.sigmas[:1], *self.sigmas[-1:]) != (1, 0):
-            raise ValueError(f"sigmas must fall from 1 to 0, got {self.sigmas}: see sigma_steps.")
-        fits = self.lag is None or 0 <= self.lag <= self.num_steps
-        check("lag", self.lag, fits, f"0 to {self.num_steps}, the number of steps")
+        for sigmas in (*self.first_sigmas, self.sigmas):
+            falling = all(a > b for a, b in itertools.pairwise(sigmas))
+            if not falling or (*sigmas[:1], *sigmas[-1:]) != (1, 0):
+                raise ValueError(f"sigmas must fall from 1 to 0, got {sigmas}: see sigma_steps.")
+        steps = len(self.sigmas) - 1
+        fits = self.lag is None or callable(self.lag) or 0 <= self.lag <= steps
+        check("lag", self.lag, fits, f"0 to {steps}, the number of steps")
         check("context_noise", self.context_noise, 0 <= self.context_noise < 1, "0 to below 1")
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.sigmas) - 1
+    def rows(self, waves: int | None) -> Rows:
+        """Return the matrix of a clip of so many waves, or of an endless stream."""
+        lag = len(self.sigmas) - 1 if self.lag is None else self.lag
+        says = "a lag of 1 or more for an endless stream, or give a number of frames"
+        check("lag", lag, callable(lag) or lag >= 1 or waves is not None, says)
+        return Rows((*self.first_sigmas, self.sigmas), lag, waves)
 
 
 @dataclass(frozen=True)
@@ -115,14 +122,9 @@ class Sampler:
         self.seeds, self.device, self.dtype = tuple(seeds), device, dtype
         self._noise = noise if noise is None else noise.to(device, dtype).split(units.sizes, dim=1)
         self.hold(known)
-        self.lag = config.num_steps if config.lag is None else config.lag
-        if self.lag == 0 and units.count is None:
-            raise ValueError(
-                "With lag 0 all units start at once, which an endless stream cannot: "
-                "use a lag of 1 or more, or give a number of frames."
-            )
-        waves = 1 + (config.num_steps // self.lag if self.lag else int(units.waves[-1]))
-        endless = units.count is None and config.visible.window is None
+        count = units.count
+        self.rows = config.rows(None if count is None else 1 + units.wave_of(count - 1))
+        endless, waves = count is None and config.visible.window is None, self.rows.in_flight
         room = None if endless else cached_tokens(units, config.visible, in_flight=waves)
         self.cache = KVCache(room)
         self.row = 0
@@ -161,7 +163,7 @@ class Sampler:
         """
         while self.delivered in self.active:
             index = self.delivered
-            if self._shown(index) < self.config.num_steps:
+            if self._shown(index):
                 return
             self.delivered += 1
             yield Finished(self._unit(index), self.active[index], self._before.get(index))
@@ -169,51 +171,52 @@ class Sampler:
     def _unit(self, index: int) -> Unit:
         return self.cache.keep(self.units.at, index)
 
-    def _steps_done(self, index: int) -> int:
+    def _sigma(self, index: int, later: int = 0) -> float:
+        """The sigma of a unit before this row, or a later one."""
         wave = self._unit(index).wave
-        return step_of(self.row, wave, steps=self.config.num_steps, lag=self.lag)
+        return self.rows.of(wave)[self.rows.done(self.row + later, wave)]
 
-    def _shown(self, index: int) -> int:
-        """The steps of a unit before this row; a known one does not wait for its turn."""
-        known = index in self.known_units
-        return self.config.num_steps if known else self._steps_done(index)
+    def _shown(self, index: int) -> float:
+        """The same as the model is shown it: a known unit does not wait for its turn."""
+        return 0.0 if index in self.known_units else self._sigma(index)
 
     def _enter(self) -> bool:
-        """Start the units whose first step is due in this row; say whether any unit has one due."""
+        """Begin with the units that are due in this row; say whether any step is left."""
         while self.units.count is None or self.entered < self.units.count:
             index = self.entered
             unit = self._unit(index)
-            if unit.wave * self.lag > self.row:
+            if self.rows.enters(unit.wave) > self.row:
                 break
             noise = self._noise[index] if self._noise else self._fresh(index)
             self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return any(self._steps_done(index) < self.config.num_steps for index in self.active)
+        return self.entered != self.units.count or any(map(self._sigma, self.active))
 
     def _advance(self) -> None:
-        """Run one row, unless all in flight are known and none is due for the cache."""
+        """Run one row, unless no sigma moves and none is due for the cache."""
         group = [self._unit(index) for index in sorted(self.active)]
-        steps_done = [self._steps_done(unit.index) for unit in group]
-        steps = self.config.num_steps
-        if steps in steps_done or not self.known_units.issuperset(self.active):
-            output = self._forward(group, [self._shown(unit.index) for unit in group])
+        # What the first clean ones read is in the cache.
+        ready = list(itertools.takewhile(lambda unit: not self._sigma(unit.index), group))
+        unknown = self.active.keys() - self.known_units
+        moving = {index for index in unknown if self._sigma(index) != self._sigma(index, 1)}
+        if ready or moving:
+            output = self._forward(group)
             velocities = output.velocity.split([unit.size for unit in group], dim=1)
-            for unit, done, velocity in zip(group, steps_done, velocities, strict=True):
-                if done == steps:
-                    del self.active[unit.index]
-                    self._before.pop(unit.index, None)
-                elif unit.index not in self.known_units:
-                    self.active[unit.index] = self._step(unit.index, done, velocity)
-            self._commit(group, steps_done)
+            for unit, velocity in zip(group, velocities, strict=True):
+                if unit.index in moving:
+                    self.active[unit.index] = self._step(unit.index, velocity)
+            self._commit(ready)
         self.row += 1
 
-    def _step(self, index: int, done: int, velocity: Tensor) -> Tensor:
+    def _step(self, index: int, velocity: Tensor) -> Tensor:
         """Return the tokens of a unit after one step more."""
-        x, config = self.active[index], self.config
-        if done == config.num_steps - 1:
+        x, wave = self.active[index], self._unit(index).wave
+        done = self.rows.done(self.row, wave)
+        sigmas = self.rows.of(wave)[: done + 2]
+        if not sigmas[-1]:
             self._before[index] = x
         memory, fresh = self._memory.pop(index, None), partial(self._fresh, index, done + 1)
-        after, memory = config.step(x, velocity, config.sigmas[: done + 2], memory, fresh)
+        after, memory = self.config.step(x, velocity, sigmas, memory, fresh)
         if memory is not None:
             self._memory[index] = memory
         heard = after if self.on_step is None else self.on_step(index, done, after)
@@ -229,18 +232,18 @@ class Sampler:
         known = self.known.get(index)
         return tokens if known is None else torch.where(known.mask[:, None], known.tokens, tokens)
 
-    def _forward(self, group: list[Unit], steps_done: list[int]) -> Output:
-        config = self.config
+    def _forward(self, group: list[Unit]) -> Output:
+        noise = self.config.context_noise
         self._place_sinks(group[-1].index)
         tokens, sigmas = [], []
-        for unit, done in zip(group, steps_done, strict=True):
-            x, sigma = self.active[unit.index], config.told(config.sigmas[done])
-            if done == config.num_steps and config.context_noise:
-                sigma = config.context_noise
-                x = add_noise(x, self._fresh(unit.index, done + 1), sigma)
+        for unit in group:
+            x, sigma = self.active[unit.index], self._shown(unit.index)
+            partly, told = sigma and unit.index in self.known, self.config.told(sigma)
+            if noise and not sigma:
+                draw = len(self.rows.of(unit.wave))
+                told, x = noise, add_noise(x, self._fresh(unit.index, draw), noise)
             tokens.append(x)
-            partly = done < config.num_steps and unit.index in self.known
-            sigmas.append((sigma, unit.size, unit.index if partly else -1))
+            sigmas.append((told, unit.size, unit.index if partly else -1))
         self.passes += 1
         keep, indices = self.cache.keep, tuple(unit.index for unit in group)
         told, rows = keep(self._levels, *sigmas)
@@ -307,11 +310,13 @@ class Sampler:
         sinks = map(self.units.at, range(self.config.visible.sink))
         return 1 + max(int(unit.grid_index[:, 0].max()) for unit in sinks)
 
-    def _commit(self, group: list[Unit], steps_done: list[int]) -> None:
-        """Keep the units that were clean in this pass in the cache; drop what nobody reads."""
-        clean = steps_done.count(self.config.num_steps)  # they have the lowest waves, so come first
-        if clean:
-            self.cache.commit([(unit.index, unit.size) for unit in group[:clean]])
+    def _commit(self, units: list[Unit]) -> None:
+        """Keep the first units of a pass, clean in it, in the cache; drop what nobody reads."""
+        if units:
+            for unit in units:
+                del self.active[unit.index]
+                self._before.pop(unit.index, None)
+            self.cache.commit([(unit.index, unit.size) for unit in units])
             oldest = min(self.active, default=self.entered)  # what it cannot read, no later can
             expired = self.config.visible.expired
             self.cache.evict([i for i in self.cache.blocks if expired(i, oldest)])
@@ -340,18 +345,3 @@ def part_of(
     """Return what a state keeps under `name.`, on a device and in its own dtype."""
     kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
     return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}
-
-
-class Guided:
-    """Classifier-free guidance around a network (Ho and Salimans 2022, arXiv:2207.12598).
-
-    The cache and the text hold the conditional batch followed by the unconditional one.
-    """
-
-    def __init__(self, network: VideoTransformer, scale: float):
-        self.network, self.scale, self.config = network, scale, network.config
-
-    def __call__(self, tokens: Tensor, **inputs) -> Output:
-        both = self.network(torch.cat([tokens] * 2), **inputs).velocity
-        conditional, unconditional = both.chunk(2)
-        return Output(unconditional + self.scale * (conditional - unconditional))

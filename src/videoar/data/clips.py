@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -61,7 +60,7 @@ def make_parts(
 ) -> None:
     """Decode, cut and encode one video, and write its parts.
 
-    The next clip is decoded while one is encoded, and no more than two are in memory.
+    There are as many processes as cores, so that none has to do two things at a time.
     """
     stem, length, count, note = str(work / source.key), duration(*source.place), 0, ""
     notes = list[str]()
@@ -71,31 +70,25 @@ def make_parts(
         fps=config.fps,
         sizes=config.pixels or (),
         scene_cut=config.scene_cut,
-        max_seconds=config.max_seconds,
         picture_fps=config.picture_fps,
         notes=notes,
     )
     stride = config.stride or max(config.num_frames)
-    clips = cut(frames, lengths=config.num_frames, stride=stride)
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        waiting = ahead.submit(next, clips, None)
-        try:
-            while (clip := waiting.result()) is not None:
-                waiting = ahead.submit(next, clips, None)
-                start, pixels = clip
-                tensors = {"latents": _encode(codec, pixels, config.device, beat)}
-                if count % SHEET_EVERY == 0:
-                    tensors["sheet"] = torch.from_numpy(_triple(pixels))
-                about = {"start": json.dumps(round(start, 6))}
-                write_safetensors(f"{stem}-{count:06d}.safetensors", tensors, about)
-                if held_out:
-                    path = Path(f"{stem}-{count:06d}.mkv")
-                    with VideoWriter(path, fps=config.fps, overwrite=True) as writer:
-                        writer.write(pixels)
-                count += 1
-                beat(min(1.0, start / length) if length else 0.0)
-        except Unusable as reason:
-            note = str(reason)
+    try:
+        for start, pixels in cut(frames, lengths=config.num_frames, stride=stride):
+            tensors = {"latents": _encode(codec, pixels, config.device, beat)}
+            if count % SHEET_EVERY == 0:
+                tensors["sheet"] = torch.from_numpy(_triple(pixels))
+            about = {"start": json.dumps(round(start, 6))}
+            write_safetensors(f"{stem}-{count:06d}.safetensors", tensors, about)
+            if held_out:
+                path = Path(f"{stem}-{count:06d}.mkv")
+                with VideoWriter(path, fps=config.fps, overwrite=True) as writer:
+                    writer.write(pixels)
+            count += 1
+            beat(min(1.0, start / length) if length else 0.0)
+    except Unusable as reason:
+        note = str(reason)
     if not count and not note:
         shortest = f"{min(config.num_frames)} frames at {config.fps:g} per second"
         note = f"shorter than a clip: no scene has {shortest}"
@@ -136,13 +129,8 @@ def read_parts(source: Source, work: Path) -> Iterator[Clip]:
             yield Clip(file.get_tensor("latents"), start, path.with_suffix(".mkv"), shown)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A video of the world as the generator sees it."""
-
-    latents: Float[Tensor, "frames channels height width"]
-    captions: list[str]
-    scene: Scene
+Encoded = tuple[Float[Tensor, "frames channels height width"], list[str], Scene]
+"""A video of the world as the generator sees it: latents, captions, and what they are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +155,7 @@ class WorldEncoder:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 latents = self.codec.encode(from_frames(np.stack(clips))).float()
             for (scene, rng), latent in zip(scenes, latents, strict=True):
-                yield Encoded(latent, [caption(scene, rng) for _ in range(6)], scene)
+                yield latent, [caption(scene, rng) for _ in range(6)], scene
 
     def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
         """Keep the latents and captions of the world's first videos in a new folder."""
@@ -176,10 +164,9 @@ class WorldEncoder:
             replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
             ShardWriter(partial, info=LatentsInfo.of(self.codec, fps=16.0)) as writer,
         ):
-            for done, video in enumerate(self.encode(range(num_videos))):
+            for done, (latents, captions, scene) in enumerate(self.encode(range(num_videos))):
                 if done and done % 512 == 0:
                     rate = done / (time.perf_counter() - started)
                     left = timedelta(seconds=round((num_videos - done) / rate))
                     report(f"encoded {done}/{num_videos} videos  {rate:.1f}/s  {left} left")
-                extra = {"scene": video.scene.to_json()}
-                writer.add(video.latents, captions=video.captions, extra=extra)
+                writer.add(latents, captions=captions, extra={"scene": scene.to_json()})

@@ -73,7 +73,6 @@ def read(
     sizes: Sequence[Size],
     fit: Fit = "crop",
     scene_cut: float | None = None,
-    max_seconds: float = math.inf,
     picture_fps: float | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[Shown]:
@@ -88,7 +87,6 @@ def read(
         sizes: Widths and heights to choose from.
         fit: Whether frames are cropped at the centre, or as large as they fit into the size whole.
         scene_cut: Mean change of a pixel, of 1, that begins a new scene; None: only jumps of time.
-        max_seconds: What is later is not used.
         picture_fps: Pictures of a sequence per second; `fps` by default.
         notes: Where to add what is not as it should be, though it is used.
 
@@ -102,7 +100,7 @@ def read(
     else:
         raws = _decode(source, [] if notes is None else notes)
     size, last, picture, scaler = None, None, None, VideoReformatter()
-    for moment, raw, cut in _resample(raws, _rate(fps), max_seconds):
+    for moment, raw, cut in _resample(raws, _rate(fps)):
         size = size or _choose(sizes, *_shape(raw), fit)
         if raw is not last:
             before, picture = picture, _fit(raw, *size, scaler)
@@ -118,9 +116,7 @@ def _rate(fps: float) -> float:
     return float(Fraction(fps).limit_denominator(1001))  # 23.976 is meant as 24000/1001
 
 
-def _resample(
-    raws: Iterator[_Raw], fps: float, max_seconds: float
-) -> Iterator[tuple[float, _Raw, bool]]:
+def _resample(raws: Iterator[_Raw], fps: float) -> Iterator[tuple[float, _Raw, bool]]:
     """Yield moment, frame and whether time jumped, for every frame at the new rate."""
     begin = start = 0.0  # of the source, and of what goes on without a jump
     held, slot, count = None, 0, 0
@@ -128,8 +124,6 @@ def _resample(
         jump = held is None or raw is None or not -1 <= raw.time - held.time <= raw.reach
         if raw is None and count < 2:
             raise Unusable("a single frame" if count else "no frame that can be decoded")
-        if raw is not None and count and raw.time - begin > max_seconds:
-            raise Unusable(f"longer than {max_seconds:g} s: the rest is not used")
         if held is not None:
             end = held.time + min(held.duration, MAX_GAP) if jump else raw.time
             until = max(slot, math.floor((end - start) * fps + 0.5 + ROUNDING))

@@ -228,7 +228,10 @@ def read_info(folder: Path) -> LatentsInfo:
     """Return what a folder of latents says of itself."""
     path = folder / INFO_NAME
     if not path.is_file():
-        raise ValueError(f"{path} is missing: prepare the latents again, or name another folder")
+        raise ValueError(
+            f"there is no folder {folder} with {INFO_NAME}: make it of your videos, with `videoar"
+            f" prepare VIDEOS {folder}`, or name another one (data.path)"
+        )
     values = read_json(path)
     version = values.pop("format", None)
     if version != FORMAT:

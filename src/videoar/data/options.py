@@ -1,6 +1,5 @@
 """The options of preparation. No torch."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_options, check_types
+from videoar.checks import Count, Finite, Limit, Options, check_options
 
 ALL = "1/1"  # the whole share
+Rate = Annotated[float, Limit(lambda rate: 0 < rate <= 240, "a number above 0, up to 240")]
+Change = Annotated[float, Limit(lambda change: 0 < change < 1, "between 0 and 1")]
+TestShare = Annotated[float, Limit(lambda share: 0 < share <= 0.5, "a share above 0, up to 0.5")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare:
+class Prepare(Options):
     """Turn a folder of videos and captions into latents to train on; goes on where it stopped."""
 
     videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
@@ -25,25 +27,23 @@ class Prepare:
     """Checkpoint whose codec encodes: a bundled name or a folder."""
     captions: Literal["auto", "none"] = "auto"
     """From metadata.jsonl, metadata.csv, .txt beside the video or in the tar; none: without."""
-    fps: float = 16.0
+    fps: Rate = 16.0
     """Frames per second of the clips."""
     num_frames: tuple[int, ...] = (61, 29)
     """Lengths of clips, 1 + 4k: the longest, and shorter ones for what is left of a scene."""
-    stride: int | None = None
+    stride: Count | None = None
     """Frames from one clip to the next; by default the longest length."""
     sizes: tuple[str, ...] = ("64x64",)
     """Widths and heights of clips; each video is cropped to the one of nearest shape."""
-    scene_cut: float | None = None
+    scene_cut: Change | None = None
     """Mean change of a pixel, from 0 to 1, that ends a scene, such as 0.1; none is looked for."""
-    picture_fps: float | None = None
+    picture_fps: Rate | None = None
     """Pictures per second in folders of pictures; `fps` by default."""
-    held_out: float = 0.05
+    held_out: Annotated[float, Limit(lambda share: 0 <= share <= 0.5, "0 to 0.5")] = 0.05
     """Share of the videos that are kept out of training, to evaluate on; two clips or more."""
-    max_seconds: float = 14400.0
-    """What is later in a video is not used."""
-    timeout: float = 120.0
+    timeout: Finite = 120.0
     """Seconds without a clip or a latent frame after which a video is given up."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; by default one per core."""
     device: str = "cpu"
     """Where to encode."""
@@ -52,19 +52,12 @@ class Prepare:
     done, the command without it puts the shares together."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         check_options(
             self,
-            ("fps", 0 < self.fps <= 240, "a number above 0, up to 240"),
             ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
             ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
-            ("scene_cut", self.scene_cut is None or 0 < self.scene_cut < 1, "between 0 and 1"),
-            ("picture_fps", 0 < (self.picture_fps or 1) <= 240, "a number above 0, up to 240"),
-            ("held_out", 0 <= self.held_out <= 0.5, "0 to 0.5"),
-            ("max_seconds", self.max_seconds > 0, "a number above 0"),
             ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8"),
-            ("timeout", 0 < self.timeout < math.inf, "a number above 0"),
-            least={"stride": 1, "workers": 1},
         )
 
     @property

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 
-from videoar.checks import check_positive, check_types, checked
+from videoar.checks import Finite, Options, checked
 from videoar.data.fragments import encode, remux
 from videoar.files import Json, check_place, written_whole
 
@@ -38,19 +38,18 @@ PAPER = 224  # not white: a white clip must have an edge
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Video:
+class Video(Options):
     """Frames, at least one, and how many pass in a second."""
 
     frames: Frames
-    fps: float
+    fps: Finite
     seed: int | None = None
     """Of its noise, if it was generated."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if len(self.frames) == 0:
             raise ValueError("the video has 0 frames; it needs at least 1")
-        check_positive(self, "fps")
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape

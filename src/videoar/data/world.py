@@ -6,12 +6,12 @@ are units of 1/64 frame, y points down, and opposite edges are glued: the world 
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from videoar.checks import check_options
+from videoar.checks import Options, one_of
 from videoar.files import Json
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -57,34 +57,29 @@ LANE_MOTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class Thing(Options):
     """One moving shape, in words of `SHAPES`, `COLORS`, `SIZES` and `MOTIONS`."""
 
-    shape: str
-    color: str
-    size: str
-    motion: str
+    shape: Annotated[str, one_of(SHAPES)]
+    color: Annotated[str, one_of(COLORS)]
+    size: Annotated[str, one_of(SIZES)]
+    motion: Annotated[str, one_of(MOTIONS)]
     x: float
     y: float
     """Centre at frame 0; of the orbit for a circling thing, the bottom of a bounce."""
     phase: float = 0.0
     """Share of the period that has passed at frame 0, for motions that have one."""
 
-    def __post_init__(self) -> None:
-        for name, known in WORDS.items():
-            check_options(self, (name, getattr(self, name) in known, f"one of {', '.join(known)}"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class Scene(Options):
     """Things of different colours on a plain background: all there is to an endless video."""
 
     things: tuple[Thing, ...]
-    background: str
+    background: Annotated[str, one_of(BACKGROUNDS)]
 
     def __post_init__(self) -> None:
-        known = ", ".join(BACKGROUNDS)
-        check_options(self, ("background", self.background in BACKGROUNDS, f"one of {known}"))
+        super().__post_init__()
         colors = [thing.color for thing in self.things]
         if not colors or len(set(colors)) < len(colors):
             raise ValueError(f"things have the colors {colors}; give at least one, no color twice")

@@ -1,15 +1,16 @@
 """Codecs: videos to latents and back, whole or as a stream.
 
 A clip of `1 + stride * k` pixel frames has `1 + k` latent frames: the first latent frame is one
-picture, each later one a group. Whole clips and streams walk one latent frame at a time, so they
-agree bit for bit by construction; only training (`TinyCodec.reconstruct`) takes all at once.
+picture, each later one a group. Whole clips and streams walk one latent frame at a time, or as
+many as move no bit, so they agree bit for bit; only training (`TinyCodec.reconstruct`) takes all at
+once.
 """
 
 import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +52,14 @@ class Codec(nn.Module, ABC):
     def decode_step(self, latents: Latents, memory: Memory | None) -> tuple[Video, Memory]:
         """Turn latent frames into a group of `stride[0]` pixel frames each."""
 
+    def fast_step(self) -> Callable[..., tuple[Tensor, Memory]]:
+        """Return `decode_step` for a stream, during which the weights do not change."""
+        return self.decode_step
+
+    def together(self, latents: Latents) -> int:
+        """Return how many latent frames a stream decodes at once: as many as move no bit."""
+        return 1
+
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the deviation of each channel of the latents inside the network."""
         # No buffers: keys of the state dict are given by the public weights, and others would be
@@ -63,16 +72,19 @@ class Codec(nn.Module, ABC):
         """Repeat the first picture of a clip until its group is full."""
         return torch.cat([video[:, :1].repeat(1, self.stride[0] - 1, 1, 1, 1), video], dim=1)
 
+    @torch.no_grad()
     def encode(self, video: Video) -> Latents:
         """Encode whole clips, without gradient."""
-        return StreamEncoder(self)(video)
+        self.check_video(video)
+        memory, latents = None, []
+        for group in self.pad(video).split(self.stride[0], dim=1):
+            frame, memory = self.encode_step(group, memory)
+            latents.append(frame)
+        return torch.cat(latents, dim=1)
 
     def decode(self, latents: Latents) -> Video:
         """Decode whole clips, without gradient."""
         return StreamDecoder(self)(latents)
-
-    def stream_encoder(self) -> "StreamEncoder":
-        return StreamEncoder(self)
 
     def stream_decoder(self) -> "StreamDecoder":
         return StreamDecoder(self)
@@ -88,9 +100,15 @@ class Codec(nn.Module, ABC):
 
     def check_video(self, video: Video) -> None:
         """Raise `ValueError` unless these pixels are whole latent frames of a new clip."""
-        _check_frames(video.shape[1], stride=self.stride[0], first=1)
-        sides = {"height": self.stride[1], "width": self.stride[2]}
-        for (name, side), size in zip(sides.items(), video.shape[-2:], strict=True):
+        count, (stride, *sides) = video.shape[1], self.stride
+        groups, rest = divmod(count - 1, stride)
+        if rest or not count:
+            fits = [str(1 + stride * k) for k in (groups, groups + 1) if k >= 0]
+            raise ValueError(
+                f"{count} frames are not 1 + {stride} * k, so no latent frame ends "
+                f"with the last one: give {' or '.join(fits)} frames."
+            )
+        for name, side, size in zip(("height", "width"), sides, video.shape[-2:], strict=True):
             if size % side:
                 raise ValueError(
                     f"A {name} of {size} pixels is not a multiple of {side}: "
@@ -98,30 +116,29 @@ class Codec(nn.Module, ABC):
                 )
 
 
-def _check_frames(num_frames: int, *, stride: int, first: int) -> None:
-    groups, rest = divmod(num_frames - first, stride)
-    if num_frames == 0 or rest:
-        fits = [str(first + stride * k) for k in (groups, groups + 1) if first + stride * k > 0]
-        raise ValueError(
-            f"{num_frames} frames are not {'1 + ' * first}{stride} * k, so no latent frame ends "
-            f"with the last one: give {' or '.join(fits)} frames."
-        )
-
-
-class _Stream:
-    """What one stream remembers between calls; many may take turns on one codec."""
+class StreamDecoder:
+    """Decodes latent frames as they come, any number per call; many may take turns on one codec."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        self._codec, self._step = codec, codec.fast_step()
         self._memory: Memory | None = None
 
-    def _walk(self, step: Callable[..., tuple[Tensor, Memory]], groups: Iterable[Tensor]) -> Tensor:
-        results = []
-        for group in groups:
-            used, self._memory = self._memory, None
-            result, self._memory = step(group, used)
-            results.append(result)
-        return torch.cat(results, dim=1)
+    @torch.no_grad()
+    def __call__(self, latents: Latents) -> Video:
+        """Return the pixel frames that these latent frames finish."""
+        codec, frames = self._codec, []
+        num_frames, channels = latents.shape[1:3]
+        if num_frames == 0 or channels != codec.latent_channels:
+            raise ValueError(
+                f"Latents of {num_frames} frames and {channels} channels cannot be decoded: "
+                f"give at least 1 frame, of {codec.latent_channels} channels."
+            )
+        # The frames before the first picture only fill the memory; they are never shown.
+        unseen = codec.stride[0] - 1 if self._memory is None else 0
+        for some in latents.split(codec.together(latents), dim=1):
+            group, self._memory = self._step(some, self._memory)
+            frames.append(group)
+        return torch.cat(frames, dim=1)[:, unseen:]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of what the stream remembers: nothing if it has not begun."""
@@ -136,39 +153,6 @@ class _Stream:
         """Go on where the stream that gave `state` stood."""
         kept = [state[f"memory.{index}"] for index in range(len(state) - 1)]
         self._memory = kept if state else None
-
-
-class StreamEncoder(_Stream):
-    """Encodes pixel frames as they come: `1 + stride * k` at first, then `stride * k` per call."""
-
-    @torch.no_grad()
-    def __call__(self, video: Video) -> Latents:
-        """Return the latent frames that end with these pixel frames."""
-        codec = self._codec
-        if self._memory is None:
-            codec.check_video(video)
-            video = codec.pad(video)
-        else:
-            _check_frames(video.shape[1], stride=codec.stride[0], first=0)
-        return self._walk(codec.encode_step, video.split(codec.stride[0], dim=1))
-
-
-class StreamDecoder(_Stream):
-    """Decodes latent frames as they come, any number per call."""
-
-    @torch.no_grad()
-    def __call__(self, latents: Latents) -> Video:
-        """Return the pixel frames that these latent frames finish."""
-        codec = self._codec
-        num_frames, channels = latents.shape[1:3]
-        if num_frames == 0 or channels != codec.latent_channels:
-            raise ValueError(
-                f"Latents of {num_frames} frames and {channels} channels cannot be decoded: "
-                f"give at least 1 frame, of {codec.latent_channels} channels."
-            )
-        # The frames before the first picture only fill the memory; they are never shown.
-        unseen = codec.stride[0] - 1 if self._memory is None else 0
-        return self._walk(codec.decode_step, latents.split(1, dim=1))[:, unseen:]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
 from videoar.checks import check, check_options, check_types
@@ -23,50 +23,18 @@ PAD = 0
 Rows = Float[Tensor, "batch words channels"]
 
 
-class Tokenizer:
-    """Byte-level BPE: any text becomes ids of 1 and more, and comes back exactly."""
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
+    """Learn byte-level BPE of a corpus: any text becomes ids of 1 and more, and comes back exactly.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # Else a prompt that happens to spell the padding token would end there.
-        backend.encode_special_tokens = True
-        self._backend = backend
-
-    @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> "Tokenizer":
-        """Learn the merges of a corpus; the same corpus gives the same tokenizer."""
-        room = "257 or more: there are 256 bytes and the padding token"
-        check("vocab_size", vocab_size, vocab_size > 256, room)
-        backend = tokenizers.ByteLevelBPETokenizer()
-        how = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": ["<pad>"]}
-        backend.train_from_iterator(texts, show_progress=False, **how)
-        assert backend.token_to_id("<pad>") == PAD
-        return cls(tokenizers.Tokenizer.from_str(backend.to_str()))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        """Read the text of a `tokenizer.json`."""
-        return cls(tokenizers.Tokenizer.from_str(text))
-
-    def to_json(self) -> str:
-        """Return the text of a `tokenizer.json`."""
-        return self._backend.to_str(pretty=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, padding included."""
-        return self._backend.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(check_text(text)).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, which may end in padding."""
-        return self._backend.decode([id_ for id_ in ids if id_ != PAD])
-
-    def encode_batch(self, texts: Sequence[str], *, max_tokens: int) -> Int[Tensor, "batch words"]:
-        """Return the ids of texts, padded to `max_tokens` columns."""
-        rows = [check_length(self.encode(text), text, limit=max_tokens) for text in texts]
-        return torch.tensor([ids + [PAD] * (max_tokens - len(ids)) for ids in rows])
+    The same corpus gives the same tokenizer.
+    """
+    room = "257 or more: there are 256 bytes and the padding token"
+    check("vocab_size", vocab_size, vocab_size > 256, room)
+    backend = ByteLevelBPETokenizer()
+    how = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": ["<pad>"]}
+    backend.train_from_iterator(texts, show_progress=False, **how)
+    assert backend.token_to_id("<pad>") == PAD
+    return Tokenizer.from_str(backend.to_str())
 
 
 def as_read(text: str) -> str:
@@ -215,32 +183,39 @@ class TinyPromptEncoder:
     encoder: TextEncoder
 
     def __post_init__(self) -> None:
-        ids, rows = self.tokenizer.vocab_size, self.encoder.config.vocab_size
+        ids, rows = self.tokenizer.get_vocab_size(), self.encoder.config.vocab_size
         few = f"the {rows} or fewer that the encoder knows: load both from one checkpoint"
         check("the number of ids of the tokenizer", ids, ids <= rows, few)
+        # Else a prompt that happens to spell the padding token would end there.
+        self.tokenizer.encode_special_tokens = True
 
     @property
     def trainable(self) -> TextEncoder:
         return self.encoder
 
+    @property
+    def limit(self) -> int:
+        """Longest prompt, in tokens."""
+        return self.encoder.config.max_tokens
+
     def fingerprint(self) -> str:
-        limit = self.encoder.config.max_tokens
-        words = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()[:12]
-        return f"{limit} tokens of the vocabulary {words}"
+        words = hashlib.sha256(self.tokenizer.to_str(pretty=True).encode()).hexdigest()[:12]
+        return f"{self.limit} tokens of the vocabulary {words}"
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text of any length."""
+        return self.tokenizer.encode(as_read(check_text(text))).ids
+
+    def _padded(self, rows: list[list[int]]) -> Int[Tensor, "batch words"]:
+        return torch.tensor([ids + [PAD] * (self.limit - len(ids)) for ids in rows])
 
     def tokenize(self, captions: list[str]) -> Int[Tensor, "batch words"]:
         """Return token ids; the end of a caption beyond the encoder's limit is left out."""
-        limit = self.encoder.config.max_tokens
-        ids = [self._ids(caption)[:limit] for caption in captions]
-        return torch.tensor([row + [PAD] * (limit - len(row)) for row in ids])
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(as_read(text))
+        return self._padded([self.ids(caption)[: self.limit] for caption in captions])
 
     def too_long(self, captions: set[str]) -> str:
-        limit = self.encoder.config.max_tokens
-        long = sum(len(self._ids(caption)) > limit for caption in captions)
-        cut = f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut"
+        long = sum(len(self.ids(caption)) > self.limit for caption in captions)
+        cut = f"{long} of {len(captions)} captions are longer than {self.limit} tokens and are cut"
         return cut if long else ""
 
     def with_trained(self, module: nn.Module) -> "TinyPromptEncoder":
@@ -253,21 +228,20 @@ class TinyPromptEncoder:
         Raises:
             ValueError: a prompt is longer.
         """
-        texts = list(map(as_read, prompts))
-        ids = self.tokenizer.encode_batch(texts, max_tokens=self.encoder.config.max_tokens)
-        return self.encoder(ids.to(self.encoder.norm.weight.device))
+        rows = [check_length(self.ids(text), text, limit=self.limit) for text in prompts]
+        return self.encoder(self._padded(rows).to(self.encoder.norm.weight.device))
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         encoder = load_component(folder, TextEncoder, device=device)
         with usable(file := folder / "tokenizer.json"):
-            tokenizer = Tokenizer.from_json(file.read_text("utf-8"))
+            tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
         return cls(tokenizer, encoder.float().eval())
 
     def save(self, folder: Path) -> None:
         save_component(folder, self.encoder)
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_json(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
 
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())

@@ -10,8 +10,7 @@ from jaxtyping import Float, UInt8
 
 from videoar.data import world
 from videoar.data.world import COLORS, EXTENT, SHAPES, WORDS, Frames, Masks, Path, Series, wrap
-from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
-from videoar.evaluation.metrics import properties, slope
+from videoar.evaluation.lengths import MIN_SECONDS
 from videoar.files import Json
 
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
@@ -41,6 +40,13 @@ class Reading:
     background: str | None
     """None for a colour far from all of `BACKGROUNDS`."""
     things: tuple[Seen, ...]
+
+    def __str__(self) -> str:
+        said = [
+            f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
+            for thing in self.things
+        ]
+        return f"{' and '.join(said) or 'nothing'} on {self.background or 'another colour'}"
 
 
 def read(frames: Frames, *, fps: int = 16) -> Reading:
@@ -204,15 +210,6 @@ def score(reading: Reading, scene: world.Scene) -> dict[str, float]:
 Clips = UInt8[np.ndarray, "batch frames height width 3"]
 
 
-def look(frames: UInt8[np.ndarray, "frames height width 3"], prompt: Json, *, fps: int) -> Json:
-    """Return what the judge sees in a clip, and the scores; `all`: everything is right."""
-    reading = read(frames, fps=fps)
-    things = [{name: getattr(thing, name) for name in WORDS} for thing in reading.things]
-    scores = score(reading, world.Scene.from_json(prompt["scene"]))
-    scores["all"] = float(min(scores.values()) == 1)
-    return {"scores": scores, "seen": {"background": reading.background, "things": things}}
-
-
 @runtime_checkable
 class Judge(Protocol):
     """Who asks for videos of a world, has real ones of them, and says what others show."""
@@ -225,6 +222,9 @@ class Judge(Protocol):
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         """Return what is seen in each clip, the scores, and whatever else it measures."""
+
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        """Say what is seen in each clip."""
 
 
 class WorldJudge:
@@ -239,7 +239,18 @@ class WorldJudge:
         return np.stack([world.render(scene, **how) for scene in scenes])
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
-        return [look(clip, p, fps=fps) for clip, p in zip(clips, prompts, strict=True)]
+        found = list[Json]()
+        for clip, prompt in zip(clips, prompts, strict=True):
+            reading = read(clip, fps=fps)
+            things = [{name: getattr(thing, name) for name in WORDS} for thing in reading.things]
+            right = score(reading, world.Scene.from_json(prompt["scene"]))
+            right["all"] = float(min(right.values()) == 1)
+            seen = {"background": reading.background, "things": things}
+            found.append({"scores": right, "seen": seen})
+        return found
+
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        return [str(read(clip, fps=fps)) for clip in clips]
 
 
 WORLD = WorldJudge()
@@ -251,31 +262,6 @@ def judge_whole(
     """Judge short videos."""
     found = judge.look(np.concatenate(list(blocks), axis=1), prompts, fps=fps)
     return [prompt | seen for prompt, seen in zip(prompts, found, strict=True)]
-
-
-def judge_ends(
-    blocks: Iterator[Clips], prompts: list[Json], *, fps: int, judge: Judge = WORLD
-) -> list[Json]:
-    """Judge the first and last window of long videos, and measure drift from window to window.
-
-    No more than two windows of frames are kept, however long the videos are.
-    """
-    size, half = round(WINDOW_SECONDS * fps), WINDOW_SECONDS / 2
-    ends: dict[str, Clips] = {}
-    values: list[dict[str, list[float]]] = [{} for _ in prompts]
-    for window in windows(blocks, size=size):
-        last = np.concatenate([ends["last"], window], axis=1)[:, -size:] if ends else window
-        ends = {"first": ends.get("first", window), "last": last}
-        if window.shape[1] == size:
-            for known, clip in zip(values, window, strict=True):
-                for name, two in properties(clip, fps=fps, window_seconds=half).items():
-                    known.setdefault(name, []).extend(two)
-    videos, looked = [], {end: judge.look(clips, prompts, fps=fps) for end, clips in ends.items()}
-    for i, (prompt, known) in enumerate(zip(prompts, values, strict=True)):
-        slopes = {name: slope(v, window_seconds=half) for name, v in known.items()}
-        scores, seen = ({e: found[i][k] for e, found in looked.items()} for k in ("scores", "seen"))
-        videos.append(prompt | scores | {"seen": seen, "slopes": slopes, "values": known})
-    return videos
 
 
 def windows(blocks: Iterator[Clips], *, size: int) -> Iterator[Clips]:

@@ -2,8 +2,9 @@
 
 `labels.jsonl` has a line per video: `file_name`, the number of `frames`, and words for what is
 there all along, such as `"color": "blue"`; lists of one word per frame for how things stand, null
-where nobody can say; `captions`; and `parts`, from frame `first` to `last`, with words for what
-happens there, and captions of their own. A video without `parts` is one part.
+where nobody can say; `captions`; `held_out`, if it is decided, true or false; and `parts`, from
+frame `first` to `last`, with words for what happens there, and captions of their own. A video
+without `parts` is one part.
 """
 
 import hashlib
@@ -104,7 +105,8 @@ def read_labels(
             row = json.loads(line)
             key = "/".join(row[name] for name in apart or ("file_name",))
             drawn = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
-            parts += _parts(row, folder, held_out=drawn < share, only=only)
+            held_out = row.get("held_out", drawn < share)
+            parts += _parts(row, folder, held_out=held_out, only=only)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"line {number} of {file} labels no video ({what})") from error

@@ -4,13 +4,14 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from videoar.checks import check_options, check_positive
 from videoar.core.schemes import KINDS
-from videoar.evaluation.lengths import MIN_SECONDS, WINDOW_SECONDS
+from videoar.data.options import ALL, turns
+from videoar.evaluation.lengths import WINDOW_SECONDS
 
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
@@ -48,13 +49,9 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class Judged:
     """What may be said of videos that are judged, whoever makes them."""
 
-    long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
     seed: int = 0
     """Of the scenes and of the noise; video i has the seed `seed + i`."""
     batch_size: int = 16
@@ -64,22 +61,10 @@ class StudyOptions:
     or that of the procedural world."""
     footage: Path | None = None
     """Labelled videos of a judge that was trained; those held out are asked for."""
-    out: Path | None = None
-    """JSON file with all scores; what it holds is kept, and other settings are refused."""
-
-    def check(self, *rules: tuple[str, bool, str]) -> None:
-        """Raise for the first field whose rule does not hold, here or in `rules`."""
-        check_options(
-            self,
-            *rules,
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            least={"seed": 0, "batch_size": 1},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(StudyOptions):
+class Evaluate(Judged):
     """Judge whether videos show what their prompts say, and go on to."""
 
     checkpoint: Positional[Checkpoint] = "toy"
@@ -96,38 +81,54 @@ class Evaluate(StudyOptions):
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
+    long_prompts: int = 0
+    """Prompts for long videos, which show drift; 0: none."""
+    long_seconds: float = 60.0
+    """Length of the long videos."""
+    out: Path | None = None
+    """JSON file with all scores; what it holds is kept, and other settings are refused."""
 
     def __post_init__(self) -> None:
-        self.check(
+        check_options(
+            self,
             ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
             ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
             ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
+            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
+            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
+            least={"seed": 0, "batch_size": 1},
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(StudyOptions):
-    """Judge checkpoints beside each other, in pairs and with intervals."""
+class Study(Judged):
+    """Compare units, or checkpoints, by a design: videos, figures, statistics, one report."""
 
-    entries: Positional[tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...]]
-    """What is compared; NAME=A,B,C are checkpoints that differ in their seed of training."""
-    units: str | None = None
-    """Kind of unit of all; each checkpoint's own by default."""
-    num_prompts: int = 96
+    design: Positional[Annotated[str, arg(metavar="NAME|FILE")]]
+    """One that is shipped: units, sizes, orders, critics, context, long, checkpoints; or one of
+    your own, .json or .yaml."""
+    checkpoint: tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...] = ()
+    """What makes the videos, `toy` by default; fields of the sampling may follow, as in
+    `toy?guidance_scale=1`; NAME=A,B,C are checkpoints that differ in their seed of training."""
+    out: Path = Path("study")
+    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
+    quick: bool = False
+    """A small version of the design: few prompts, one video each, no more than 9 seconds."""
+    units: tuple[str, ...] = ()
+    """Kinds of unit; this and the next three: those of the design by default."""
+    num_prompts: int | None = None
     """Prompts."""
-    seeds: int = 2
+    seeds: int | None = None
     """Videos per prompt."""
-    seconds: float = 1.8
-    """Length of the videos: 1.5 to 4."""
+    seconds: float | None = None
+    """Length of the videos."""
+    share: str = ALL
+    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
+    says it by itself. Who is last writes the report."""
 
     def __post_init__(self) -> None:
-        right = MIN_SECONDS <= self.seconds <= WINDOW_SECONDS
-        self.check(
-            ("entries", len(self.entries) > 0, "one or more, such as toy"),
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("seconds", right, "1.5 to 4, as the judge needs"),
-        )
+        share = ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8")
+        check_options(self, share, least={"seed": 0, "batch_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,3 +202,49 @@ class VBenchTable:
     """Folder of the run."""
     against: Path | None = None
     """Folder of another run, that is subtracted prompt by prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintUnits:
+    """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
+
+    schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]] = ()
+    """Such as frame, chunk:3, key-detail:4, multiscale:4,2,1, cube:1x2x2/wavefront."""
+    frames: int = 8
+    """Latent frames of the lattice."""
+    height: int = 4
+    """Rows of tokens."""
+    width: int = 4
+    """Columns of tokens."""
+    model: str | None = None
+    """Checkpoint whose steps, window and sinks are the defaults; 4 and all without."""
+    window: int | None = None
+    """Latent frames that a unit may read."""
+    sink: int | None = None
+    """First latent frames that stay readable for ever."""
+    steps: int | None = None
+    """Denoising steps per unit."""
+    first_steps: tuple[int, ...] | None = None
+    """Steps of the first units, if they need more."""
+    schedule: int | float | str | None = None
+    """Draw the matrix of sigmas: rows between the starts of two waves, or a name, as rolling."""
+    search: Annotated[tuple[str, Path] | None, arg(metavar="CHECKPOINT CLIPS")] = None
+    """Find the partitions of --frames that cost a checkpoint least on prepared videos, for every
+    number of passes; the schemes, by default its own, are what they are made of."""
+    clips: int = 32
+    """Clips that are searched on."""
+    draws: int = 4
+    """Videos of every clip."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps")
+        check_options(self, least={"clips": 4, "draws": 2})
+        if not self.schemes and self.search is None:
+            raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Fields of `GenerationConfig` that are given."""
+        given = {"num_inference_steps": self.steps, "first_steps": self.first_steps}
+        given |= {"window_frames": self.window, "sink_frames": self.sink, "lag": self.schedule}
+        return {name: value for name, value in given.items() if value is not None}

@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from videoar.encoders.codec import Video, from_frames
 from videoar.evaluation.judge import Clips
-from videoar.evaluation.labels import Part, Words, outline, read_labels, shrunk, spread
+from videoar.evaluation.labels import Words, outline, read_labels, shrunk, spread
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import motion
 from videoar.files import Json
 from videoar.weights import load_component
 
+FOOTAGE = "footage"
+"""The folder of labelled videos that a judge may bring along."""
 NOTHING = "nothing"
 """Happens in a clip in which no state changes, and in a frozen one."""
 
@@ -51,6 +52,18 @@ class ReaderConfig:
         return self.things | deeds | self.states
 
 
+class Refined(nn.Module):
+    """Adds to pictures what a convolution makes of them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
 class StateReader(nn.Module):
     """Reads a clip: frames one by one, and then what happens from one to the next.
 
@@ -63,6 +76,8 @@ class StateReader(nn.Module):
         for channels in config.channels:
             layers.append(nn.Conv2d(below, channels, 3, stride=2, padding=1))
             layers += [nn.GroupNorm(8, channels), nn.ReLU()]
+            if below > 3:  # at full size it would be most of the work
+                layers.append(Refined(channels))
             below = channels
         rest = -(-config.size // 2 ** len(config.channels))
         self.frame = nn.Sequential(
@@ -77,43 +92,30 @@ class StateReader(nn.Module):
         for name, words in config.heads.items():
             self.heads[name] = nn.Linear(width * (2 if name in config.deeds else 1), len(words))
 
-    def described(self, video: Video) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what describes frames, what is there, and what happens."""
+    def forward(self, video: Video) -> dict[str, Tensor]:
+        """Return logits of the words of every attribute: per frame of states, else per clip."""
         frames = rearrange(self.frame(video.flatten(0, 1)), "(b t) c -> b c t", b=len(video))
         moving = frames
         for layer in self.time:
             moving = moving + layer(moving).relu()
         happens = torch.cat([moving.mean(2), moving.amax(2)], dim=1)
-        return frames.mT, frames.mean(2), happens
-
-    def forward(self, video: Video) -> dict[str, Tensor]:
-        """Return logits of the words of every attribute: per frame of states, else per clip."""
-        frames, there, happens = self.described(video)
-        read = dict.fromkeys(self.config.things, there) | dict.fromkeys(self.config.deeds, happens)
-        read |= dict.fromkeys(self.config.states, frames)
+        read = dict.fromkeys(self.config.things, frames.mean(2))
+        read |= dict.fromkeys(self.config.deeds, happens)
+        read |= dict.fromkeys(self.config.states, frames.mT)
         return {name: self.heads[name](x) for name, x in read.items()}
-
-    def prepared(self, clips: Clips) -> Float[Tensor, "batch chosen 3 size size"]:
-        """Return the frames of clips that it looks at."""
-        chosen = clips[:, spread(clips.shape[1] - 1, self.config.num_frames)]
-        return from_frames(np.stack([shrunk(clip, self.config.size) for clip in chosen]))
 
     @torch.inference_mode()
     def read(self, clips: Clips) -> list[Json]:
         """Return the words for each clip; of states as in `labels.outline`."""
         found: list[Json] = [{} for _ in clips]
-        for name, logits in self(self.prepared(clips)).items():
+        chosen = clips[:, spread(clips.shape[1] - 1, self.config.num_frames)]
+        video = from_frames(np.stack([shrunk(clip, self.config.size) for clip in chosen]))
+        for name, logits in self(video).items():
             words = self.config.heads[name]
             for seen, best in zip(found, logits.argmax(-1).tolist(), strict=True):
                 of_frames = name in self.config.states
                 seen[name] = outline([words[k] for k in best]) if of_frames else words[best]
         return found
-
-    @torch.inference_mode()
-    def features(self, clips: Clips) -> Float[Tensor, "batch features"]:
-        """Describe clips by what is there and what happens, in vectors of length 1."""
-        _, there, happens = self.described(self.prepared(clips))
-        return nn.functional.normalize(torch.cat([there, happens], dim=1), dim=1)
 
 
 def scores(seen: Json, told: Json) -> dict[str, float]:
@@ -129,9 +131,8 @@ class TrainedJudge:
         self.reader = load_component(folder, StateReader).float().eval()
         self.footage, self.config = footage, (config := self.reader.config)
         how = {"only": tuple(config.heads), "apart": config.apart, "share": config.held_out}
-        parts = read_labels(footage, **how)
-        self.known = [part for part in parts if not part.held_out]
         # How things stand at first is what follows from the words only where a video begins.
+        parts = read_labels(footage, **how)
         self.asked = [part for part in parts if part.held_out and part.first == 0]
 
     def prompts(self, count: int, *, seed: int) -> list[Json]:
@@ -160,11 +161,8 @@ class TrainedJudge:
             found.append(right | {"motion": motion(clips[k])} | more)
         return found
 
-    def nearest(self, clips: Clips) -> list[Part]:
-        """Return the part to train on that is nearest to each clip: is it memory or skill?"""
-        own, best = self.reader.features(clips), [(-2.0, 0)] * len(clips)
-        for index, part in enumerate(self.known):
-            one = part.clip(self.config.num_frames, size=self.config.size)[None]
-            alike = (own @ self.reader.features(one)[0]).tolist()
-            best = [max(old, (new, index)) for old, new in zip(best, alike, strict=True)]
-        return [self.known[index] for _, index in best]
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        words = [seen.values() for seen in self.reader.read(clips)]
+        return [
+            ", ".join(w if isinstance(w, str) else " then ".join(w) for w in each) for each in words
+        ]

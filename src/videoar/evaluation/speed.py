@@ -26,7 +26,7 @@ from videoar.core.schemes import parse
 from videoar.core.transformer import VideoTransformer
 from videoar.data.video import VideoWriter
 from videoar.evaluation.options import Bench
-from videoar.evaluation.tables import cells, markdown
+from videoar.evaluation.tables import cells, markdown, spread
 from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import write
@@ -80,11 +80,6 @@ def tables(config: Bench, rows: Sequence[Json]) -> str:
     return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Return the median and the range."""
-    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-
-
 def speed_cells(row: Json) -> dict[str, str]:
     """Return the cells of the table of speed, by column."""
     runs, rate = row["runs"], row["matmul_rate"]
@@ -93,7 +88,7 @@ def speed_cells(row: Json) -> dict[str, str]:
     start, speed = first.start_seconds, row["flops"] / seconds[0]
     return {
         "units": row["name"],
-        "frames/s": _spread([run.fps for run in runs]),
+        "frames/s": spread([run.fps for run in runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
         "steps": str(row["steps"]),
         "passes": str(first.passes),
@@ -102,7 +97,7 @@ def speed_cells(row: Json) -> dict[str, str]:
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
         "window (latent frames)": str(row["window_frames"] or "all"),
-        "first frame (s)": _spread([run.first_frame_seconds for run in runs]),
+        "first frame (s)": spread([run.first_frame_seconds for run in runs]),
         "from start (s)": "unknown" if start is None else f"{start:.2f}",
         "peak memory": f"{runs[-1].peak_bytes / 2**20:.0f} MiB",
         "GFLOP/s": f"{speed / 1e9:.1f}",
@@ -170,7 +165,8 @@ def generate(
         units=config.units[0],
         **stated,
     )
-    counted: Json = {"tokens": 0, "flops": 0.0, "steps": generation.sampler.config.num_steps}
+    steps = len(generation.sampler.config.sigmas) - 1
+    counted: Json = {"tokens": 0, "flops": 0.0, "steps": steps}
 
     def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: Json) -> None:
         size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]

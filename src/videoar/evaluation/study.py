@@ -1,294 +1,257 @@
-"""Faithfulness and drift: does a video show what its prompt says?
+"""A study: what a design compares is made, judged and kept, video by video, and then reported.
 
-A study is a list of entries, each a checkpoint with fields of `GenerationConfig` beside its own;
-all get the same prompts and seeds, so they are compared in pairs. The judge is that of the
-procedural world, or one that was trained; its ceiling is its score on real clips of the same
-prompts. No scene is trained on, but its words may be: one thing on a background of the procedural
-world has only 1,536 combinations of attributes.
-
-What the file of a study holds is kept and not computed again; of other settings it is refused.
+A folder holds `study.json`, what is compared; `figures/`, a line of JSON for each video, a file for
+each share of the work; `videos/`, those of the first prompts; and the report. What is there is not
+computed again, so a study goes on where it was killed, and processes may share it.
 """
 
-import functools
+import contextlib
+import itertools
 import json
-import math
-import re
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
+from videoar import machine
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_same
-from videoar.core.schemes import KINDS, parse
-from videoar.encoders.codec import from_frames, to_frames
-from videoar.evaluation import tables
-from videoar.evaluation.judge import WORLD, Clips, Judge, judge_ends, judge_whole
-from videoar.evaluation.options import Compare, Evaluate, StudyOptions
-from videoar.evaluation.reader import TrainedJudge
-from videoar.evaluation.tables import CLEAN, CODEC, LONG, cells, markdown
-from videoar.files import Json, load, save, to_json
-from videoar.generation.config import GenerationConfig
+from videoar.data.options import ALL, turns
+from videoar.evaluation import designs, report
+from videoar.evaluation.designs import Design
+from videoar.evaluation.entries import (
+    Entry,
+    Job,
+    Report,
+    UnitsOf,
+    coded,
+    find_judge,
+    generated,
+    load_pipeline,
+    measured,
+    plan,
+    read_line,
+    read_overrides,
+    real,
+    speed,
+    written,
+)
+from videoar.evaluation.judge import Judge
+from videoar.evaluation.metrics import PixelUnits
+from videoar.evaluation.options import Study
+from videoar.evaluation.statistics import Found
+from videoar.evaluation.tables import CLEAN, CODEC
+from videoar.files import Json, check_folder, to_json, write_json
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
-Report, Asked, Made = Callable[[str], None], list[Json], Iterator[Clips]
-Who = tuple[Judge, Json]
-"""A judge, and what tells it from others in the settings of a study."""
+REPEATS, MAX_STEPS = 3, 64
+TIMED = -1
+"""The number of a line that holds no video, but what one costs."""
+TRIED_FRAMES = 45  # twelve latent ones, which are whole segments of most kinds of unit
+WORDS = {"units": "{}", "window_frames": "window {}", "sink_frames": "sink {}"}
+WORDS["num_inference_steps"] = "steps {}"
 
 
-def generated(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
-    """Yield the frames of a batch of generated videos as they come."""
-    texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
-    yield from pipe.generate(texts, num_frames=num_frames, seeds=seeds)
-
-
-def real(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
-    """Yield real clips of what is asked for."""
-    yield judge.real(prompts, num_frames=num_frames, size=pipe.height, fps=pipe.sampling.fps)
-
-
-def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
-    """Yield real clips that went through the codec, which takes whole latent frames."""
-    stride = pipe.codec.stride[0]
-    whole = 1 + math.ceil((num_frames - 1) / stride) * stride
-    for clips in real(pipe, prompts, judge, num_frames=whole):
-        latents = pipe.codec.encode(from_frames(clips))
-        yield to_frames(pipe.codec.decode(latents))[:, :num_frames]
-
-
-def judge_and_describe(blocks: Made, prompts: Asked, *, fps: int, judge: Judge) -> list[Json]:
-    """Judge short videos, and describe them by `features`."""
-    clips = np.concatenate(list(blocks), axis=1)
-    videos = judge_whole(iter([clips]), prompts, fps=fps, judge=judge)
-    pairs = zip(videos, features(clips).tolist(), strict=True)
-    return [video | {"features": described} for video, described in pairs]
-
-
-def features(frames: Clips) -> Float[np.ndarray, "b c"]:
-    """Describe videos by the encoder of the bundled codec, a fixed network that saw no generator.
-
-    Per latent channel: its mean and deviation over all places, and its mean change in time.
-    """
-    codec = Checkpoint.find("toy").codec()
-    stride = codec.stride[0]
-    with torch.inference_mode():
-        whole = 1 + (frames.shape[1] - 1) // stride * stride
-        latents = codec.encode(from_frames(frames[:, :whole]))
-    change = latents.diff(dim=1).abs()
-    parts = (latents.mean((1, 3, 4)), latents.std((1, 3, 4)), change.mean((1, 3, 4)))
-    return torch.cat(parts, dim=1).double().numpy()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """Videos of the held-out prompts that one checkpoint makes in one way, and their judge."""
-
-    name: str
-    """In the file; no other entry has it."""
-    checkpoint: str
-    overrides: Json = field(default_factory=dict)
-    """Fields of `GenerationConfig`, such as the units, that are not the checkpoint's own."""
-    num_prompts: int
-    seconds: float
-    seeds: int = 1
-    """Videos per prompt."""
-    make: Callable[..., Made] = generated
-    judge: Callable[..., list[Json]] = judge_whole
-
-
-def find_judge(config: StudyOptions, checkpoint: str) -> Who:
-    """Return who judges: whom the options name, or whom the checkpoint brings along; and its mark.
+def run(config: Study, say: Report) -> str:
+    """Do a share of a study, and return the report if it was the last one.
 
     Raises:
-        ValueError: it lacks the videos by which it judges, or there is none.
+        ValueError: it is none, or the folder holds another one.
     """
-    found = Checkpoint.find(config.judge or checkpoint)
-    folder, footage = found.source / "judge", config.footage
-    trained = folder.is_dir()
-    if trained != (footage is not None) or (config.judge and not trained):
-        raise ValueError(
-            f"{found.source} brings {'a' if trained else 'no'} judge of labelled videos: one takes"
-            " --footage, the folder of these, and --judge, the checkpoint of `videoar train judge`,"
-            " if the first checkpoint brings none"
-        )
-    if footage is None:
-        return WORLD, {}
-    return TrainedJudge(folder, footage), {"judge_weights": found.fingerprint()}
+    design, folder = designs.find(config), config.out
+    lines = dict(map(read_line, design.checkpoints))
+    if len(lines) < len(design.checkpoints):
+        raise ValueError("two checkpoints have one name: write NAME=CHECKPOINT with other names")
+    paths = [path.partition("?")[0] for several in lines.values() for path in several]
+    judge, mark = find_judge(config, paths[0])
+    judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
+    about = {"seed": config.seed, "batch_size": config.batch_size} | mark
+    weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
+    asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
+    check_folder(folder)
+    if not (path := folder / "study.json").exists():
+        if any(folder.glob("[!.]*")):
+            raise ValueError(f"{folder} holds other files, and no study: name another folder")
+        folder.mkdir(exist_ok=True)
+        partial = folder / f".study-{os.getpid()}.json"
+        write_json(partial, {"asked": asked} | _settled(design, lines, say))
+        with contextlib.suppress(FileExistsError):  # another process was first, and settled it
+            os.link(partial, path)
+        partial.unlink()
+    held = json.loads(path.read_text(encoding="utf-8"))
+    check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
+    jobs = plan(_entries(held["entries"], design, paths[0]), say, about)
+    _work(config, design, jobs, judge, say)
+    found, missing = _found(folder, jobs, say)
+    if missing:
+        return f"{missing} videos are missing: other shares make them, or this command again\n"
+    entries = held["entries"].items()
+    lines = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
+    said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
+    said |= {"hardware": machine.hardware("cpu"), "lattices": {}}
+    for job in {str(job.sampling.units): job for job in jobs}.values():
+        units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
+        said["lattices"][str(job.sampling.units)] = report.lattice(units)
+    return report.write(folder, Found(entries=found, lines=lines), said, say)
 
 
-def evaluate(config: Evaluate, report: Report) -> str:
-    """Judge a checkpoint under every kind of unit, and return the tables."""
-    units = config.units or tuple(Checkpoint.find(config.checkpoint).meta.get("units", KINDS))
-    for name in units:  # what is wrong with it is said before weights are loaded
-        parse(name)
-    names = ("num_inference_steps", "shift", "guidance_scale")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    shared: Json = {"checkpoint": config.checkpoint}
-    shared |= {"num_prompts": config.num_prompts, "seconds": config.seconds}
-    entries = [
-        Entry(name=CLEAN, make=real, overrides=given, **shared),
-        Entry(name=CODEC, make=coded, overrides=given, **shared),
-        *(Entry(name=name, overrides=given | {"units": name}, **shared) for name in units),
-    ]
-    found = run(entries, config, report, find_judge(config, config.checkpoint))
-    titled = tables.unit_tables(found, units=units)
-    save(config.out, {"entries": found, "tables": titled})
-    text = [markdown(cells(tables.headline(next(iter(titled.values())))))]
-    for title, rows in titled.items():
-        text += [f"{title}:", markdown(cells(rows))]
-    return "\n\n".join(text) + "\n"
+def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) -> Json:
+    """Return what is compared: groups of entries, their checkpoints, and what they override.
 
-
-def compare(config: Compare, report: Report) -> str:
-    """Judge checkpoints beside each other, and return the tables.
-
-    A line is a name with one checkpoint, or with several that differ in their seed of training:
-    their videos of one prompt are one observation. Every checkpoint samples as it says itself, but
-    for fields after its name, as in `toy?guidance_scale=1&num_inference_steps=2`.
+    Steps that make seconds equal are measured, once.
     """
-    lines = dict(map(read_line, config.entries))
-    if len(lines) < len(config.entries):
-        raise ValueError("two entries have one name: write NAME=CHECKPOINT with other names")
-    shared: Json = {"num_prompts": config.num_prompts, "seconds": config.seconds}
-    shared["judge"] = judge_and_describe
-    first = next(iter(lines.values()))[0].partition("?")[0]
+    groups, entries = defaultdict[str, list[str]](list), Json()
+    for title, steps in _steps(design, lines, say):
+        for (line, several), cell in itertools.product(lines.items(), design.cells()):
+            chosen = {} if steps is None else {"num_inference_steps": steps[cell.get("units")]}
+            words = [line] if len(lines) > 1 or not cell | chosen else []
+            for name, value in (cell | chosen).items():
+                text = "all" if value is None else str(value)
+                words.append(WORDS[name].format(text))
+            entries[name := " ".join(words)] = several, cell | chosen
+            groups[title].append(name)
+    return {"groups": groups, "entries": entries}
+
+
+def _steps(
+    design: Design, lines: Mapping[str, Sequence[str]], say: Report
+) -> Iterator[tuple[str, Mapping[str | None, int] | None]]:
+    """Yield groups of entries that are compared, and the steps of kinds of unit in each."""
+    kinds = design.units or (None,)
+    if not design.steps and not design.equal:
+        yield "as they are", None
+    for steps in design.steps:
+        yield f"{steps} steps", dict.fromkeys(kinds, steps)
+    path, _, text = next(iter(lines.values()))[0].partition("?")
+    pipe, costs = load_pipeline(path)[0], {}
+    for kind in kinds if design.equal else ():  # it is a straight line through 1 and 4 steps
+        runs = []
+        for steps in (1, 4):
+            own = read_overrides(text) | {"units": kind, "num_inference_steps": steps}
+            tried = replace(pipe, sampling=pipe.sampling.replaced(**own))
+            tries = [speed(tried, num_frames=TRIED_FRAMES) for _ in range(REPEATS)]
+            runs.append({name: min(each[name] for each in tries) for name in tries[0]})
+        costs[kind] = {name: np.polyfit((1, 4), [one[name] for one in runs], 1) for name in runs[0]}
+    for what in design.equal:
+        budget = np.polyval(costs[kinds[0]][what], design.budget)
+        ideal = {kind: (budget - line[what][1]) / line[what][0] for kind, line in costs.items()}
+        found = {kind: min(max(1, round(float(n))), MAX_STEPS) for kind, n in ideal.items()}
+        say(f"equal {what}: {', '.join(f'{kind} {n}' for kind, n in found.items())} steps")
+        yield f"equal {what}", found
+
+
+def _entries(asked: Json, design: Design, first: str) -> list[Entry]:
+    """Return what is made: real clips, those through the codec, and an entry per checkpoint."""
+    shared: Json = {"num_prompts": design.num_prompts, "seconds": design.seconds}
+    shared["judge"] = measured
     makers = {CLEAN: real, CODEC: coded}
     entries = [Entry(name=k, checkpoint=first, make=make, **shared) for k, make in makers.items()]
-    for line, checkpoint in ((line, one) for line, several in lines.items() for one in several):
-        path, _, text = checkpoint.partition("?")
-        overrides = read_overrides(text) | ({"units": config.units} if config.units else {})
-        how: Json = {"checkpoint": path, "overrides": overrides, "seeds": config.seeds}
-        entries.append(Entry(name=f"{line} {checkpoint}", **how, **shared))
-    found = run(entries, config, report, find_judge(config, first))
-    names = {line: [f"{line} {one}" for one in several] for line, several in lines.items()}
-    three = tables.checkpoint_tables(found, names)
-    save(config.out, {"entries": found, "tables": three})
-    return "\n\n".join(markdown(cells(rows)) for rows in three) + "\n"
+    for name, (checkpoints, overrides) in asked.items():
+        for k, checkpoint in enumerate(checkpoints):
+            path, _, text = checkpoint.partition("?")
+            own: Json = {"name": report.member(name, k), "checkpoint": path, "seeds": design.seeds}
+            entries.append(Entry(overrides=read_overrides(text) | overrides, **own, **shared))
+    return entries
 
 
-def read_line(text: str) -> tuple[str, tuple[str, ...]]:
-    """Read `NAME=CHECKPOINT,CHECKPOINT`, or a checkpoint alone."""
-    name, equals, paths = text.partition("=")
-    if not equals or "?" in name:  # what follows a checkpoint's own name is no other one
-        name = paths = text
-    # Commas of a changed field, as in units=multiscale:4,2,1 or sigmas=[1,0.5,0], part nothing.
-    comma = r",(?! ?[\d.]+\]?(?:[,/&]|$))" if "?" in paths else ","
-    checkpoints = tuple(re.split(comma, paths))
-    if not name or not all(checkpoints):
-        raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
-    return name, checkpoints
-
-
-def read_overrides(text: str) -> Json:
-    """Read fields of `GenerationConfig` from `name=value&name=value`; values are JSON, or words."""
-    changes, known = {}, [field.name for field in fields(GenerationConfig)]
-    for pair in filter(None, text.split("&")):
-        name, equals, value = pair.partition("=")
-        if not equals or name not in known:
-            raise ValueError(
-                f"{pair!r} changes no field of the sampling: write NAME=VALUE with a name among"
-                f" {', '.join(known)}"
-            )
-        try:
-            changes[name] = json.loads(value)
-        except ValueError:
-            changes[name] = value
-    return changes
-
-
-def run(entries: Sequence[Entry], config: StudyOptions, report: Report, who: Who) -> Json:
-    """Make and judge the videos of entries, and keep them, with a report of each batch and entry.
-
-    If they are asked for, long videos of what generates are judged, too.
-
-    Returns:
-        All that the file holds then, by entry: settings, and what was seen in every video.
-    """
-    found, (judge, mark) = load(config.out, "entries", kind="evaluation"), who
-    judge.prompts(max(entry.num_prompts for entry in entries), seed=config.seed)
-    save(config.out, {"entries": found})  # fails now if it must fail
-    how: Json = {"num_prompts": config.long_prompts, "seconds": config.long_seconds, "seeds": 1}
-    long = [
-        replace(entry, name=f"{entry.name}{LONG}", judge=judge_ends, **how)
-        for entry in entries
-        if config.long_prompts and entry.make is generated
-    ]
-    pipelines = functools.lru_cache(maxsize=1)(_load)  # neighbours often share a checkpoint
-    jobs = {}
-    for entry in (*entries, *long):  # what is wrong with one is said before others take hours
-        pipe, weights = pipelines(entry.checkpoint)
-        sampling = pipe.sampling.replaced(**entry.overrides)
-        pipe = replace(pipe, sampling=sampling)
-        if new := pipe.untrained([sampling.units] if entry.make is generated else ()):
-            report(f"{entry.name}: {entry.checkpoint} is {new}")
-        pipe.generate(["a ball"], num_frames=1 + sampling.fps, seeds=[0])
-        settings = to_json(
-            vars(sampling)
-            | {
-                "num_inference_steps": sampling.steps,
-                "num_prompts": entry.num_prompts,
-                "seeds": entry.seeds,
-                "seed": config.seed,
-            }
-            | {"num_frames": round(entry.seconds * sampling.fps), "weights": weights}
-            | {"judge": entry.judge.__name__}
-            | mark
-        )
-        if entry.name in found:
-            held = f"{config.out} holds {entry.name}"
-            check_same(found[entry.name]["settings"], settings, held=held, other="file")
+def _work(config: Study, design: Design, jobs: Sequence[Job], judge: Judge, say: Report) -> None:
+    """Make this process's share of the videos, those apart that are there."""
+    share = config.share
+    if share == ALL and "WORLD_SIZE" in os.environ:  # as torchrun says it
+        share = f"{int(os.environ['RANK']) + 1}/{os.environ['WORLD_SIZE']}"
+    size, work = config.batch_size, list[tuple[Job, range]]()
+    for job in jobs:
+        numbers = _numbers(job)
+        starts = range(0, job.num_videos, size)
+        work += [(job, numbers[k : min(k + size, job.num_videos)]) for k in starts]
+        work += [(job, numbers[job.num_videos :])] if job.num_videos < len(numbers) else []
+    there = {(row["entry"], row["index"]) for row in _rows(config.out, say)}
+    left = [(job, own) for job, own in work[turns(share)] if _new(job, own, there)]
+    for name in ("figures", "videos"):
+        (config.out / name).mkdir(exist_ok=True)
+    kinds = tuple(dict.fromkeys(str(job.sampling.units) for job in jobs))
+    path, paced = config.out / "figures" / f"{share.replace('/', '-of-')}.jsonl", Paced(say)
+    started = time.perf_counter()
+    for number, (job, rows) in enumerate(left, start=1):
+        name, pipe, frames = job.entry.name, job.pipeline(), job.settings["num_frames"]
+        if rows == [TIMED]:
+            found = [{"runs": [speed(pipe, num_frames=frames) for _ in range(REPEATS)]}]
         else:
-            jobs[entry.name] = entry, sampling, settings
-    total = sum(s["num_prompts"] * s["seeds"] * s["num_frames"] for *_, s in jobs.values())
-    done, started, paced = 0, time.perf_counter(), Paced(report)
-    for name, (entry, sampling, settings) in jobs.items():
-        pipe = replace(pipelines(entry.checkpoint)[0], sampling=sampling)
-        frames, videos = settings["num_frames"], []
-        for batch in _batches(entry, config, judge):
-            blocks = _heard(entry.make(pipe, batch, judge, num_frames=frames), name, paced)
-            videos += entry.judge(blocks, batch, fps=sampling.fps, judge=judge)
-            done += len(batch) * frames
-            left = (time.perf_counter() - started) * (total / done - 1)
-            paced.say(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
-        found[name] = {"settings": settings, "videos": videos}
-        if entry.make is generated:
-            found[name]["passes_per_second"] = _passes(pipe)
-        save(config.out, {"entries": found})
-        scores = tables.by_prompt([found[name]], "last" if "last" in videos[0] else "scores")
-        report(f"{name}: {', '.join(f'{key} {100 * s.mean():.1f}' for key, s in scores.items())}")
+            asked = job.asked(judge, seed=config.seed)[rows[0] : rows[-1] + 1]
+            files = {i: config.out / report.video_of(name, i) for i in rows if i < design.keep}
+            blocks = job.entry.make(pipe, asked, judge, num_frames=frames)
+            blocks = written(blocks, files, first=rows[0], fps=job.sampling.fps)
+            own = [str(job.sampling.units)] if job.entry.make is generated else kinds
+            how: Json = {"labels": _labels(pipe, own, frames), "fps": job.sampling.fps}
+            found = job.entry.judge(blocks, asked, judge=judge, **how)
+        with path.open("a", encoding="utf-8") as file:
+            for i in _new(job, rows, there):
+                line = {"entry": name, "index": i} | found[rows.index(i)]
+                file.write(f"\n{json.dumps(line, allow_nan=False)}")  # whatever was torn before it
+        rest = (time.perf_counter() - started) * (len(left) / number - 1)
+        paced.say(f"{name}: {number} of {len(left)} parts, {timedelta(seconds=round(rest))} left")
+
+
+def _numbers(job: Job) -> list[int]:
+    """Return the numbers of its lines: videos, and what one of them costs."""
+    return [*range(job.num_videos), *([TIMED] if job.entry.make is generated else [])]
+
+
+def _new(job: Job, rows: Sequence[int], there: set[tuple[str, int]]) -> list[int]:
+    """Return the numbers of lines that are not there."""
+    return [i for i in rows if (job.entry.name, i) not in there]
+
+
+def _labels(pipe: VideoPipeline, kinds: Sequence[str], num_frames: int) -> dict[str, UnitsOf]:
+    """Return what tells the unit of every pixel of some frames, under kinds of unit."""
+    found, (stride, *sides) = dict[str, UnitsOf](), pipe.codec.stride
+    patch = pipe.transformer.config.patch
+    for kind in kinds:
+        units = pipe.lattice(kind, num_frames)
+        finest = units.coords[:, 3] == 0
+        t, h, w, _ = units.coords[finest].long().T.numpy()
+        grid = np.zeros((units.frames or 0, units.height, units.width), dtype=np.int32)
+        grid[t, h, w] = units.unit[finest]
+
+        def pixels(frames: range, grid: PixelUnits = grid) -> PixelUnits:
+            chosen = grid[-(-np.array(frames) // stride)]
+            return chosen.repeat(sides[0] * patch, axis=1).repeat(sides[1] * patch, axis=2)
+
+        found[kind] = pixels
     return found
 
 
-def _load(checkpoint: str) -> tuple[VideoPipeline, str]:
-    """Load a checkpoint, and take its fingerprint."""
-    return VideoPipeline.from_pretrained(checkpoint), Checkpoint.find(checkpoint).fingerprint()
+def _rows(folder: Path, say: Report) -> Iterator[Json]:
+    """Yield what was measured; of a line that was torn when its process was killed, it is said."""
+    seen = set[tuple[str, int]]()
+    for path in sorted((folder / "figures").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line or "null")
+            except ValueError:
+                say(f"{path}: line {number} is torn, so it is made again")
+                continue
+            if row and (key := (row["entry"], row["index"])) not in seen:
+                seen.add(key)
+                yield row
 
 
-def _heard(blocks: Iterator[Clips], name: str, paced: Paced) -> Iterator[Clips]:
-    """Pass on what comes, and say how much it was if nothing else is said."""
-    frames = 0
-    for block in blocks:
-        frames += block.shape[1]
-        paced.hear(f"{name}: {frames} frames of {len(block)} videos")
-        yield block
-
-
-def _batches(entry: Entry, config: StudyOptions, judge: Judge) -> Iterator[list[Json]]:
-    """Yield the prompts of an entry, once for each of its seeds, in batches."""
-    prompts = judge.prompts(entry.num_prompts, seed=config.seed)
-    asked = [p | {"seed": p["seed"] + 1_000_003 * k} for k in range(entry.seeds) for p in prompts]
-    for start in range(0, len(asked), config.batch_size):
-        yield asked[start : start + config.batch_size]
-
-
-def _passes(pipe: VideoPipeline) -> float:
-    """Count the passes for a second of video; guidance makes two of one."""
-    generation = pipe.generate(["a ball"], num_frames=1 + 4 * pipe.codec.stride[0], seeds=[0])
-    frames = sum(block.shape[1] for block in generation)
-    twice = 2 if pipe.sampling.guidance_scale != 1 else 1
-    return generation.stats.passes * twice * pipe.sampling.fps / frames
+def _found(folder: Path, jobs: Sequence[Job], say: Report) -> tuple[Json, int]:
+    """Return what is known of every entry, and how much is missing."""
+    rows: dict[str, dict[int, Json]] = {job.entry.name: {} for job in jobs}
+    for row in _rows(folder, say):
+        rows[row["entry"]][row["index"]] = row
+    found, missing = Json(), 0
+    for job in jobs:
+        own = rows[job.entry.name]
+        missing += sum(k not in own for k in _numbers(job))
+        videos = [own[k] for k in sorted(own) if k != TIMED]
+        runs = own[TIMED]["runs"] if TIMED in own else []
+        found[job.entry.name] = {"settings": job.settings, "videos": videos, "runs": runs}
+    return found, missing

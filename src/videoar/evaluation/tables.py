@@ -112,38 +112,11 @@ def unit_tables(found: Json, *, units: Sequence[str]) -> dict[str, Rows]:
         first, last, slopes = (by_prompt([found[name]], key) for key in ("first", "last", "slopes"))
         add(f"The first {WINDOW_SECONDS:g} s of the long videos", name, intervals(first))
         add(f"The last {WINDOW_SECONDS:g} s of the long videos", name, intervals(last))
-        add("Change per minute, times 100", name, intervals(slopes))
+        per_minute = {key: 60 * value for key, value in slopes.items()}
+        add("Change per minute, times 100", name, intervals(per_minute))
         change = difference(last, first, compared)
         add("Last minus first window of the same video, in points", name, change)
     return tables
-
-
-def checkpoint_tables(found: Json, lines: Mapping[str, Sequence[str]]) -> list[Rows]:
-    """Return the tables of lines that are one entry, or several that differ in who made them."""
-    shown = columns_of(by_prompt([found[CLEAN]]))
-    extra = ("Frechet", "diversity", "steps", "passes/s")
-    right: Rows = []
-    for name in (CLEAN, CODEC):
-        right.append({"videos of": name} | intervals(by_prompt([found[name]]), shown))
-        right[-1] |= dict.fromkeys(extra, "") | looks([found[name]], found[CLEAN])
-    minus, drift, first = [], [], {}
-    for line, names in lines.items():
-        own = [found[name] for name in names]
-        scores, settings = by_prompt(own), own[0]["settings"]
-        sigmas = settings["sigmas"]
-        right.append({"videos of": line} | intervals(scores, shown))
-        right[-1]["Frechet"] = _distance(own, _features(found[CLEAN]))
-        right[-1]["diversity"] = _diversity(own)
-        steps = settings["num_inference_steps"] if sigmas is None else len(sigmas) - 1
-        right[-1] |= {"steps": steps, "passes/s": f"{own[0]['passes_per_second']:.1f}"}
-        right[-1] |= looks(own, found[CLEAN])
-        if first:
-            minus.append({"minus the first": line} | difference(scores, first, shown))
-        first = first or scores
-        if long := [found[f"{name}{LONG}"] for name in names if f"{name}{LONG}" in found]:
-            change = difference(by_prompt(long, "last"), by_prompt(long, "first"), shown)
-            drift.append({f"last - first {WINDOW_SECONDS:g} s": line} | change)
-    return [rows for rows in (right, minus, drift) if rows]
 
 
 def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
@@ -168,14 +141,15 @@ def _features(sample: Json) -> Float[np.ndarray, "videos features"]:
     return np.array([video["features"] for video in sample["videos"]])
 
 
-def _distance(samples: Sequence[Json], real: Float[np.ndarray, "videos features"]) -> str:
+def distance(samples: Sequence[Json], real: Json) -> str:
     """Return the Fréchet distance, the mean over samples: more videos would be nearer."""
-    found = [vars(frechet_interval(_features(sample), real)) for sample in samples]
+    known = _features(real)
+    found = [vars(frechet_interval(_features(sample), known)) for sample in samples]
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     return f"{Interval(**means):.2f}"
 
 
-def _diversity(samples: Sequence[Json]) -> str:
+def diversity(samples: Sequence[Json]) -> str:
     """Return how far apart videos of one prompt with different noise are, in features."""
     seeds = samples[0]["settings"]["seeds"]
     if seeds < 2:
@@ -185,3 +159,8 @@ def _diversity(samples: Sequence[Json]) -> str:
         first, second = described.reshape(seeds, -1, described.shape[1])[:2]
         apart += np.linalg.norm(first - second, axis=1).tolist()
     return f"{bootstrap_interval(apart):.2f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median and the range."""
+    return f"{np.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"

@@ -11,9 +11,11 @@ from videoar.checks import check, check_options, check_types, typed
 from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import mixed
+from videoar.core.sampler import SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
 from videoar.files import Json
+from videoar.generation.schedules import OF_CLIPS, SCHEDULES
 from videoar.generation.unipc import GRIDS, grid, timestep, unipc_step
 
 # Of `SamplerConfig`; others are Euler steps, on one grid or another.
@@ -33,6 +35,8 @@ class GenerationConfig:
     """Denoising steps per unit."""
     unit_steps: Mapping[str, int] = field(default_factory=dict)
     """The same for kinds of unit, by name, that need others by default."""
+    first_steps: tuple[int, ...] = ()
+    """Steps of the first units, where nothing is read yet, if more: 4 for one, 4 3 for two, ..."""
     shift: float = 5.0
     """Shift of the sigmas towards noise."""
     sigmas: tuple[float, ...] | None = None
@@ -50,8 +54,8 @@ class GenerationConfig:
     """First latent frames that stay readable for ever: as many whole segments as fit."""
     moving_sinks: bool = True
     """Whether they follow the window; else their positions are those of the first frames."""
-    lag: int | None = None
-    """Rows between the starts of two waves: see `SamplerConfig`."""
+    lag: int | float | str | None = None
+    """Rows between the starts of two waves, or one of `schedules.SCHEDULES`."""
     context_noise: float = 0.0
     """Sigma at which finished units enter the cache."""
     fps: int = 16
@@ -61,15 +65,18 @@ class GenerationConfig:
         check_types(self)
         for name, steps in self.unit_steps.items():
             check(f"unit_steps of {name}", steps, steps >= 1, "1 or more")
+        named = not isinstance(self.lag, str) or self.lag in SCHEDULES
+        check("lag", self.lag, named, f"a number of rows, or one of {', '.join(SCHEDULES)}")
         check("fps", self.fps, 0 < self.fps <= 1000, "1 to 1000, such as 16")
 
     @property
     def schedule(self) -> tuple[float, ...]:
         """The sigmas of a unit."""
-        if self.sigmas:
-            return self.sigmas
-        even = sigma_steps(self.steps, shift=self.shift)
-        return grid(self.step, self.steps, shift=self.shift) if self.step in GRIDS else even
+        return self.sigmas or self._sigmas(self.steps)
+
+    def _sigmas(self, steps: int) -> tuple[float, ...]:
+        even = sigma_steps(steps, shift=self.shift)
+        return grid(self.step, steps, shift=self.shift) if self.step in GRIDS else even
 
     @property
     def steps(self) -> int:
@@ -81,12 +88,12 @@ class GenerationConfig:
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace.
 
-        Steps that are named are those of all kinds of unit.
+        Steps that are named are those of all kinds of unit, and of the first ones.
         """
         if {"num_inference_steps", "shift"} & changes.keys():
             changes = {"sigmas": None} | changes
         if "num_inference_steps" in changes:
-            return replace(self, **{"unit_steps": {}} | changes)
+            return replace(self, **{"unit_steps": {}, "first_steps": ()} | changes)
         return replace(self, **changes)
 
     def trained(self, units: tuple[str, ...], *, window: int, **changes: Any) -> "GenerationConfig":
@@ -98,6 +105,27 @@ class GenerationConfig:
         chosen = own if own in units else units[0]
         window = max(window, parse(chosen).frames or 0)
         return self.replaced(units=chosen, window_frames=window, **changes)
+
+    def sampler(self, units: Units) -> SamplerConfig:
+        """Return the same for the core, over `units`.
+
+        Raises:
+            ValueError: a value is outside its limits, or `units` cannot be sampled so.
+        """
+        *first, steps = *self.first_steps, len(self.schedule) - 1
+        falling = sorted((*first, steps), reverse=True) == [*first, steps]
+        check("first_steps", self.first_steps, falling, f"falling numbers of {steps} or more")
+        endless = units.count is None and self.lag in OF_CLIPS
+        check("lag", self.lag, not endless, "another for an endless stream, or a number of frames")
+        return SamplerConfig(
+            sigmas=self.schedule,
+            first_sigmas=tuple(map(self._sigmas, first)),
+            lag=SCHEDULES[self.lag] if isinstance(self.lag, str) else self.lag,
+            visible=self.visible(units),
+            context_noise=self.context_noise,
+            moving_sinks=self.moving_sinks,
+            **STEPS.get(self.step, {}),
+        )
 
     def visible(self, units: Units) -> Visible:
         """Return the visibility over `units`: sink and window in whole units."""

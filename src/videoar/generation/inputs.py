@@ -17,11 +17,12 @@ from torch import Tensor
 
 from videoar.checks import check, check_whole, hint
 from videoar.core.schemes import Scheme, parse
-from videoar.core.tokens import Known, known_tokens, to_tokens
+from videoar.core.tokens import Known, to_tokens
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
 from videoar.generation.config import GenerationConfig
+from videoar.generation.latents import known_tokens
 from videoar.generation.stream import Generation
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -56,14 +57,16 @@ def hearing(
     pipe: Any, generation: Generation, callback: OnStepEnd | None, show: Callable[[object], None]
 ) -> Callable[[int, int, Tensor], Tensor]:
     """Return what a sampler calls after a step of a unit: it says how far it is, and asks."""
-    sigmas, units = generation.sampler.config.sigmas, generation.sampler.units.count or 0
-    count, total = itertools.count(1), units * (len(sigmas) - 1)
+    units, rows = generation.sampler.units, generation.sampler.rows
+    waves = map(units.wave_of, range(units.count or 0))
+    count, total = itertools.count(1), sum(len(rows.steps(wave)) for wave in waves)
 
     def on_step(unit: int, step: int, tokens: Tensor) -> Tensor:
         done, seconds = next(count), time.perf_counter() - generation.started
         show(f"{done} of {total} steps, {seconds * (total / done - 1):.0f} s left")
         values: Any = {"latents": tokens, "unit": unit}
-        changed = callback(pipe, step, 1000 * sigmas[step], values) if callback else None
+        sigma = generation.sampler.rows.of(generation.sampler.units.wave_of(unit))[step]
+        changed = callback(pipe, step, 1000 * sigma, values) if callback else None
         return (changed or values).get("latents", tokens)
 
     return on_step

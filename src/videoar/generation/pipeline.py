@@ -15,7 +15,7 @@ from torch import Tensor
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checks import check, check_types, check_whole, checked
-from videoar.core.sampler import Guided, Sampler, SamplerConfig
+from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
 from videoar.core.transformer import TextContext, VideoTransformer
@@ -25,7 +25,8 @@ from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation import inputs
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import STEPS, GenerationConfig, Plan
+from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.guidance import Guided
 from videoar.generation.progress import Progress
 from videoar.generation.session import Session
 from videoar.generation.stream import Generation, State, unpacked
@@ -336,14 +337,7 @@ class VideoPipeline:
         inputs.check_inputs(plan.prompts, plan.seeds, None, options, encoded=encoded)
         num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
         lattice, network = self.lattice(options.units, num_frames), self.transformer
-        config = SamplerConfig(
-            sigmas=options.schedule,
-            lag=options.lag,
-            visible=options.visible(lattice),
-            context_noise=options.context_noise,
-            moving_sinks=options.moving_sinks,
-            **STEPS.get(options.step, {}),
-        )
+        config = options.sampler(lattice)
         if options.guidance_scale != 1:
             network = Guided(network, options.guidance_scale)
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}

@@ -16,13 +16,14 @@ from torch import Tensor
 from videoar import weights
 from videoar.checks import check, check_same
 from videoar.core.sampler import Sampler, part_of
-from videoar.core.tokens import Assembler, Known, Latents, Tokens, known_tokens
+from videoar.core.tokens import Known, Latents, Tokens
 from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
 from videoar.files import Json
 from videoar.generation.config import Plan
+from videoar.generation.latents import Assembler, known_tokens
 from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes, process_seconds
 

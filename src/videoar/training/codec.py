@@ -4,7 +4,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,35 +11,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
-from videoar.checks import check_options, check_positive, check_types
+from videoar.checks import Count, Finite, Options
 from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
-from videoar.data.options import Prepare
+from videoar.data.options import Prepare, TestShare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
 from videoar.data.sources import Source, list_sources
-from videoar.data.video import Frames, contact_sheet
+from videoar.data.video import Frames
 from videoar.data.world import FIRST_HELD_OUT, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import Objective, own_weights
-from videoar.training.run_folder import FOOTAGE, Report, checkpoints
+from videoar.training.objectives import Named, Objective, own_weights
+from videoar.training.run_folder import FOOTAGE, Report, checkpoints, save_sample
 
 Distance = Callable[[Video, Video], Tensor]
 """Makes a loss of the error and the video."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Options):
     """Train a codec on clips of the procedural world, rendered as they are needed."""
 
     codec: TinyCodecConfig
@@ -48,15 +46,12 @@ class ReconstructionConfig:
     init: Path | None = None
     """Checkpoint whose encoder is kept as it is, so that latents keep their meaning and a generator
     trained on them stays valid; its decoder is trained on, or anew if the widths differ."""
-    num_frames: int = 9
+    num_frames: Count = 9
     """Pixel frames per clip, 1 + 4k."""
-    num_clips: int = 200_000
+    num_clips: Count = 200_000
     """Clips in an epoch."""
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
@@ -67,7 +62,7 @@ class ReconstructionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FootageConfig:
+class FootageConfig(Options):
     """Train a codec on a folder of videos, which are decoded once."""
 
     videos: Annotated[Path, arg(name="data.path", prefix_name=False)]
@@ -80,20 +75,15 @@ class FootageConfig:
     """Width and height of clips, to which videos are scaled and cropped."""
     fps: float = 16.0
     """Frames per second of the clips."""
-    num_frames: int = 17
+    num_frames: Count = 17
     """Pixel frames per clip, 1 + 4k."""
-    held_out: float = 0.05
+    held_out: TestShare = 0.05
     """Share of the videos that are kept out of training: those that `prepare` keeps out."""
-    max_gigabytes: float = 8.0
+    max_gigabytes: Finite = 8.0
     """About what decoded clips may take in the folder of the run; of more video, less of each is
     kept. While videos are read it is twice that."""
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "max_gigabytes")
-        check_options(self, ("held_out", 0 < self.held_out <= 0.5, "a share above 0, up to 0.5"))
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
@@ -128,10 +118,8 @@ class FootageConfig:
         )
         sources = self._list()
         length = self.num_frames
-        after_first = [
-            max(0, int(max(self.fps * duration(*s.place), len(s.pictures))) - length)
-            for s in sources
-        ]
+        lengths = (max(self.fps * duration(*s.place), len(s.pictures)) for s in sources)
+        after_first = sum(max(0, int(found) - length) for found in lengths)
         # Stored in 16 bits.
         numbers = 3 * math.prod(size for pixels in prepare.pixels or () for size in pixels)
         room = int(self.max_gigabytes * 1e9 / (2 * numbers * length))
@@ -140,8 +128,7 @@ class FootageConfig:
                 f"max_gigabytes is {self.max_gigabytes:g}, which is less than a clip of each of"
                 f" {len(sources)} videos takes: raise it, or lower num_frames or the size"
             )
-        fitting = (s for s in count(length) if sum(1 + f // s for f in after_first) <= room)
-        stride = next(fitting)
+        stride = max(length, after_first // max(1, room - len(sources)) + 1)
         asked = [self.size, length, self.fps, self.held_out, stride]
         asked += [source.key for source in sources]
         if _made_of(folder) != asked:
@@ -210,9 +197,7 @@ class Reconstruction(Objective):
     def __init__(self, codec: TinyCodec, distance: Distance, *, latent_noise: float):
         self.module, self.distance, self.latent_noise = codec, distance, latent_noise
 
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         video = batch["video"]
         decoded, _ = self.module.reconstruct(video, noise_std=self.latent_noise, generator=rng)
         return {"loss": self.distance(decoded.float() - video, video)}
@@ -223,7 +208,6 @@ class WorldClips:
 
     def __init__(self, task: ReconstructionConfig, *, seed: int):
         self.task, self.seed = task, seed
-        self.shape = (task.num_frames, 3, 64, 64)
 
     def sources(self) -> dict[str, str]:
         return fingerprints(self.task.init)
@@ -252,7 +236,6 @@ class Footage:
     def __init__(self, folder: Path, lossless: PatchCodec, *, init: str | None = None) -> None:
         self.lossless, self.known, self.init = lossless, LatentShards(folder), init
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
-        self.shape = next(self.some(1)).shape[1:]
 
     def sources(self) -> dict[str, str]:
         return {str(self.known.folder): self.known.fingerprint()} | fingerprints(self.init)
@@ -277,38 +260,13 @@ class Footage:
             yield self.lossless.decode(found["latents"])
 
 
-@torch.no_grad()
-def operations(network: nn.Module, run: Callable[[], object]) -> float:
-    """Count the multiply-adds, twice each, of convolutions and matrices, by shape."""
-    total = 0.0
-
-    def add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += 2 * output.numel() * layer.weight[0].numel()
-
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    layers = [layer for layer in network.modules() if isinstance(layer, kinds)]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
 class ReconstructionTask:
     """A `Task`: what the loop needs to train a codec."""
 
     def __init__(self, objective: Reconstruction, clips: WorldClips | Footage, config: TrainConfig):
         self.objective, self.clips, self.out = objective, clips, config.out
         self.sources = clips.sources
-        codec = objective.module
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
-        num_frames, _, *size = clips.shape
-        latent_frames = 1 + (num_frames - 1) // codec.stride[0]
-        batch, places = config.batch_size * latent_frames, math.prod(size) // codec.stride[1] ** 2
-        self.tokens_per_batch = batch * places
-        clip = torch.zeros(1, 5, 3, *size)
-        self.flops_per_batch = 3 * batch * operations(codec, lambda: codec.reconstruct(clip)) / 2
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
@@ -321,9 +279,7 @@ class ReconstructionTask:
             pairs.append((to_frames(video[0]), to_frames(decoded[0])))
             latents.append(latent)
         middle = len(pairs[0][0]) // 2
-        sheet = contact_sheet(np.stack([clip[middle] for pair in pairs for clip in pair]))
-        (self.out / "samples").mkdir(exist_ok=True)
-        Image.fromarray(sheet).save(self.out / "samples" / f"step-{step}.png")
+        save_sample(self.out, step, np.stack([clip[middle] for pair in pairs for clip in pair]))
         where = [np.concatenate([find(clip) for clip, _ in pairs]) for find in (edges, moving)]
         original, decoded = (np.concatenate(clips) for clips in zip(*pairs, strict=True))
         perceived = [value for pair in pairs if (value := xpsnr(*pair)) is not None]

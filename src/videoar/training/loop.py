@@ -2,17 +2,18 @@
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import check_options, check_types
+from videoar.checks import Count, Limit, Natural, Options
 from videoar.data.batches import Batches
 from videoar.generation.progress import Paced
 from videoar.training import run_folder
@@ -25,10 +26,6 @@ from videoar.training.run_folder import LogLine, Report
 @runtime_checkable
 class Task(Protocol):
     """What is trained, on what, and what comes out."""
-
-    tokens_per_batch: int
-    flops_per_batch: float
-    """Floating point operations, forward and backward, for the share of peak."""
 
     @property
     def objective(self) -> Objective:
@@ -57,7 +54,7 @@ class TaskConfig(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Options):
     """A complete run."""
 
     name: str
@@ -66,39 +63,32 @@ class TrainConfig:
     """What is trained, on what."""
     out: Path
     """Folder of the run."""
-    steps: int
+    steps: Count
     """Optimizer steps in all."""
-    batch_size: int
+    batch_size: Count
     """Samples per batch; an optimizer step takes `batch_size * accumulate` of them."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches per optimizer step, which all processes share."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the first weights, the order of the samples and all noise."""
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    ema_decay: float = 0.999
+    ema_decay: Annotated[float, Limit(lambda x: 0 <= x < 1, "a number from 0 to below 1")] = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products; weights and moments stay float32."""
     device: str = "cpu"
     """Where to train."""
-    num_threads: int | None = None
+    num_threads: Count | None = None
     """CPU threads; None leaves torch's choice. A run repeats bit for bit at the same count only."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two lines of the log."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between two checkpoints."""
-    sample_every: int = 0
+    sample_every: Natural = 0
     """Steps between two validations; 0 for none."""
-    keep: int = 1
+    keep: Count = 1
     """How many of the newest checkpoints stay."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
-        least = dict.fromkeys((*counts, "num_threads"), 1) | {"seed": 0, "sample_every": 0}
-        decay = ("ema_decay", 0 <= self.ema_decay < 1, "a number from 0 to below 1")
-        check_options(self, decay, least=least)
 
 
 def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
@@ -149,7 +139,6 @@ def export(config: TrainConfig) -> Path:
 
 def _loop(run: "_Run") -> None:
     config, ranks = run.config, run.ranks
-    peak = machine.measure_matmul_rate(run.device, precision=config.precision)
     log = run_folder.Log(config.out, after=run.step, report=run.report) if ranks.first else None
     with (
         contextlib.closing(log or contextlib.ExitStack()),
@@ -160,7 +149,7 @@ def _loop(run: "_Run") -> None:
             run.paced.hear(f"step {run.step}/{config.steps}")
             last = run.step == config.steps
             if run.step % config.log_every == 0 or last:
-                row = run.row(peak)
+                row = run.row()
                 if log is not None:
                     log.write(row, total=config.steps)
             if config.sample_every and (run.step % config.sample_every == 0 or last):
@@ -279,21 +268,24 @@ class _Run:
         (terms["loss"] * (self.ranks.count / config.accumulate)).backward()
         return {name: value.item() for name, value in terms.items()}
 
-    def row(self, peak: float) -> LogLine:
+    @functools.cached_property
+    def peak(self) -> float:
+        """What all ranks could compute in a second; measured if it is asked for."""
+        one = machine.measure_matmul_rate(self.device, precision=self.config.precision)
+        return one * self.ranks.count
+
+    def row(self) -> LogLine:
         """Return the log line of the steps since the last one, and begin anew."""
         window, self.window = self.window, []
         names = dict.fromkeys(name for terms in window for name in terms)
         found = {name: [terms[name] for terms in window if name in terms] for name in names}
         means = {name: sum(values) / len(values) for name, values in found.items()}
-        batches = self.config.accumulate / means["seconds_per_step"]
-        return {
-            "step": self.step,
-            **means,
-            "learning_rate": window[-1]["learning_rate"],
-            "tokens_per_second": batches * self.task.tokens_per_batch,
-            "share_of_peak": batches * self.task.flops_per_batch / (peak * self.ranks.count),
-            "seconds": self.seconds,
-        }
+        rate = self.config.accumulate / means["seconds_per_step"]
+        if "tokens" in means:
+            means["tokens_per_second"] = rate * means.pop("tokens")
+            means["share_of_peak"] = rate * means.pop("flops") / self.peak
+        last = {"learning_rate": window[-1]["learning_rate"], "seconds": self.seconds}
+        return {"step": self.step} | means | last
 
     def average(self) -> nn.Module:
         """Return the averaged weights beside the buffers of now."""

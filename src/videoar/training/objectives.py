@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from videoar.checks import check_options
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss, on
+from videoar.checks import Count, Options
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss, on
 from videoar.core.schemes import Scheme, parse
+from videoar.core.tokens import Latents
 from videoar.core.transformer import TextContext, VideoTransformer
+from videoar.core.units import Units
 from videoar.encoders.text_encoder import StoredText, TextEncoder
 from videoar.training.optimizer import OptimizerConfig
+
+Named = dict[str, Tensor]
+"""A batch, or the terms of its loss."""
 
 
 class Objective(ABC):
@@ -46,10 +51,10 @@ class Objective(ABC):
         return ""
 
     @abstractmethod
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         """Return scalar tensors; `loss` is minimised, the others are logged.
+
+        What counts them adds the `tokens` of the batch, and the `flops` forward and backward.
 
         The number and the shapes of passes depend on `step` alone: ranks keep in step.
         """
@@ -73,20 +78,33 @@ class TextToVideo(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Options):
     """The first steps of a run, with clips of their own."""
 
-    steps: int
+    steps: Count
     """Optimizer steps."""
     flow: FlowMatchingConfig
     """Its objective, and the length of its clips."""
-    draws: int = 1
+    draws: Count = 1
     """Clips cut of each sample of a batch: short ones cost little, and many are wanted."""
     units: tuple[str, ...] = ()
     """Unit schemes; those of the run, if none is named."""
 
-    def __post_init__(self) -> None:
-        check_options(self, least={"steps": 1, "draws": 1})
+
+def draw_clip(
+    latents: Latents, scheme: Scheme, config: FlowMatchingConfig, rng: torch.Generator
+) -> Float[Tensor, "batch clip channels height width"]:
+    """Cut training clips: the sinks, then consecutive frames from anywhere behind them."""
+    batch, frames = latents.shape[:2]
+    length = min(config.clip_frames, frames)
+    units = Units(scheme, length, 1, 1)  # for its segments alone
+    head = units.whole_segments(config.sink_frames, window=length)
+    start = torch.randint(head, frames - (length - head) + 1, (batch,), **on(rng))
+    near = torch.rand(batch, **on(rng)) >= config.far_probability
+    offset = (start - head).masked_fill(near, 0).to(latents.device)
+    place = torch.arange(length, device=latents.device)
+    index = place + offset[:, None] * (place >= head)
+    return latents[torch.arange(batch, device=latents.device)[:, None], index]
 
 
 class FlowMatching(Objective):
@@ -118,9 +136,7 @@ class FlowMatching(Objective):
             step -= stage.steps
         return self.schemes, self.config, 1
 
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         schemes, config, draws = self._at(step)
         scheme = schemes[int(torch.randint(len(schemes), (), **on(rng)))]
         batch = {key: value.repeat_interleave(draws, 0) for key, value in batch.items()}
@@ -130,10 +146,16 @@ class FlowMatching(Objective):
         if short and torch.rand((), **on(rng)) < short:
             latents = latents[:, :2]
         clip, text = draw_clip(latents, scheme, config, rng), self.module.context(words)
-        loss = flow_matching_loss(
-            self.module.transformer, clip, text, scheme=scheme, config=config, rng=rng
-        )
-        return {"loss": loss}
+        model = self.module.transformer
+        loss = flow_matching_loss(model, clip, text, scheme=scheme, config=config, rng=rng)
+        lattice = (side // model.config.patch for side in clip.shape[3:])
+        size = sum(Units(scheme, clip.shape[1], *lattice).sizes)
+        size *= 2 if config.context == "clean" else 1
+        once = model.flops(size, keys=size, words=words.shape[1])
+        return {"loss": loss} | {
+            name: torch.tensor(len(clip) * float(count))
+            for name, count in (("tokens", size), ("flops", 3 * once))
+        }
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -6,40 +6,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from videoar.checks import check_options, check_types
+from videoar.checks import Natural, Options, Positive, Share
 
 # Parameters with one of these in their name stay with AdamW: what comes first and last.
 MUON_EXCLUDES = ("embed", "proj_out", "scale_shift_table", "position")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """AdamW, or Muon and AdamW, with a warm-up, a plateau and a linear decay to zero."""
 
-    learning_rate: float
+    learning_rate: Positive
     """Step size of AdamW on the plateau."""
-    muon_learning_rate: float | None = None
+    muon_learning_rate: Positive | None = None
     """Step size of Muon (Jordan et al. 2024), for hidden matrices; None leaves them to AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.01
     """Decay of parameters of two and more axes; gains and biases are left alone."""
-    warmup_steps: int = 100
+    warmup_steps: Natural = 100
     """Steps over which the learning rate rises linearly."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """Last part of the run over which the learning rate falls linearly to zero."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_options(
-            self,
-            ("learning_rate", self.learning_rate > 0, "a number above 0"),
-            ("decay_fraction", 0 <= self.decay_fraction <= 1, "a share from 0 to 1"),
-            ("clip_norm", self.clip_norm > 0, "a number above 0"),
-            least={"warmup_steps": 0},
-        )
 
 
 def learning_rate(

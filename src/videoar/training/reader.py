@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import save_checkpoint
-from videoar.checks import check_options
+from videoar.checks import Options
 from videoar.core.loss import on
 from videoar.data.batches import Batches
+from videoar.data.options import TestShare
 from videoar.encoders.codec import Video, from_frames
 from videoar.evaluation.labels import LABELS, Part, outline, read_labels, spread, vocabulary
 from videoar.evaluation.reader import NOTHING, ReaderConfig, StateReader, scores
 from videoar.files import Json
-from videoar.training.codec import operations
 from videoar.training.loop import TrainConfig
-from videoar.training.objectives import Objective
+from videoar.training.objectives import Named, Objective
 from videoar.training.run_folder import Report
 
 IGNORED = -1  # as a target
@@ -31,7 +31,7 @@ CACHED = 4_000_000_000  # bytes of frames that are kept in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeConfig(Options):
     """Train a judge on a folder of labelled videos."""
 
     footage: Annotated[Path, arg(aliases=["--data.path"])]
@@ -41,31 +41,13 @@ class JudgeConfig:
     apart: tuple[str, ...] = ()
     """Fields whose values are held out together, such as color position: what is tested was then
     never seen. By default every video is for itself."""
-    held_out: float = 0.1
+    held_out: TestShare = 0.1
     """Share of the videos that are kept out of training, to test on."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """Shape of the judge."""
 
-    def __post_init__(self) -> None:
-        good = 0 < self.held_out <= 0.5
-        check_options(self, ("held_out", good, "a share above 0, up to 0.5"))
-
     def build(self, config: TrainConfig, report: Report) -> "JudgeTask":
-        how = {"only": self.attributes, "apart": self.apart, "share": self.held_out}
-        parts = read_labels(self.footage, **how)
-        known = [part for part in parts if not part.held_out]
-        apart = [part for part in parts if part.held_out]
-        words: Json = {kind: vocabulary(known, kind) for kind in ("things", "deeds", "states")}
-        reader = replace(self.reader, apart=self.apart, held_out=self.held_out, **words)
-        if not any(words.values()) or not apart:
-            raise ValueError(
-                f"{self.footage / LABELS} labels {len(known)} parts to train on and {len(apart)} to"
-                f" test on with {sum(map(len, words.values()))} attributes of two words or more:"
-                " label more videos"
-            )
-        report(f"{len(known)} parts of videos to train on, {len(apart)} held out")
-        labels = self.footage / LABELS
-        return JudgeTask(StateReader(reader), known, apart, labels, config)
+        return JudgeTask(self, config, report)
 
 
 class LabelledClips:
@@ -135,9 +117,7 @@ class Reading(Objective):
     def __init__(self, reader: StateReader):
         self.module = reader
 
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         targets = dict(batch)
         logits = self.module(self._spoilt(targets.pop("video"), rng))
         losses = list[Tensor]()
@@ -162,21 +142,22 @@ class Reading(Objective):
 class JudgeTask:
     """A `Task`: what the loop needs to train a judge."""
 
-    def __init__(
-        self,
-        reader: StateReader,
-        known: list[Part],
-        apart: list[Part],
-        labels: Path,
-        config: TrainConfig,
-    ) -> None:
-        self.objective, self.apart, self.labels = Reading(reader), apart, labels
-        clips = LabelledClips(known, reader.config)
+    def __init__(self, task: JudgeConfig, config: TrainConfig, report: Report) -> None:
+        how = {"only": task.attributes, "apart": task.apart, "share": task.held_out}
+        self.labels, parts = task.footage / LABELS, read_labels(task.footage, **how)
+        known = [part for part in parts if not part.held_out]
+        self.apart = [part for part in parts if part.held_out]
+        words: Json = {kind: vocabulary(known, kind) for kind in ("things", "deeds", "states")}
+        if not any(words.values()) or not self.apart:
+            raise ValueError(
+                f"{self.labels} labels {len(known)} parts to train on and {len(self.apart)} to test"
+                f" on with {sum(map(len, words.values()))} attributes of two words or more: label"
+                " more videos"
+            )
+        report(f"{len(known)} parts of videos to train on, {len(self.apart)} held out")
+        reader = replace(task.reader, apart=task.apart, held_out=task.held_out, **words)
+        self.objective, clips = Reading(StateReader(reader)), LabelledClips(known, reader)
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
-        shape = reader.config.num_frames, 3, reader.config.size, reader.config.size
-        self.tokens_per_batch = config.batch_size * reader.config.num_frames
-        once = operations(reader, lambda: reader(torch.zeros(1, *shape)))
-        self.flops_per_batch = 3 * config.batch_size * once
 
     def sources(self) -> dict[str, str]:
         return {str(self.labels): hashlib.sha256(self.labels.read_bytes()).hexdigest()[:16]}

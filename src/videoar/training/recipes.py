@@ -56,6 +56,7 @@ TOY_STUDENT = StudentConfig(
     student="toy-base",
     latents=TOY_TASK.latents,
     units=TOY_UNITS,
+    num_validation=32 * len(TOY_UNITS),
     distillation=DistillationConfig(
         critic="causal",
         critic_steps=2,
@@ -110,19 +111,10 @@ def codec() -> TrainConfig:
 
 def judge() -> TrainConfig:
     """A judge of labelled videos of your own: `videoar train judge --data.path FOOTAGE`."""
-    return TrainConfig(
-        name="judge",
-        out=Path("runs/judge"),
-        task=JudgeConfig(footage=Path("footage")),
-        steps=2000,
-        batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.5),
-        ema_decay=0.99,
-        precision="bfloat16",
-        log_every=50,
-        save_every=100,
-        sample_every=200,
-    )
+    task = JudgeConfig(footage=Path("footage"))
+    rates = OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.5)
+    how = {"steps": 2000, "batch_size": 16, "optimizer": rates, "sample_every": 200}
+    return _named("judge", codec_toy(), task=task, **how)
 
 
 def toy() -> TrainConfig:
@@ -200,13 +192,8 @@ def few_step() -> TrainConfig:
     """A model of `train video` in two steps: `videoar distill few-step --data.path LATENTS`."""
     made = "runs/video/checkpoint"
     path = DistillationConfig(stage="consistency", num_inference_steps=2, guidance_scale=2.0)
-    task = StudentConfig(
-        teacher=made,
-        student=made,
-        latents=Path("latents"),
-        distillation=path,
-    )
-    return _named("few-step", toy_start(), task=task, steps=600, batch_size=16)
+    task = StudentConfig(teacher=made, student=made, latents=Path("latents"), distillation=path)
+    return _named("few-step", toy_start(), task=task, steps=600, batch_size=16, sample_every=200)
 
 
 def toy_same() -> TrainConfig:
@@ -287,17 +274,17 @@ def video() -> TrainConfig:
 
 def finetune() -> TrainConfig:
     """Go on from a checkpoint with your own videos: `videoar train finetune --data.path X`."""
-    return TrainConfig(
-        name="finetune",
-        out=Path("runs/finetune"),
-        task=TextToVideoConfig(latents=Path("latents"), units=TOY_UNITS, init=Path("toy-base")),
+    task = TextToVideoConfig(latents=Path("latents"), units=TOY_UNITS, init=Path("toy-base"))
+    rates = {"learning_rate": 1e-3, "muon_learning_rate": 0.005, "warmup_steps": 20}
+    return _named(
+        "finetune",
+        toy(),
+        task=task,
         steps=500,
         batch_size=8,
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, muon_learning_rate=0.005, warmup_steps=20, decay_fraction=0.5
-        ),
+        optimizer=OptimizerConfig(**rates, decay_fraction=0.5),
         ema_decay=0.99,
-        precision="bfloat16",
+        log_every=10,
         sample_every=100,
     )
 

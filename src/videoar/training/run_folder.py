@@ -31,10 +31,12 @@ from types import FrameType
 import numpy as np
 import safetensors
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from videoar.checks import check_same
+from videoar.data.video import Frames, contact_sheet
 from videoar.files import Json, write_json, written_whole
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
@@ -47,6 +49,7 @@ LogLine = dict[str, int | float]
 # What may differ when a run goes on: none of these changes what a step computes, except that the
 # decay at the end of the schedule moves with `steps`.
 FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
+FREE_FIELDS |= {"task.num_validation"}
 LOSS_CURVE_POINTS = 100
 FOOTAGE, SOURCES, LOCK = "footage", "sources.json", ".lock"
 
@@ -193,6 +196,13 @@ def read_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], *, rank
     return state
 
 
+def save_sample(out: Path, step: int, frames: Frames, *, columns: int = 8) -> None:
+    """Keep a picture of what a validation saw."""
+    (out / "samples").mkdir(exist_ok=True)
+    sheet = Image.fromarray(contact_sheet(frames, columns=columns))
+    sheet.save(out / "samples" / f"step-{step}.png")
+
+
 class Log:
     """The log of a run: JSON lines, TensorBoard if it is installed, and a line for the user.
 
@@ -222,11 +232,12 @@ class Log:
         # Of groups who take turns, each has its own; their mean says nothing.
         losses = [name for name in row if name.endswith("_loss")] or ["loss"]
         shown = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in losses)
+        speed = f"{row['seconds_per_step']:.3g} s"
+        if "tokens_per_second" in row:
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
         self.report(
-            f"step {row['step']:>{len(str(total))}}/{total}  {shown}"
-            f"  norm {row['grad_norm']:.2f}  rate {row['learning_rate']:.1e}"
-            f"  {row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
-            f"  {left} left"
+            f"step {row['step']:>{len(str(total))}}/{total}  {shown}  norm {row['grad_norm']:.2f}"
+            f"  rate {row['learning_rate']:.1e}  {speed}  {left} left"
         )
 
     def write_validation(self, step: int, values: LogLine) -> None:

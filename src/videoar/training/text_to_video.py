@@ -4,15 +4,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
-from videoar.checks import check_options, check_types
+from videoar.checks import Count, Options, check
 from videoar.core import schemes
-from videoar.core.loss import FlowMatchingConfig, draw_clip, flow_matching_loss
+from videoar.core.loss import FlowMatchingConfig, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
@@ -25,7 +24,7 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import save_trained, trainable
-from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo
+from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
 from videoar.training.run_folder import Report
 
 SIZES = {
@@ -45,8 +44,28 @@ MAX_WORDS = 10_000
 """A checkpoint lists no more words than that."""
 
 
+Units = tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
+"""Unit schemes, or their names, which are what is kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TextToVideoConfig:
+class GeneratorConfig(Options):
+    """What tasks share that train a generator."""
+
+    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
+    """Folder that `videoar prepare` wrote, with the prompts and the sizes of the videos."""
+    units: Units
+    """Unit schemes, or their names, drawn from at every step."""
+    lora_rank: Count | None = None
+    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "units", schemes.names(self.units))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToVideoConfig(GeneratorConfig):
     """Train a transformer and its text encoder, by flow matching over a mix of units.
 
     Codec, sizes and defaults that are None are those of `init`; without that the codec is the one
@@ -55,10 +74,6 @@ class TextToVideoConfig:
 
     codec: Path | None = None
     """Checkpoint whose codec encodes the videos."""
-    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
-    """Folder that `videoar prepare` wrote; or made from the procedural world if it is not there."""
-    units: tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
-    """Unit schemes, or their names, drawn from at every step."""
     size: Annotated[
         Literal["tiny", "small", "medium"] | None, arg(name="size", prefix_name=False)
     ] = None
@@ -74,21 +89,18 @@ class TextToVideoConfig:
     sampling: AvoidSubcommands[GenerationConfig | None] = None
     """Defaults written into the checkpoint; None: as it is trained, and else as `init`."""
     num_videos: int = 0
-    """Videos of the world to encode; with 0 the folder must be there."""
+    """Videos of the world to encode, if the folder is not there; 0: it must be."""
     num_latents: int = 16
     """Latent frames per encoded video."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
-    lora_rank: int | None = None
-    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
     compile: bool = False
     """Compile the transformer's blocks: a minute at the start, then a quarter less time a step."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        object.__setattr__(self, "units", schemes.names(self.units))
+        super().__post_init__()
         own = self.init is not None or self.lora_rank is None
-        check_options(self, ("lora_rank", own, "none without task.init"), least={"lora_rank": 1})
+        check("lora_rank", self.lora_rank, own, "none without task.init")
         given = [name for name in ("init", "size", "model") if getattr(self, name) is not None]
         if not given:
             raise ValueError(
@@ -104,11 +116,6 @@ class TextToVideoConfig:
             )
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
-        if not self.latents.is_dir() and not self.num_videos:
-            raise ValueError(
-                f"there is no folder {self.latents}: make it of your videos, with `videoar prepare"
-                f" VIDEOS {self.latents}`, or name another one (data.path)"
-            )
         return TextToVideoTask(self, config, report)
 
 
@@ -126,7 +133,7 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     """Make an untrained one, whose tokenizer knows the captions."""
     text = task.text or text_encoder.TextEncoderConfig()
     captions = map(text_encoder.as_read, shards.captions)
-    tokenizer = text_encoder.Tokenizer.train(captions, vocab_size=text.vocab_size)
+    tokenizer = text_encoder.train_tokenizer(captions, vocab_size=text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
     model = task.model or SIZES[task.size or "small"]
     sizes = {"latent_channels": codec.latent_channels, "text_dim": text.hidden_size}
@@ -198,7 +205,6 @@ class GeneratorTask:
         if cut := prompts.too_long(set(shards.captions)):
             report(cut)
         self.of_the_world = "scene" in shards.clips[0].get("extra", {})
-        self.tokens_per_frame = height * width // pipe.transformer.config.patch**2
 
     def sources(self) -> dict[str, str]:
         latents = {str(self.shards.folder): self.shards.fingerprint()}
@@ -236,17 +242,11 @@ class TextToVideoTask(GeneratorTask):
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
         self.objective = FlowMatching(module, schemes=self.schemes, **how)
         self.held_out = self._held_out()
-        copies = 2 if task.flow.context == "clean" else 1
-        tokens = task.flow.clip_frames * self.tokens_per_frame * copies
-        self.tokens_per_batch = tokens * config.batch_size
-        words = shards.get([0], np.random.default_rng(0))["text"].shape[1]
-        flops = transformer.flops(tokens, keys=tokens, words=words)
-        self.flops_per_batch = 3.0 * flops * config.batch_size
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
         task = self.task
-        if not task.latents.exists():
+        if task.num_videos and not task.latents.exists():
             WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init or shards.info.checkpoint)
@@ -259,9 +259,10 @@ class TextToVideoTask(GeneratorTask):
         if not self.of_the_world or shards.tokenize is None:
             return list(read_held_out(shards.folder, shards.tokenize))
         indices = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 32)
-        videos = list(WorldEncoder(codec=self.pipe.codec, **self.encoding).encode(indices))
-        text = shards.tokenize([video.captions[0] for video in videos])
-        return [{"latents": torch.stack([video.latents for video in videos]), "text": text}]
+        videos = WorldEncoder(codec=self.pipe.codec, **self.encoding).encode(indices)
+        latents, captions, _ = zip(*videos, strict=True)
+        text = shards.tokenize([first for first, *_ in captions])
+        return [{"latents": torch.stack(latents), "text": text}]
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:

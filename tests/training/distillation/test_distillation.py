@@ -449,6 +449,14 @@ def test_validation_shows_videos_of_any_data(root: Path, tmp_path: Path) -> None
     assert sheet.std() > 0
 
 
+def test_kinds_of_unit_share_the_videos_of_a_validation(root: Path, tmp_path: Path) -> None:
+    """It takes as long whatever their number is; of a run that goes on, it may be another."""
+    run = tiny_run(root, tmp_path / "run")
+    for most, each in ((1, 1), (4, 2)):
+        task = dataclasses.replace(run.task, num_validation=most, units=("cube:1x2x2",) * 2)
+        assert len(task.build(run, report=lambda line: None)._prompts()) == each
+
+
 def test_a_folder_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
     """Going on with another critic would be neither run."""
     whole = tiny_run(root, tmp_path / "run", accumulate=1, steps=2)

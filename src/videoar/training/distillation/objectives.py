@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tyro.conf import arg
 
-from videoar.checks import check_options, check_positive, check_types
+from videoar.checks import Count, Finite, Limit, Natural, Options, Positive, check
 from videoar.core.flow import add_noise, clean_of, random_sigmas, sigma_steps
 from videoar.core.loss import on
 from videoar.core.schemes import Scheme
@@ -35,42 +35,42 @@ from videoar.core.tokens import to_tokens
 from videoar.core.units import Units
 from videoar.training.distillation import scores
 from videoar.training.distillation.rollout import Rollout, last_step, rollout
-from videoar.training.objectives import Objective, TextToVideo, seeded
+from videoar.training.objectives import Named, Objective, TextToVideo, seeded
 from videoar.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
+class DistillationConfig(Options):
     """How a student is distilled; one configuration serves all stages."""
 
     stage: Literal["consistency", "dmd"] = "dmd"
     """What is learned: see `docs/distillation.md`."""
-    num_inference_steps: int = 4
+    num_inference_steps: Count = 4
     """Denoising steps of the student."""
-    shift: float = 5.0
+    shift: Finite = 5.0
     """Shift of its sigmas towards noise."""
-    clip_frames: int = 8
+    clip_frames: Count = 8
     """Latent frames of the videos that are scored."""
-    guidance_scale: float = 3.0
+    guidance_scale: Annotated[float, Limit(lambda scale: scale >= 0, "0 or more")] = 3.0
     """Guidance of the teacher; the student needs none."""
-    path_steps: int = 24
+    path_steps: Count = 24
     """Steps of the teacher's path in the first stage, a multiple of the student's."""
     critic: scores.Critics = "symmetric"
     """What the critic reads."""
-    critic_steps: int = 5
+    critic_steps: Count = 5
     """Steps of the critic for each of the student."""
-    critic_draws: int = 4
+    critic_draws: Count = 4
     """Noisy copies of each of the student's videos that the critic learns from: they cost less than
     a new video."""
     critic_learning_rate: Annotated[
-        float | None, arg(name="critic-learning-rate", prefix_name=False)
+        Positive | None, arg(name="critic-learning-rate", prefix_name=False)
     ] = None
     """Step size of the critic; None: that of the student. Muon's scales alike."""
-    critic_warmup: int = 200
+    critic_warmup: Natural = 200
     """Steps of the critic before the first of the student."""
-    gradient_units: int | None = None
+    gradient_units: Count | None = None
     """Units of a video that carry gradients, drawn anew each time; None for all of them."""
-    score_shift: float = 5.0
+    score_shift: Finite = 5.0
     """Shift of the sigmas at which videos are scored."""
     min_sigma: float = 0.02
     """Lowest of them."""
@@ -78,16 +78,10 @@ class DistillationConfig:
     """Highest of them."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "shift", "score_shift")
-        whole = ("num_inference_steps", "clip_frames", "path_steps", "critic_steps", "critic_draws")
-        least = dict.fromkeys((*whole, "gradient_units"), 1)
+        super().__post_init__()
         rising, low = 0 < self.min_sigma < self.max_sigma < 1, self.max_sigma
-        check_options(
-            self,
-            ("min_sigma", rising, f"a number above 0 and below max_sigma {low}, which is below 1"),
-            least=least | {"critic_warmup": 0, "guidance_scale": 0},
-        )
+        says = f"a number above 0 and below max_sigma {low}, which is below 1"
+        check("min_sigma", self.min_sigma, rising, says)
         if self.stage != "dmd" and self.path_steps % self.num_inference_steps:
             raise ValueError(
                 f"The student's {self.num_inference_steps} steps are not among the sigmas of a "
@@ -187,9 +181,7 @@ class Initialisation(TeacherObjective):
         super().__init__(**taught)
         self.module = self.student = student
 
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         clip = self.clip(batch, seeded(self.seed, step))
         config, (size, *_), count = self.config, clip.tokens.shape, len(clip.units.sizes)
         path = torch.tensor(sigma_steps(config.path_steps, shift=config.shift), device=rng.device)
@@ -252,9 +244,7 @@ class DistributionMatching(TeacherObjective):
         period = self.config.critic_steps + 1
         return "student" if late >= 0 and late % period == period - 1 else "critic"
 
-    def loss(
-        self, batch: dict[str, Tensor], rng: torch.Generator, *, step: int = 0
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         drawn = seeded(self.seed, step)  # shared by all batches of a step, on every rank
         clip = self.clip(batch, drawn)
         last = int(torch.randint(self.config.num_inference_steps, (), generator=drawn))

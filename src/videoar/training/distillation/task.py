@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
-from tyro.conf import arg
 
-from videoar.checks import check_options, check_types
-from videoar.core.schemes import Scheme, names
+from videoar.checks import Count
+from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
-from videoar.data.video import contact_sheet
 from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import judge_whole
 from videoar.generation.config import trained_flow
@@ -25,12 +21,12 @@ from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
-from videoar.training.run_folder import Report
-from videoar.training.text_to_video import GeneratorTask
+from videoar.training.run_folder import Report, save_sample
+from videoar.training.text_to_video import GeneratorConfig, GeneratorTask, Units
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(GeneratorConfig):
     """Distil a teacher into a causal student of few steps."""
 
     teacher: str
@@ -40,33 +36,19 @@ class StudentConfig:
     """Checkpoint that the student begins with."""
     critic: str | None = None
     """Checkpoint that the critic begins with; None: the teacher."""
-    latents: Annotated[Path, arg(name="data.path", prefix_name=False)]
-    """Folder of latents with the prompts and the sizes of the videos."""
-    units: tuple[Annotated[str | Scheme, arg(constructor=str)], ...] = ()
-    """Unit schemes, or their names, of the student, drawn from at every step; without any those
-    that it was trained on."""
+    units: Units = ()
+    """Unit schemes, or their names, drawn from at every step; those of the student by default."""
     distillation: objectives.DistillationConfig = field(
         default_factory=objectives.DistillationConfig
     )
     """The objective."""
-    lora_rank: int | None = None
-    """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
-    num_validation: int = 32
-    """Prompts of a validation: held-out ones of the procedural world, else of the folder."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        object.__setattr__(self, "units", names(self.units))
-        check_options(self, least={"num_validation": 1, "lora_rank": 1})
+    num_validation: Count = 32
+    """Videos of a validation, shared among the kinds of unit: of held-out prompts of the world, or
+    of the folder."""
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
-        if not self.latents.is_dir():
-            raise ValueError(
-                f"there is no folder {self.latents}: prepare one, train the teacher's recipe, which"
-                " makes it, or name another one (data.path)"
-            )
         return StudentTask(self, config, report)
 
 
@@ -166,9 +148,6 @@ class StudentTask(GeneratorTask):
             recompute_activations(pipe.transformer)
         kind = objectives.DistributionMatching if "critic" in others else objectives.Initialisation
         self.objective = kind(*trained, **taught)
-        tokens = distillation.clip_frames * self.tokens_per_frame
-        self.tokens_per_batch = tokens * config.batch_size
-        self.flops_per_batch = config.batch_size * self._flops(tokens, teacher.transformer)
         sizes = {name: pipe.transformer for name, pipe in (others | {"teacher": teacher}).items()}
         report(f"teacher {task.teacher} ({context}), student {task.student}")
         report(forecast(sizes, lora=task.lora_rank is not None))
@@ -204,19 +183,6 @@ class StudentTask(GeneratorTask):
                     f" {teacher.width}x{teacher.height}"
                 )
 
-    def _flops(self, tokens: int, teacher: VideoTransformer) -> float:
-        """Count the operations of a mean step for one video."""
-        config, student = self.task.distillation, self.pipe.transformer
-        one = student.flops(tokens, keys=tokens // 2)
-        asked = teacher.flops(tokens, keys=tokens) * (1 if config.guidance_scale == 1 else 2)
-        if config.stage == "consistency":
-            return asked + 8.0 * one
-        rollout = one * ((config.num_inference_steps + 1) / 2 + 1)
-        passes = len(scores.PASSES[config.critic]) * teacher.flops(tokens, keys=tokens)
-        learned = 3 * passes * config.critic_draws
-        share = 1 / (config.critic_steps + 1)
-        return rollout + (1 - share) * learned + share * (4 * one + passes + asked)
-
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
         """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
@@ -241,15 +207,14 @@ class StudentTask(GeneratorTask):
             found = judge_whole(iter([blocks]), prompts, fps=fps) if self.of_the_world else []
             for key in ("color", "shape", "motion") if found else ():
                 values[f"{key}/{name}"] = float(np.mean([seen["scores"][key] for seen in found]))
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet = contact_sheet(np.concatenate(shown), columns=len(range(0, frames, every)))
-        Image.fromarray(sheet).save(folder / f"step-{step}.png")
+        columns = len(range(0, frames, every))
+        save_sample(self.out, step, np.concatenate(shown), columns=columns)
         return values
 
     def _prompts(self) -> list[dict[str, Any]]:
         """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
-        count, held_out = self.task.num_validation, self.task.latents / "heldout"
+        count = max(1, self.task.num_validation // len(self.units))
+        held_out = self.task.latents / "heldout"
         if self.of_the_world:
             return held_out_prompts(count, seed=0)
         clips = (LatentShards(held_out) if held_out.is_dir() else self.shards).clips[:count]

@@ -1,0 +1,285 @@
+"""What is measured: videos of the same prompts and noise, made and judged in one way or another.
+
+Entries are checkpoints with fields of `GenerationConfig` beside their own; all get the same prompts
+and seeds, so they are compared in pairs. The judge is that of the procedural world, or one that was
+trained; its ceiling is its score on real clips of the same prompts. No scene is trained on, but its
+words may be: one thing on a background of the procedural world has only 1,536 combinations.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.data.video import VideoWriter
+from videoar.encoders.codec import from_frames, to_frames
+from videoar.evaluation.judge import WORLD, Clips, Judge, judge_whole, windows
+from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.looks import pictures
+from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
+from videoar.evaluation.options import Judged
+from videoar.evaluation.reader import FOOTAGE, TrainedJudge
+from videoar.files import Json, to_json
+from videoar.generation.config import GenerationConfig
+from videoar.generation.pipeline import VideoPipeline
+
+Report, Asked, Made = Callable[[str], None], list[Json], Iterator[Clips]
+UnitsOf = Callable[[range], PixelUnits]
+"""Of some frames of a video, the unit in which every pixel is made."""
+Who = tuple[Judge, Json]
+"""A judge, and what tells it from others in the settings of a study."""
+
+
+def generated(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
+    """Yield the frames of a batch of generated videos as they come."""
+    texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
+    yield from pipe.generate(texts, num_frames=num_frames, seeds=seeds)
+
+
+def real(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
+    """Yield real clips of what is asked for."""
+    yield judge.real(prompts, num_frames=num_frames, size=pipe.height, fps=pipe.sampling.fps)
+
+
+def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
+    """Yield real clips that went through the codec, which takes whole latent frames."""
+    stride = pipe.codec.stride[0]
+    whole = 1 + math.ceil((num_frames - 1) / stride) * stride
+    for clips in real(pipe, prompts, judge, num_frames=whole):
+        latents = pipe.codec.encode(from_frames(clips))
+        yield to_frames(pipe.codec.decode(latents))[:, :num_frames]
+
+
+def features(frames: Clips) -> Float[np.ndarray, "b c"]:
+    """Describe videos by the encoder of the bundled codec, a fixed network that saw no generator.
+
+    Per latent channel: its mean and deviation over all places, and its mean change in time.
+    """
+    codec = Checkpoint.find("toy").codec()
+    stride = codec.stride[0]
+    with torch.inference_mode():
+        whole = 1 + (frames.shape[1] - 1) // stride * stride
+        latents = codec.encode(from_frames(frames[:, :whole]))
+    change = latents.diff(dim=1).abs()
+    parts = (latents.mean((1, 3, 4)), latents.std((1, 3, 4)), change.mean((1, 3, 4)))
+    return torch.cat(parts, dim=1).double().numpy()
+
+
+SLICE_SECONDS = 0.5
+"""Of a video whose brightness and the like are one point of a curve."""
+
+
+def measured(
+    blocks: Made,
+    prompts: Asked,
+    *,
+    fps: int,
+    judge: Judge = WORLD,
+    labels: Mapping[str, UnitsOf] | None = None,
+) -> list[Json]:
+    """Judge videos of any length window by window, and measure how they look, move and drift.
+
+    No more than one window of frames is kept, however long the videos are.
+
+    Args:
+        blocks: their frames, as they come.
+        prompts: one for each; what is in them is returned, too.
+        fps: frames per second.
+        judge: who judges.
+        labels: by kind of unit, what tells the unit of every pixel: where seams are looked for.
+
+    Returns:
+        For each, `scores`, the mean over its windows, `first` and `last`; `curves`, values from
+        window to window, or from slice to slice, with the `slopes` per second of those that have
+        one; the rest is measured in the last window. A rest that fills no window is not looked at.
+    """
+    size, start = round(WINDOW_SECONDS * fps), 0
+    parts: list[list[Json]] = [[] for _ in prompts]
+    for window in windows(blocks, size=size):
+        if start == 0 or window.shape[1] == size:
+            looked, described = judge.look(window, prompts, fps=fps), pictures(window)
+            here = range(start, start + window.shape[1])
+            for i, (clip, place) in enumerate(zip(window, features(window), strict=True)):
+                more: Json = {"features": place.round(5).tolist(), "motion": motion(clip)}
+                if described is not None:
+                    more["pictures"] = described[i].round(3).tolist()
+                more["seams"] = {k: seams(clip, own(here)) for k, own in (labels or {}).items()}
+                slices = min(SLICE_SECONDS, len(clip) / fps)
+                more["slices"] = properties(clip, fps=fps, window_seconds=slices)
+                parts[i].append(more | looked[i])
+        start += window.shape[1]
+    return [prompt | _whole(own) for prompt, own in zip(prompts, parts, strict=True)]
+
+
+def _whole(parts: Sequence[Json]) -> Json:
+    """Put what was measured in the windows of a video together."""
+    scores = {name: [part["scores"][name] for part in parts] for name in parts[0]["scores"]}
+    slices = [part.pop("slices") for part in parts]
+    values = {name: [v for one in slices for v in one[name]] for name in slices[0]}
+    apart = dict.fromkeys(scores, WINDOW_SECONDS) | dict.fromkeys(values, SLICE_SECONDS)
+    curves = scores | values
+    return parts[-1] | {
+        "scores": {name: float(np.mean(each)) for name, each in scores.items()},
+        "first": parts[0]["scores"],
+        "last": parts[-1]["scores"],
+        "seen": {"first": parts[0]["seen"], "last": parts[-1]["seen"]},
+        "curves": curves,
+        "slopes": {
+            name: slope(each, window_seconds=apart[name]) / 60
+            for name, each in curves.items()
+            if len(each) > 1
+        },
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Videos of the held-out prompts that one checkpoint makes in one way, and their judge."""
+
+    name: str
+    """In the file; no other entry has it."""
+    checkpoint: str
+    overrides: Json = field(default_factory=dict)
+    """Fields of `GenerationConfig`, such as the units, that are not the checkpoint's own."""
+    num_prompts: int
+    seconds: float
+    seeds: int = 1
+    """Videos per prompt."""
+    make: Callable[..., Made] = generated
+    judge: Callable[..., list[Json]] = judge_whole
+
+
+def find_judge(config: Judged, checkpoint: str) -> Who:
+    """Return who judges: whom the options name, or whom the checkpoint brings along; and its mark.
+
+    Raises:
+        ValueError: it lacks the videos by which it judges, or there is none.
+    """
+    found = Checkpoint.find(config.judge or checkpoint)
+    folder, footage = found.source / "judge", config.footage
+    trained = folder.is_dir()
+    if trained and footage is None and (folder / FOOTAGE).is_dir():
+        footage = folder / FOOTAGE
+    if trained != (footage is not None) or (config.judge and not trained):
+        raise ValueError(
+            f"{found.source} brings {'a' if trained else 'no'} judge of labelled videos: one takes"
+            " --footage, the folder of these, if it brings none along, and --judge, the checkpoint"
+            " of `videoar train judge`, if the first checkpoint brings none"
+        )
+    if footage is None:
+        return WORLD, {}
+    return TrainedJudge(folder, footage), {"judge_weights": found.fingerprint()}
+
+
+def read_line(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read `NAME=CHECKPOINT,CHECKPOINT`, or a checkpoint alone."""
+    name, equals, paths = text.partition("=")
+    if not equals or "?" in name:  # what follows a checkpoint's own name is no other one
+        name = paths = text
+    # Commas of a changed field, as in units=multiscale:4,2,1 or sigmas=[1,0.5,0], part nothing.
+    comma = r",(?! ?[\d.]+\]?(?:[,/&]|$))" if "?" in paths else ","
+    checkpoints = tuple(re.split(comma, paths))
+    if not name or not all(checkpoints):
+        raise ValueError(f"{text!r} names nothing: write NAME=CHECKPOINT,CHECKPOINT")
+    return name, checkpoints
+
+
+def read_overrides(text: str) -> Json:
+    """Read fields of `GenerationConfig` from `name=value&name=value`; values are JSON, or words."""
+    changes, known = {}, [field.name for field in fields(GenerationConfig)]
+    for pair in filter(None, text.split("&")):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"{pair!r} changes no field of the sampling: write NAME=VALUE with a name among"
+                f" {', '.join(known)}"
+            )
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An entry whose arguments are right, and what tells its videos from others."""
+
+    entry: Entry
+    sampling: GenerationConfig
+    settings: Json
+
+    @property
+    def num_videos(self) -> int:
+        return self.entry.num_prompts * self.entry.seeds
+
+    def pipeline(self) -> VideoPipeline:
+        return replace(load_pipeline(self.entry.checkpoint)[0], sampling=self.sampling)
+
+    def asked(self, judge: Judge, *, seed: int) -> list[Json]:
+        """Return the prompts with their seeds: all of them, once for each video of a prompt."""
+        prompts = judge.prompts(self.entry.num_prompts, seed=seed)
+        return [
+            prompt | {"seed": prompt["seed"] + 1_000_003 * k}
+            for k in range(self.entry.seeds)
+            for prompt in prompts
+        ]
+
+
+@functools.lru_cache(maxsize=1)  # neighbours often share a checkpoint
+def load_pipeline(checkpoint: str) -> tuple[VideoPipeline, str]:
+    """Load a checkpoint, and take its fingerprint."""
+    return VideoPipeline.from_pretrained(checkpoint), Checkpoint.find(checkpoint).fingerprint()
+
+
+def plan(entries: Sequence[Entry], report: Report, about: Json) -> list[Job]:
+    """Say what is wrong with an entry before others take hours; `about` is said of all of them."""
+    jobs = []
+    for entry in entries:
+        pipe, weights = load_pipeline(entry.checkpoint)
+        sampling = pipe.sampling.replaced(**entry.overrides)
+        pipe = replace(pipe, sampling=sampling)
+        if new := pipe.untrained([sampling.units] if entry.make is generated else ()):
+            report(f"{entry.name}: {entry.checkpoint} is {new}")
+        num_frames = round(entry.seconds * sampling.fps)
+        pipe.generate(["a ball"], num_frames=num_frames, seeds=[0])
+        own = {"num_inference_steps": sampling.steps, "num_frames": num_frames, "weights": weights}
+        own |= {"num_prompts": entry.num_prompts, "seeds": entry.seeds}
+        own |= {"judge": entry.judge.__name__}
+        settings = to_json(vars(sampling) | own | about)
+        jobs.append(Job(entry=entry, sampling=sampling, settings=settings))
+    return jobs
+
+
+def written(blocks: Made, files: Mapping[int, Path], *, first: int, fps: int) -> Made:
+    """Pass frames on, and write some videos by their number; `first` is that of the first one."""
+    with contextlib.ExitStack() as stack:
+        opened = {i: VideoWriter(path, fps=fps, overwrite=True) for i, path in files.items()}
+        writers = {i: stack.enter_context(writer) for i, writer in opened.items()}
+        for block in blocks:
+            for i, writer in writers.items():
+                writer.write(block[i - first])
+            yield block
+
+
+def speed(pipe: VideoPipeline, *, num_frames: int) -> Json:
+    """Generate one video, and return what it cost; guidance makes two passes of one."""
+    generation = pipe.generate(["a ball"], num_frames=num_frames, seeds=[0])
+    frames = sum(block.shape[1] for block in generation)
+    stats, twice = generation.stats, 2 if pipe.sampling.guidance_scale != 1 else 1
+    seconds = frames / pipe.sampling.fps
+    return {
+        "passes": stats.passes * twice / seconds,
+        "seconds": (stats.model_seconds + stats.decode_seconds) / seconds,
+        "first_frame": stats.first_frame_seconds,
+        "cache": stats.cache_bytes,
+    }
