@@ -33,7 +33,7 @@ from videoar.core.flow import Sigmas, euler_step, sigma_steps
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.tokens import Assembler
+from videoar.generation.latents import Assembler
 from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 from videoar.encoders.codec import to_frames

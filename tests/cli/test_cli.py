@@ -37,11 +37,14 @@ from videoar.training.run_folder import Report
 Run = Callable[..., tuple[int, str, str]]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
+SAMPLING = (
+    "base lora preset dtype units seconds num_frames model codec codec_dtype height width device "
+    "offload num_inference_steps first_steps shift guidance_scale negative_prompt window sink lag "
+    "threads force share"
+)
 FROZEN = {
-    "generate": "base lora preset dtype prompt prompts num_videos_per_prompt prompt_at script "
-    "recompute units image video keep fit seconds num_frames seed out model codec codec_dtype "
-    "height width device offload num_inference_steps first_steps shift guidance_scale "
-    "negative_prompt window sink lag threads force save_state resume",
+    "generate": f"{SAMPLING} prompt prompts num_videos_per_prompt prompt_at script recompute image "
+    "video keep fit seed out save_state resume",
     "serve": "base lora preset dtype model host port sessions device threads",
     "train": "recipe list export",
     "distill": "recipe list export",
@@ -57,6 +60,10 @@ FROZEN = {
     "evaluate heldout": "checkpoints data units seed out",
     "study": "seed batch_size judge footage design checkpoint out quick units num_prompts seeds "
     "seconds share",
+    "vbench prompts": "python info dimensions extended limit seed",
+    "vbench generate": f"python info dimensions extended limit seed {SAMPLING} folder",
+    "vbench score": "python info dimensions folder device timeout static_filter",
+    "vbench table": "folder against",
 }
 
 

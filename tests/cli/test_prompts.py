@@ -134,3 +134,18 @@ def test_several_videos_of_one_prompt_need_a_folder(run: Run) -> None:
         assert (code, error.count("\n")) == (2, 1)
         assert message in error
         assert not list(Path().glob("b/*"))
+
+
+def test_processes_share_the_videos_of_a_file(run: Run, tmp_path: Path) -> None:
+    """Each makes its own, and together all; a share of one video would be nothing or all."""
+    (tmp_path / "a.txt").write_text("a red ball\na blue square\na red square\n")
+    for share, names in (("2/2", ["0002"]), ("1/2", ["0001", "0002", "0003"])):
+        code, _, error = run("--prompts", "a.txt", "--out", "out", "--share", share)
+        assert code == 0, error
+        assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == names
+    code, _, error = run("a red ball", "--share", "1/2")
+    assert code == 2
+    assert "--share 1/2 parts many videos: give --prompts" in error
+    code, _, error = run("--prompts", "a.txt", "--share", "3/2")
+    assert code == 2
+    assert "share is 3/2: use K/N with K up to N" in error

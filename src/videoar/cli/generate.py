@@ -13,8 +13,9 @@ from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import say
-from videoar.cli.prompts import lines_of, read_text, wanted
+from videoar.cli.prompts import Wanted, lines_of, read_text, wanted
 from videoar.core.schemes import names, parse
+from videoar.data.options import ALL, turns
 from videoar.data.video import PICTURES, STREAMS
 from videoar.files import check_folder, to_json, written_whole
 from videoar.generation import conditioning
@@ -37,7 +38,8 @@ def generate(args: options.Generate) -> int:
         args = replace(args, seed=secrets.randbelow(2**32))
         say(f"seed {args.seed}")
     if args.several:
-        return generate_several(args)
+        prompts, count = args.prompts or str(args.prompt), args.num_videos_per_prompt
+        return generate_several(args, wanted(prompts, seed=args.seed or 0, count=count))
     timing, scheme, target = make(args)
     if not timing.frames:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
@@ -48,27 +50,28 @@ def generate(args: options.Generate) -> int:
     return 130 if timing.interrupted else 0
 
 
-def generate_several(args: options.Generate) -> int:
-    """Generate the videos of prompts one after the other; those that are there are skipped."""
-    folder, pipe, count = args.out.expanduser(), None, args.num_videos_per_prompt
+def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = None) -> int:
+    """Generate a share of videos one after the other; those that are there are skipped."""
+    folder, todo = args.out.expanduser(), todo[turns(args.share)]
     if folder.suffix.lower() in (*STREAMS, *PICTURES):
         raise ValueError(f"--out {folder} would be one file of several videos: name a folder")
     check_folder(folder)
-    todo = wanted(args.prompts or str(args.prompt), seed=args.seed or 0, count=count)
+    left = [v for v in todo if args.force or not (folder / v.name).exists()]
+    seeds = {v.prompt: v.seed for v in sorted(left, key=lambda v: v.seed)}
+    if left and pipe is None:
+        pipe = load(args)
+    for prompt, seed in seeds.items():  # what is wrong with one is said before others take hours
+        pipe.generate([prompt], num_frames=1, seeds=[seed])
     for number, video in enumerate(todo, start=1):
         target, said = folder / video.name, f"{number}/{len(todo)}  {folder / video.name}"
         if target.exists() and not args.force:
             say(f"{said} is there already and is skipped")
             continue
         folder.mkdir(exist_ok=True)
-        if pipe is None:
-            pipe = load(args)
-            for other in todo:  # what is wrong with one is said before others take hours
-                pipe.generate([other.prompt], num_frames=1, seeds=[other.seed])
         # What is not whole has a hidden name, so that it is not skipped later.
         hidden = folder / f".{video.name}"
         one: dict[str, Any] = {"prompt": video.prompt, "prompts": None, "num_videos_per_prompt": 1}
-        one |= {"seed": video.seed, "out": hidden, "force": True}
+        one |= {"seed": video.seed, "out": hidden, "force": True, "share": ALL}
         timing, *_ = make(replace(args, **one), pipe)
         if timing.interrupted:
             hidden.unlink(missing_ok=True)
@@ -79,7 +82,7 @@ def generate_several(args: options.Generate) -> int:
     return 0
 
 
-def load(args: options.Generate) -> Any:
+def load(args: options.Sampling) -> Any:
     """Load the pipeline."""
     import torch
 
@@ -121,7 +124,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         file = stream.unpacked(state, "file") | {"pending": state["pending"].numpy()}
         writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
     else:
-        generation = _begun(args, pipe, prompt, image)
+        generation = begin(args, pipe, prompt, image)
         for second, later in script:
             change = {"prompts": [later], "recompute": args.recompute}
             generation.change_at(frame := round(second * pipe.sampling.fps), **change)
@@ -163,7 +166,7 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
     return timing
 
 
-def _begun(args: options.Generate, pipe: Any, prompt: str, image: Any) -> Any:
+def begin(args: options.Generate, pipe: Any, prompt: str, image: Any = None) -> Any:
     """Begin to generate."""
     given = {name: getattr(args, name) for name in FIELDS} | {"sink_frames": args.sink}
     given = {name: value for name, value in given.items() if value is not None}

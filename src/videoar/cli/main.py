@@ -16,6 +16,7 @@ from videoar.checks import Note, hint, import_named
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
+from videoar.evaluation import options as vbench
 from videoar.evaluation.options import Bench, Evaluate, HeldOut, PrintUnits, Study
 
 USAGE = """\
@@ -114,5 +115,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
     "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
     "study": (Study, "videoar.cli.evaluate:measure"),
+    "vbench prompts": (vbench.Suite, "videoar.cli.vbench:prompts"),
+    "vbench generate": (options.VBenchGenerate, "videoar.cli.vbench:generate"),
+    "vbench score": (vbench.VBenchScore, "videoar.cli.vbench:score"),
+    "vbench table": (vbench.VBenchTable, "videoar.cli.vbench:table"),
 }
 """The options of every command, and the name of its function: imported only when it runs."""

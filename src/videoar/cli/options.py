@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from videoar.checks import check_positive
-from videoar.evaluation.options import Checkpoint
+from videoar.checks import check_options, check_positive
+from videoar.data.options import ALL, turns
+from videoar.evaluation.options import Checkpoint, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,50 +28,21 @@ class CheckpointOptions:
 # What an option of `generate` leaves no room for, and why; and what others are nothing without.
 CLASHES = {
     "prompts": ("makes a video of each line", {"prompt", "prompt_at", "script", "save_state"}),
-    "seconds": ("is the length", {"num_frames"}),
     "image": ("is how the video begins", {"video"}),
 }
 NEEDS = {"keep": {"video"}, "fit": {"image", "video"}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(CheckpointOptions):
-    """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
+class Sampling(CheckpointOptions):
+    """How videos are made, whatever they show."""
 
-    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
-    """What to show."""
-    prompts: Path | None = None
-    """Or a file of them, a line for each, but where # begins a remark: .txt; .jsonl or .csv with
-    prompt, name and seed."""
-    num_videos_per_prompt: int = 1
-    """How many videos of each prompt, with seeds of their own."""
-    prompt_at: UseAppendAction[tuple[tuple[str, str], ...]] = ()
-    """Another prompt from a second on, SECONDS PROMPT; once for each."""
-    script: Path | None = None
-    """File of prompts, in each line the second from which on one holds, and the prompt; lines that
-    begin with # are remarks."""
-    recompute: bool = False
-    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
-    image: Path | None = None
-    """Picture to begin with."""
-    video: Path | None = None
-    """Video to go on from; its frames come first in the result."""
-    keep: float | None = None
-    """Seconds of it to go on after; all by default."""
-    fit: Literal["crop", "letterbox"] | None = None
-    """How a picture or video of another shape is brought to the model's size; crop by default."""
     seconds: float | None = None
     """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: int | None = None
     """Length in frames, instead of seconds."""
-    seed: int | None = 0
-    """Seed of the noise; the same seed gives the same video. More videos count on from it. None
-    draws one, and says which."""
-    out: Path = Path("video.mp4")
-    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
-    folder, in which those that are there are left as they are."""
     model: str = "toy"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     codec: str | None = None
@@ -106,6 +78,54 @@ class Generate(CheckpointOptions):
     """CPU threads."""
     force: bool = False
     """Replace the file if it exists."""
+    share: str = ALL
+    """K/N in the K-th of N processes that share a folder of videos: it makes every N-th of them."""
+
+    def __post_init__(self) -> None:
+        names = ("seconds", "num_frames", "num_inference_steps", "shift", "threads")
+        check_positive(self, *names, "height", "width")
+        check_options(self, ("share", turns(self.share) != slice(0), "K/N with K up to N, as 2/8"))
+        if self.seconds is not None and self.num_frames is not None:
+            raise ValueError("--seconds is the length: leave out num-frames")
+        if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
+            raise ValueError(
+                f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
+                " too: use fewer sinks, or a longer window"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    """Generate a video from a sentence; Ctrl-C leaves what was finished so far."""
+
+    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
+    """What to show."""
+    prompts: Path | None = None
+    """Or a file of them, a line for each, but where # begins a remark: .txt; .jsonl or .csv with
+    prompt, name and seed."""
+    num_videos_per_prompt: int = 1
+    """How many videos of each prompt, with seeds of their own."""
+    prompt_at: UseAppendAction[tuple[tuple[str, str], ...]] = ()
+    """Another prompt from a second on, SECONDS PROMPT; once for each."""
+    script: Path | None = None
+    """File of prompts, in each line the second from which on one holds, and the prompt; lines that
+    begin with # are remarks."""
+    recompute: bool = False
+    """When the prompt changes, recompute the keys of what is read with it: see docs/live.md."""
+    image: Path | None = None
+    """Picture to begin with."""
+    video: Path | None = None
+    """Video to go on from; its frames come first in the result."""
+    keep: float | None = None
+    """Seconds of it to go on after; all by default."""
+    fit: Literal["crop", "letterbox"] | None = None
+    """How a picture or video of another shape is brought to the model's size; crop by default."""
+    seed: int | None = 0
+    """Seed of the noise; the same seed gives the same video. More videos count on from it. None
+    draws one, and says which."""
+    out: Path = Path("video.mp4")
+    """File to write: .mp4, .mkv (lossless), .webp, .gif, .png (contact sheet); for several videos a
+    folder, in which those that are there are left as they are."""
     save_state: Path | None = None
     """File that is kept up to date while it lasts: what --resume needs if the process is killed."""
     resume: Path | None = None
@@ -124,18 +144,23 @@ class Generate(CheckpointOptions):
         for name, others in NEEDS.items():
             if name in given and not given & others:
                 raise ValueError(f"--{name} is of --{' or --'.join(sorted(others))}: name one too")
-        names = ("seconds", "num_frames", "keep", "num_inference_steps", "shift", "threads")
-        check_positive(self, *names, "height", "width", "num_videos_per_prompt")
-        if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
-            raise ValueError(
-                f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
-                " too: use fewer sinks, or a longer window"
-            )
+        super().__post_init__()
+        check_positive(self, "keep", "num_videos_per_prompt")
+        if self.share != ALL and not self.several:
+            raise ValueError(f"--share {self.share} parts many videos: give --prompts, or no share")
 
     @property
     def several(self) -> bool:
         """Whether there may be more than one video."""
         return self.prompts is not None or self.num_videos_per_prompt > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchGenerate(Sampling, Suite):
+    """Make the videos that VBench asks for; goes on where it stopped."""
+
+    folder: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of the run: the videos, and by what protocol they are made."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from videoar.data.sources import name_problem
 from videoar.data.video import PICTURES, STREAMS
 
 KEYS = ("prompt", "name", "seed")
-MAX_NAME_BYTES = 200
+MAX_NAME_BYTES = 220  # hidden names have 23 more, and file systems take 255
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,14 @@ def wanted(prompt: str | Path, *, seed: int, count: int) -> list[Wanted]:
     Raises:
         ValueError: a line cannot be used, or two have one name; nothing has been made then.
     """
-    rows = [(1, {"prompt": prompt})] if isinstance(prompt, str) else list(_rows(prompt))
+    rows = [(1, {"prompt": prompt})] if isinstance(prompt, str) else _rows(prompt)
+    return listed(rows, of=prompt, seed=seed, count=count)
+
+
+def listed(
+    rows: Iterable[tuple[int, Any]], *, of: str | Path, seed: int = 0, count: int = 1
+) -> list[Wanted]:
+    """Return what is to be made of rows, and the lines they stand in: see `wanted`."""
     found = dict[str, Wanted]()
     for row, (line, values) in enumerate(rows):
         try:
@@ -49,9 +56,9 @@ def wanted(prompt: str | Path, *, seed: int, count: int) -> list[Wanted]:
                     raise ValueError(f"{file} is the name of another video, too: change one")
                 found[file.casefold()] = Wanted(text, file, first + k)
         except ValueError as error:
-            raise ValueError(f"{prompt}, line {line}: {error}") from error
+            raise ValueError(f"{of}, line {line}: {error}") from error
     if not found:
-        raise ValueError(f"{prompt} holds no prompt: write one in each line")
+        raise ValueError(f"{of} holds no prompt: write one in each line")
     return list(found.values())
 
 

@@ -1,6 +1,7 @@
 """The options of what is measured. No torch."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,6 +153,55 @@ class HeldOut:
             ("checkpoints", distinct(self.checkpoints), "one or more, none twice"),
             ("seed", self.seed >= 0, "0 or more"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBench:
+    """Where VBench is, and what of it is asked for."""
+
+    python: Path = Path(sys.executable)
+    """Python of the environment in which `vbench` is installed."""
+    info: Path | None = None
+    """Its list of prompts, VBench_full_info.json; by default that of the package."""
+    dimensions: tuple[str, ...] = ()
+    """Only these, such as temporal_flickering; all 16 by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite(VBench):
+    """List the videos that VBench asks for, as `generate --prompts` reads them."""
+
+    extended: Path | None = None
+    """Longer prompts to generate from: a line for each of the list, in its order."""
+    limit: int | None = None
+    """Only the first prompts of every dimension, so many, to try it."""
+    seed: int = 0
+    """Video j of prompt i, both from 0, has the seed 100000 * i + j + this; VBench fixes none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchScore(VBench):
+    """Have VBench score the videos of a run, dimension by dimension; goes on where it stopped."""
+
+    folder: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of the run; its videos are in `videos`, named as VBench names them."""
+    device: str = "cpu"
+    """Where VBench computes, such as cuda."""
+    timeout: float = 21600.0
+    """Seconds after which a dimension is given up."""
+    static_filter: bool = False
+    """Score temporal flickering on the first 5 still videos of a prompt, as published scores are;
+    it takes a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchTable:
+    """Print the scores of a run, their protocol, and what differs from another run."""
+
+    folder: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of the run."""
+    against: Path | None = None
+    """Folder of another run, that is subtracted prompt by prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,56 @@
+"""`videoar vbench prompts`, `generate`, `score` and `table`."""
+
+import contextlib
+import json
+from dataclasses import fields
+
+from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
+from videoar.checks import check_same
+from videoar.cli import options
+from videoar.cli.generate import begin, generate_several, load
+from videoar.cli.progress import say
+from videoar.cli.prompts import listed
+from videoar.evaluation import vbench
+from videoar.evaluation.options import Suite, VBenchScore, VBenchTable
+from videoar.files import check_folder, write_json
+
+
+def prompts(args: Suite) -> None:
+    """Print the list of videos."""
+    say("\n".join(map(json.dumps, vbench.suite(args)[0])))
+
+
+def generate(args: options.VBenchGenerate) -> int:
+    """Generate the videos into the folder of a run, all by the protocol that it states."""
+    rows, told = vbench.suite(args)
+    todo, folder = listed(enumerate(rows, start=1), of="VBench"), args.folder.expanduser()
+    check_folder(folder)
+    shared = {field.name: getattr(args, field.name) for field in fields(options.Sampling)}
+    several = options.Generate(prompts=folder, out=folder / vbench.VIDEOS, **shared)
+    generation = begin(several, pipe := load(several), todo[0].prompt)
+    found = Checkpoint.find(args.model, base=args.base, lora=args.lora)
+    marks = {args.model: found.fingerprint()} | fingerprints(args.base, args.codec)
+    marks |= {vbench.hash_of(file): str(strength) for file, strength in found.lora}
+    sampling = generation.plan.to_json()["options"] | {"unit_steps": None}
+    sampling["num_inference_steps"] = generation.plan.options.steps
+    told["checkpoint"] = ", ".join(f"{name} {mark}" for name, mark in marks.items())
+    told["size"] = f"{pipe.width} x {pipe.height} x {generation.num_frames} frames"
+    told |= {k: str(v) for k, v in sampling.items() if v is not None or k == "window_frames"}
+    folder.mkdir(exist_ok=True)
+    path = folder / vbench.PROTOCOL
+    with contextlib.suppress(FileNotFoundError):  # another share has written it just now
+        if not path.exists():
+            write_json(path, told)
+    held = json.loads(path.read_text("utf-8"))
+    check_same(held, told, held=f"{folder} holds videos", other="folder")
+    return generate_several(several, todo, pipe)
+
+
+def score(args: VBenchScore) -> None:
+    """Score the videos of a run."""
+    say(vbench.score(args, say))
+
+
+def table(args: VBenchTable) -> None:
+    """Print the scores of a run."""
+    say(vbench.table(args))
