@@ -33,13 +33,13 @@ from videoar.core.flow import Sigmas, euler_step, sigma_steps
 from videoar.core.noise import unit_noise
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.generation.latents import Assembler
 from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 from videoar.encoders.codec import to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.tables import cells, markdown
 from videoar.files import Json, write_json
+from videoar.generation.latents import Assembler
 
 # Cubes of as many tokens as chunk:3 and frame, and smaller ones.
 UNITS = ("chunk:3", "cube:6x15x52", "frame", "cube:2x15x52", "cube:3x10x13")

@@ -383,3 +383,11 @@ def offload(model: nn.Module, blocks: nn.Module, device: torch.device | str) -> 
     for layer in inside:
         layer.register_forward_pre_hook(visit)
         layer.register_forward_hook(leave)
+
+
+def part_of(
+    state: Mapping[str, Tensor], name: str, *, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Return what a state keeps under `name.`, on a device and in its own dtype."""
+    kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}

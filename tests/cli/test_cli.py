@@ -367,7 +367,6 @@ BAD = [
     (("generate", "ball", "--script", "missing"), "No such file"),
     (("generate", "ball", "--prompt-at", "a square", "2"), "--prompt-at begins with 'a square'"),
     (("generate", "ball", "--steps", "2"), "did you mean --num-inference-steps?"),
-    (("generate", "--resume", "missing"), "no missing: it is removed when its video is whole"),
     (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
     (("serve", "--port", "99999"), "--port is 99999: use 0 to 65535"),
     (("serve", "--sessions", "0"), "sessions is 0"),

@@ -43,18 +43,3 @@ def test_streams_side_by_side_are_those_alone(units: str, guidance: float) -> No
         del asked[before:]
     shared = len(asked)
     assert shared < 0.75 * sum(session.generation.stats.passes for session in alone)
-
-
-@pytest.mark.parametrize("units", ["frame", "cube:2x2x1/wavefront", "multiscale:2,1"])
-def test_recomputing_the_cache_costs_no_pass_of_its_own(units: str) -> None:
-    """All keys that the next unit reads come with its first step, in one pass."""
-    session = tiny_pipeline().session("a red ball", units=units)
-    while session.seconds < 2:
-        session.step()
-    session.change(prompt="a blue square", recompute=True)
-    sampler, blocks = session.generation.due(), session.generation.sampler.cache.blocks
-    assert sampler is not None
-    assert not blocks
-    session.step()
-    assert sampler.passes == sampler.config.num_steps
-    assert len(blocks) >= sampler.delivered - 1

@@ -13,7 +13,6 @@ model is told so: noised like the others they say little at high sigmas, where f
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,6 +30,7 @@ from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Unit, Units, Visible
+from videoar.weights import part_of
 
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
 """(x, velocity, sigmas, memory, fresh) -> x at the last of the sigmas, memory of the next step.
@@ -174,12 +174,11 @@ class Sampler:
 
         Who stops or saves between two units of a wave gets the rest later.
         """
-        while (index := self.delivered) in self.active or index in self.known_units:
+        while (index := self.delivered) in self.active:
             if self._shown(index):
                 return
             self.delivered += 1
-            tokens = self.active[index] if index in self.active else self.known[index].tokens
-            yield Finished(self._unit(index), tokens, self._before.get(index))
+            yield Finished(self._unit(index), self.active[index], self._before.get(index))
 
     def _unit(self, index: int) -> Unit:
         return self.cache.keep(self.units.at, index)
@@ -194,23 +193,15 @@ class Sampler:
         return 0.0 if index in self.known_units else self._sigma(index)
 
     def _enter(self) -> bool:
-        """Begin with the units that are due in this row; say whether any are left.
-
-        While nothing is in flight but known units, rows are left out: so one pass fills the cache,
-        as far as it can hold them, beside the first step of the next unit.
-        """
+        """Begin with the units that are due in this row; say whether any step is left."""
         while self.units.count is None or self.entered < self.units.count:
             unit = self._unit(index := self.entered)
-            if (row := self.rows.enters(unit.wave)) > self.row:
-                visible = self.config.visible
-                room = (visible.window or math.inf) + visible.sink - len(self.cache.blocks)
-                if len(self.active) > max(1, room) or not self.known_units.issuperset(self.active):
-                    break
-                self.row = row
+            if self.rows.enters(unit.wave) > self.row:
+                break
             noise = self._noise[index] if self._noise else self._fresh(index)
             self.active[index] = self._hold(index, noise)
             self.entered += 1
-        return self.delivered != self.units.count
+        return self.entered != self.units.count or any(map(self._sigma, self.active))
 
     def _advance(self) -> Iterator[dict[str, Any]]:
         """Run one row, unless no sigma moves and none is due for the cache."""
@@ -357,11 +348,3 @@ class Sampler:
         self.active = {int(index): x.to(self.dtype) for index, x in active.items()}
         memory = part_of(state, "memory", device=self.device)
         self._memory = {int(index): x for index, x in memory.items()}
-
-
-def part_of(
-    state: Mapping[str, Tensor], name: str, *, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Return what a state keeps under `name.`, on a device and in its own dtype."""
-    kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}

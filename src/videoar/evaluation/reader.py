@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from videoar.encoders.codec import Video, from_frames
 from videoar.evaluation.judge import Clips
-from videoar.evaluation.labels import Words, outline, read_labels, shrunk, spread
+from videoar.evaluation.labels import Words, read_labels, shrunk, spread
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import motion
 from videoar.files import Json
@@ -18,6 +19,8 @@ from videoar.weights import load_component
 
 FOOTAGE = "footage"
 """The folder of labelled videos that a judge may bring along."""
+BACK = 8.0
+"""By how much likelier (in nats) a video has to be if what has changed changes back."""
 NOTHING = "nothing"
 """Happens in a clip in which no state changes, and in a frozen one."""
 
@@ -112,10 +115,30 @@ class StateReader(nn.Module):
         video = from_frames(np.stack([shrunk(clip, self.config.size) for clip in chosen]))
         for name, logits in self(video).items():
             words = self.config.heads[name]
-            for seen, best in zip(found, logits.argmax(-1).tolist(), strict=True):
-                of_frames = name in self.config.states
-                seen[name] = outline([words[k] for k in best]) if of_frames else words[best]
+            for seen, of_clip in zip(found, logits.log_softmax(-1), strict=True):
+                best = changed(of_clip) if name in self.config.states else [int(of_clip.argmax())]
+                told = [words[k] for k in best]
+                seen[name] = told if name in self.config.states else told[0]
         return found
+
+
+def changed(logs: Float[Tensor, "frames words"]) -> list[int]:
+    """Return the word that frames begin with, and that to which it changes, if it does.
+
+    The likeliest of all ways to change once, or for a while: single frames that are misread, as
+    where an arm hides what it moves, are no change.
+    """
+    frames, words = logs.shape
+    sums = torch.cat([logs.new_zeros(1, words), logs.cumsum(0)])
+    first, last = torch.triu_indices(frames + 1, frames + 1).to(logs.device)
+    inside = sums[last] - sums[first]
+    back = ((first > 0) & (last < frames)).to(logs)[:, None, None]
+    likely = (sums[-1] - inside)[:, :, None] + inside[:, None] - BACK * back
+    at, rest = divmod(int(likely.argmax()), words**2)
+    outer, inner = divmod(rest, words)
+    order = [outer, inner] if first[at] else [inner, outer]
+    shown = [inner] if last[at] - first[at] == frames else order
+    return shown[:1] if outer == inner or first[at] == last[at] else shown
 
 
 def scores(seen: Json, told: Json) -> dict[str, float]:

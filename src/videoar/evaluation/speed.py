@@ -168,8 +168,9 @@ def generate(
     steps = len(generation.sampler.config.sigmas) - 1
     counted: Json = {"tokens": 0, "flops": 0.0, "steps": steps}
 
-    def count(model: VideoTransformer, tokens: tuple[Tensor], inputs: Json) -> None:
-        size, text, mask = tokens[0].shape[1], inputs["text"][0][0], inputs["mask"]
+    def count(model: VideoTransformer, _: tuple[Tensor, ...], inputs: Json) -> None:
+        text, mask = inputs["text"][0][0], inputs["mask"]
+        size = inputs["tokens"].shape[1]
         keys = inputs["cache"].tokens + size if mask is None else _pairs(mask) // size
         counted["tokens"] += size
         counted["flops"] += len(text) * model.flops(size, keys=keys, words=text.shape[2])

@@ -19,6 +19,6 @@ class Guided:
         return isinstance(other, Guided) and vars(self) == vars(other)
 
     def __call__(self, tokens: Tensor, **inputs) -> Output:
-        both = self.network(torch.cat([tokens] * 2), **inputs).velocity
+        both = self.network(tokens=torch.cat([tokens] * 2), **inputs).velocity
         conditional, unconditional = both.chunk(2)
         return Output(unconditional + self.scale * (conditional - unconditional))

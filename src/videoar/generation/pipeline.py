@@ -347,12 +347,10 @@ class VideoPipeline:
         inputs.check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=False)
         self.settings(plan.options, None)
 
-    def settings(
-        self, options: GenerationConfig, frames: int | None
-    ) -> tuple[Units, SamplerConfig]:
+    def settings(self, how: GenerationConfig, frames: int | None) -> tuple[Units, SamplerConfig]:
         """Return the units over so many latent frames, or of an endless stream; how to sample."""
         num_frames = None if frames is None else 1 + self.codec.stride[0] * (frames - 1)
-        config = options.sampler(lattice := self.lattice(options.units, num_frames))
+        config = how.sampler(lattice := self.lattice(how.units, num_frames))
         config.rows(lattice.count)  # what an endless stream cannot is said now
         return lattice, config
 

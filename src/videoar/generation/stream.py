@@ -15,7 +15,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checks import check, check_same
-from videoar.core.sampler import Finished, Sampler, part_of
+from videoar.core.sampler import Finished, Sampler
 from videoar.core.tokens import Known, Latents, Tokens
 from videoar.core.units import Unit
 from videoar.data.video import VideoWriter
@@ -317,11 +317,11 @@ class Generation:
         self.script = [(frame, changes) for frame, changes in now["script"]]
         self.stats.frames = now["frames"]
         for name, part in self._parts().items():
-            part.load_state_dict(part_of(state, name, device=device))
-        masks, known = (part_of(state, name, device=device) for name in ("mask", "known"))
+            part.load_state_dict(weights.part_of(state, name, device=device))
+        masks, known = (weights.part_of(state, name, device=device) for name in ("mask", "known"))
         self.sampler.hold({int(index): Known(masks[index], known[index]) for index in known})
-        self._past = {int(t): x for t, x in part_of(state, "past", device=device).items()}
-        tokens = part_of(state, "open", device=device)
+        self._past = {int(t): x for t, x in weights.part_of(state, "past", device=device).items()}
+        tokens = weights.part_of(state, "open", device=device)
         self._open = [tokens[str(k)] for k in range(len(tokens))]
         if "conditioning" in state:
             self.conditioning = state["conditioning"].numpy()
