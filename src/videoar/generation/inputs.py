@@ -57,7 +57,10 @@ def hearing(
     """Return what a sampler calls after a step of a unit: it says how far it is, and asks."""
     units, rows = generation.sampler.units, generation.sampler.rows
     waves = map(units.wave_of, range(units.count or 0))
-    count, total = itertools.count(1), sum(len(rows.steps(wave)) for wave in waves)
+    first, usual = itertools.takewhile(lambda wave: wave < len(rows.sigmas), waves), rows.sigmas[-1]
+    total = (units.count or 0) * (len(usual) - 1)
+    total += sum(len(rows.of(wave)) - len(usual) for wave in first)
+    count = itertools.count(1)
 
     def on_step(unit: int, step: int, tokens: Tensor) -> Tensor:
         done, seconds = next(count), time.perf_counter() - generation.started
