@@ -20,11 +20,13 @@ from videoar.serve.engine import Engine
 
 @contextmanager
 def serving(
-    pipe: VideoPipeline, *, token: str = "", limit: int = 8
+    pipe: VideoPipeline, *, token: str = "", limit: int = 8, unsent: int | None = None
 ) -> Iterator[tuple[str, Engine]]:
-    """Serve a model; return where, and the engine."""
+    """Serve a model; return where, and the engine. The system keeps `unsent` bytes for a viewer."""
     engine = Engine(pipe, limit=limit)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as bound:
+        if unsent is not None:  # connections have it from the socket that accepts them
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unsent)
         app = make_app(engine, token=token)
         config = uvicorn.Config(app, log_level="error", lifespan="on", **SOCKETS)
         server = uvicorn.Server(config)

@@ -24,7 +24,9 @@ def _decode(job: tuple[Path, int, int, float], beat: Callable[[Any], None]) -> A
     file, height, width, fps = job
     try:
         frames = read_image(file)[None]
-    except ValueError:
+    except ValueError as error:
+        if "absurd size" in str(error):  # a picture all the same; FFmpeg would decode some of these
+            return f"it cannot be used: {error.__cause__}"
         source = Source(name="given", path=str(file), captions=(), size=file.stat().st_size)
         shown = read(source, fps=fps, sizes=[(width, height)])
         try:

@@ -9,7 +9,7 @@ const query = token ? "?token=" + encodeURIComponent(token) : "";
 const video = $("video");
 
 let socket, session, source, buffer, way, head, paused = false, ended = true, retry = 0;
-let waiting = [], sent = new Map(), number = 0, recording = null, lastUnit = null;
+let waiting = [], sent = new Map(), number = 0, recording = null, lastUnit = null, drawing = 0;
 
 // ---------------------------------------------------------------- talking
 
@@ -78,6 +78,8 @@ function heard(event) {
 function over() {
   ended = true;
   session = null;
+  socket.onclose = socket.onmessage = null;
+  socket.close();
   history.replaceState(null, "", location.pathname + location.search);
   for (const id of ["pause", "back", "reset", "branch", "record"]) $(id).disabled = true;
   $("start").hidden = false;
@@ -279,7 +281,7 @@ function computed(event) {
   $("unit").textContent = event.unit_ms.toFixed(0) + " ms";
   $("cache").textContent = (event.cache_bytes / 2 ** 20).toFixed(2) + " MiB";
   $("memory").textContent = (event.process_bytes / 2 ** 20).toFixed(0) + " MiB";
-  requestAnimationFrame(draw);
+  drawing ||= requestAnimationFrame(draw); // once, however many units come before
 }
 
 // Colours are those of the legend, whatever scheme the page has.
@@ -290,6 +292,7 @@ function colour(name) {
 
 function draw() {
   const event = lastUnit, canvas = $("lattice");
+  drawing = 0;
   if (!event || !way) return;
   const [rows, columns] = way.lattice, ratio = devicePixelRatio || 1;
   const wide = (canvas.width = canvas.clientWidth * ratio), label = 16 * ratio;
