@@ -35,7 +35,7 @@ def choose(footage: Path, latents: Path, exam: Path, *, size: int, count: int) -
             for picture in read_video(footage / each["file_name"])
         ]
         path = exam / "videos" / Path(each["file_name"]).name
-        folder.write_video(path, pictures)
+        folder.write_video(path, pictures, crf="24")  # to be passed on
         kept = {name: each[name] for name in KEPT if name in each} | {
             "file_name": f"videos/{path.name}",
             "captions": each["captions"],

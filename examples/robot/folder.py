@@ -82,13 +82,13 @@ def _in_words(label: dict[str, Any]) -> dict[str, Any]:
     return label | {"parts": parts, "state": state}
 
 
-def write_video(path: Path, pictures: list[np.ndarray]) -> None:
+def write_video(path: Path, pictures: list[np.ndarray], *, crf: str = CRF) -> None:
     """Write H.264 in high quality. One thread: the bytes are the same everywhere."""
     import av
 
     size = len(pictures[0])
     with av.open(str(path), "w") as container:
-        options = {"crf": CRF, "preset": "medium", "threads": "1"}
+        options = {"crf": crf, "preset": "medium", "threads": "1"}
         stream = container.add_stream("libx264", rate=world.FPS, options=options)
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"

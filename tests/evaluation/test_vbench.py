@@ -198,10 +198,10 @@ def test_dimensions_are_scored_alone_and_kept(run: Run, python: Path) -> None:
     Path("run/videos").mkdir(parents=True)
     for name in names:
         Path("run/videos", name).write_bytes(b"a video")
-    one = ("--dimensions", "background_consistency", "--timeout", "0.01")
+    one = ("--dimensions", "background_consistency", "--timeout", "0.000001")
     code, out, error = run("score", "run", "--python", python, *one)
     assert code == 2
-    assert "background_consistency is not scored: 0.01 s were too few, raise --timeout" in out
+    assert "background_consistency is not scored: 1e-06 s were too few, raise --timeout" in out
     assert "run holds no scores of VBench" in error
     code, out, error = run("score", "run", "--python", python)
     assert code == 0, error
