@@ -34,7 +34,7 @@ from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.timing import Timing
 
-STORY = Path(__file__).parent / "robot" / "story.txt"
+STORY = Path(__file__).with_name("story.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder; the files of an earlier demo in it are replaced."""
-    model: str = "robot"
+    model: str = "toy"
     """Checkpoint: a bundled name or a folder."""
     script: Path = STORY
     """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
@@ -60,7 +60,8 @@ def demo(args: Demo) -> None:
     judge, _ = find_judge(Judged(), args.model)
     out, minute, rows, videos = args.out, args.out / "minute.mp4", [], []
     # One thread: as fast as two for so small a model, and far faster on a busy machine.
-    long = options.Generate(script=args.script, model=args.model, force=True, threads=1)
+    how = {"model": args.model, "force": True, "threads": 1, "recompute": True}
+    long = options.Generate(script=args.script, **how)
     story = [each for each in read_script(long) if each[0] < args.seconds]
     say(f"{story[0][1]!r} under {len(KINDS)} kinds of unit, and {len(story)} prompts in a minute")
     clip = replace(long, script=None, prompt=story[0][1], seconds=WINDOW_SECONDS)
@@ -72,8 +73,9 @@ def demo(args: Demo) -> None:
             videos.append(read_video(one.out))
     out.mkdir(exist_ok=True)
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
-    long = replace(long, seconds=args.seconds, units=KINDS[-1], out=minute)
+    long = replace(long, seconds=args.seconds, out=minute)  # in the units of the checkpoint
     fps = _row(long, rows)
+    rows[-1]["seen"] = "told below"
     told = [
         {
             "from": f"{second:.0f} s",
@@ -131,7 +133,7 @@ def _row(args: options.Generate, rows: list[dict[str, str]]) -> int:
         raise KeyboardInterrupt
     start = timing.start_seconds
     row = {
-        "units": str(args.units),
+        "units": args.units or "its own",
         "video": f"{timing.video_seconds:.0f} s",
         "frames/s": f"{timing.fps:.1f}",
         "passes": str(timing.passes),
