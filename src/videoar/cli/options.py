@@ -28,6 +28,7 @@ class CheckpointOptions:
 # What an option of `generate` leaves no room for, and why; and what others are nothing without.
 CLASHES = {
     "prompts": ("makes a video of each line", {"prompt", "prompt_at", "script", "save_state"}),
+    "seconds": ("is the length", {"num_frames"}),
     "image": ("is how the video begins", {"video"}),
 }
 NEEDS = {"keep": {"video"}, "fit": {"image", "video"}}
@@ -81,12 +82,23 @@ class Sampling(CheckpointOptions):
     share: str = ALL
     """K/N in the K-th of N processes that share a folder of videos: it makes every N-th of them."""
 
+    def given(self) -> set[str]:
+        """Return the names of what is not as it is by default."""
+        return {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+
     def __post_init__(self) -> None:
+        given = self.given()
+        held = given - {"resume", "threads", "device", "offload"}
+        for name, (why, others) in {
+            "resume": ("goes on with what it holds", held),
+            **CLASHES,
+        }.items():
+            if name in given and (clash := given & others):
+                names = ", ".join(sorted(clash)).replace("_", "-")
+                raise ValueError(f"--{name} {why}: leave out {names}")
         names = ("seconds", "num_frames", "num_inference_steps", "shift", "threads")
         check_positive(self, *names, "height", "width")
         check_options(self, ("share", turns(self.share) != slice(0), "K/N with K up to N, as 2/8"))
-        if self.seconds is not None and self.num_frames is not None:
-            raise ValueError("--seconds is the length: leave out num-frames")
         if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
             raise ValueError(
                 f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
@@ -132,19 +144,13 @@ class Generate(Sampling):
     """Such a file, to go on with; all options are in it but --threads, --device and --offload."""
 
     def __post_init__(self) -> None:
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        held = given - {"resume", "threads", "device", "offload"}
-        clashes = {"resume": ("goes on with what it holds", held), **CLASHES}
-        for name, (why, others) in clashes.items():
-            if name in given and (clash := given & others):
-                names = ", ".join(sorted(clash)).replace("_", "-")
-                raise ValueError(f"--{name} {why}: leave out {names}")
+        super().__post_init__()
+        given = self.given()
         if not given & {"prompt", "prompts", "script", "resume"}:
             raise ValueError("no PROMPT is given: describe the video in a few words")
         for name, others in NEEDS.items():
             if name in given and not given & others:
                 raise ValueError(f"--{name} is of --{' or --'.join(sorted(others))}: name one too")
-        super().__post_init__()
         check_positive(self, "keep", "num_videos_per_prompt")
         if self.share != ALL and not self.several:
             raise ValueError(f"--share {self.share} parts many videos: give --prompts, or no share")

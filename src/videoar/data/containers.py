@@ -25,10 +25,14 @@ class Unusable(ValueError):
     """Why a source, or what is left of it, cannot be used; never a fault of the program."""
 
 
+class AbsurdSize(Unusable):
+    """It is readable, but too small or too large a picture."""
+
+
 def check_size(width: int, height: int) -> None:
     """Raise if a picture is too small to show anything or too large to be read."""
     if not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
-        raise Unusable(
+        raise AbsurdSize(
             f"absurd size: {width}x{height}, but sides of {MIN_SIDE} or more and at most"
             f" {MAX_PIXELS / 1e6:.0f} million pixels are read"
         )

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from videoar.data import containers
 from videoar.data.colour import HLG, PQ, has_alpha, over_black, tone_map, without_unused
-from videoar.data.containers import MAX_PIXELS, Unusable, check_size
+from videoar.data.containers import MAX_PIXELS, AbsurdSize, Unusable, check_size
 from videoar.data.sources import Source
 from videoar.data.video import Frames, Picture
 from videoar.files import mistaken
@@ -260,7 +260,7 @@ def readable(otherwise: str) -> Iterator[None]:
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
-        raise Unusable(f"absurd size: above {MAX_PIXELS / 1e6:.0f} million pixels") from error
+        raise AbsurdSize(f"absurd size: above {MAX_PIXELS / 1e6:.0f} million pixels") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise Unusable(f"{otherwise} ({error})") from error
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import from_frames, to_frames
-from videoar.evaluation.judge import WORLD, Clips, Judge, judge_whole, windows
+from videoar.evaluation.judge import WORLD, Clips, Judge, windows
 from videoar.evaluation.lengths import WINDOW_SECONDS
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
@@ -143,7 +143,7 @@ def _whole(parts: Sequence[Json]) -> Json:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Videos of the held-out prompts that one checkpoint makes in one way, and their judge."""
+    """Videos of the held-out prompts that one checkpoint makes in one way."""
 
     name: str
     """In the file; no other entry has it."""
@@ -155,7 +155,6 @@ class Entry:
     seeds: int = 1
     """Videos per prompt."""
     make: Callable[..., Made] = generated
-    judge: Callable[..., list[Json]] = judge_whole
 
 
 def find_judge(config: Judged, checkpoint: str) -> Who:
@@ -254,7 +253,6 @@ def plan(entries: Sequence[Entry], report: Report, about: Json) -> list[Job]:
         pipe.generate(["a ball"], num_frames=num_frames, seeds=[0])
         own = {"num_inference_steps": sampling.steps, "num_frames": num_frames, "weights": weights}
         own |= {"num_prompts": entry.num_prompts, "seeds": entry.seeds}
-        own |= {"judge": entry.judge.__name__}
         settings = to_json(vars(sampling) | own | about)
         jobs.append(Job(entry=entry, sampling=sampling, settings=settings))
     return jobs

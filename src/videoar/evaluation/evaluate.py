@@ -66,7 +66,7 @@ def run(entries: Sequence[Entry], config: Evaluate, report: Report, who: Who) ->
     save(config.out, {"entries": found})  # fails now if it must fail
     how: Json = {"num_prompts": config.long_prompts, "seconds": config.long_seconds, "seeds": 1}
     long = [
-        replace(entry, name=f"{entry.name}{LONG}", judge=measured, **how)
+        replace(entry, name=f"{entry.name}{LONG}", **how)
         for entry in entries
         if config.long_prompts and entry.make is generated
     ]
@@ -85,13 +85,13 @@ def run(entries: Sequence[Entry], config: Evaluate, report: Report, who: Who) ->
         for start in range(0, len(asked), config.batch_size):
             batch = asked[start : start + config.batch_size]
             blocks = _heard(job.entry.make(pipe, batch, judge, num_frames=frames), name, paced)
-            videos += job.entry.judge(blocks, batch, fps=job.sampling.fps, judge=judge)
+            videos += measured(blocks, batch, fps=job.sampling.fps, judge=judge)
             done += len(batch) * frames
             left = (time.perf_counter() - started) * (total / done - 1)
             paced.say(f"{name}: {done / total:.0%} of all, {timedelta(seconds=round(left))} left")
         found[name] = {"settings": job.settings, "videos": videos}
         save(config.out, {"entries": found})
-        scores = tables.by_prompt([found[name]], "last" if "last" in videos[0] else "scores")
+        scores = tables.by_prompt([found[name]], "last")
         report(f"{name}: {', '.join(f'{key} {100 * s.mean():.1f}' for key, s in scores.items())}")
     return found
 

@@ -221,7 +221,7 @@ class Judge(Protocol):
         """Return real clips of what is asked for."""
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
-        """Return what is seen in each clip, the scores, and whatever else it measures."""
+        """Return what is `seen` in each clip, and its `scores`."""
 
     def describe(self, clips: Clips, *, fps: int) -> list[str]:
         """Say what is seen in each clip."""
@@ -254,14 +254,6 @@ class WorldJudge:
 
 
 WORLD = WorldJudge()
-
-
-def judge_whole(
-    blocks: Iterator[Clips], prompts: list[Json], *, fps: int, judge: Judge = WORLD
-) -> list[Json]:
-    """Judge short videos."""
-    found = judge.look(np.concatenate(list(blocks), axis=1), prompts, fps=fps)
-    return [prompt | seen for prompt, seen in zip(prompts, found, strict=True)]
 
 
 def windows(blocks: Iterator[Clips], *, size: int) -> Iterator[Clips]:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from videoar.encoders.codec import Video, from_frames
 from videoar.evaluation.judge import Clips
 from videoar.evaluation.labels import Words, read_labels, shrunk, spread
-from videoar.evaluation.looks import pictures
-from videoar.evaluation.metrics import motion
 from videoar.files import Json
 from videoar.weights import load_component
 
@@ -176,13 +174,8 @@ class TrainedJudge:
         return np.stack([part.clip(num_frames, size=size, fps=fps) for part in parts])
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
-        seen, described = self.reader.read(clips), pictures(clips)
-        found = []
-        for k, (words, prompt) in enumerate(zip(seen, prompts, strict=True)):
-            more = {} if described is None else {"pictures": described[k].round(3).tolist()}
-            right = {"seen": words, "scores": scores(words, prompt["told"])}
-            found.append(right | {"motion": motion(clips[k])} | more)
-        return found
+        told = zip(self.reader.read(clips), prompts, strict=True)
+        return [{"seen": seen, "scores": scores(seen, asked["told"])} for seen, asked in told]
 
     def describe(self, clips: Clips, *, fps: int) -> list[str]:
         words = [seen.values() for seen in self.reader.read(clips)]

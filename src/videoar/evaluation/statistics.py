@@ -4,7 +4,6 @@ A mean over videos of a prompt is one observation, as they resemble each other. 
 several checkpoints that differ in their seed of training, these are a level of their own.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """What a study found: the entries by name, and the lines, whose members they are."""
 
@@ -109,7 +108,6 @@ class Found:
     def samples(self, line: str) -> list[Json]:
         return [self.entries[name] for name in self.lines.get(line, [line])]
 
-    @functools.cache  # noqa: B019
     def sides(self, line: str, key: str = "scores") -> dict[str, Side]:
         """Return the values of a line: trainings x prompts, each the mean over noise."""
         each = [by_prompt([sample], key) for sample in self.samples(line)]

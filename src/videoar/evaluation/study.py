@@ -149,7 +149,6 @@ def _steps(
 def _entries(asked: Json, design: Design, first: str) -> list[Entry]:
     """Return what is made: real clips, those through the codec, and an entry per checkpoint."""
     shared: Json = {"num_prompts": design.num_prompts, "seconds": design.seconds}
-    shared["judge"] = measured
     makers = {CLEAN: real, CODEC: coded}
     entries = [Entry(name=k, checkpoint=first, make=make, **shared) for k, make in makers.items()]
     for name, (checkpoints, overrides) in asked.items():
@@ -189,7 +188,7 @@ def _work(config: Study, design: Design, jobs: Sequence[Job], judge: Judge, say:
             blocks = written(blocks, files, first=rows[0], fps=job.sampling.fps)
             own = [str(job.sampling.units)] if job.entry.make is generated else kinds
             how: Json = {"labels": _labels(pipe, own, frames), "fps": job.sampling.fps}
-            found = job.entry.judge(blocks, asked, judge=judge, **how)
+            found = measured(blocks, asked, judge=judge, **how)
         with path.open("a", encoding="utf-8") as file:
             for i in _new(job, rows, there):
                 line = {"entry": name, "index": i} | found[rows.index(i)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from videoar.data.containers import AbsurdSize
 from videoar.data.decode import Unusable, read
 from videoar.data.sources import Source
 from videoar.generation.conditioning import fitted, read_image
@@ -25,7 +26,7 @@ def _decode(job: tuple[Path, int, int, float], beat: Callable[[Any], None]) -> A
     try:
         frames = read_image(file)[None]
     except ValueError as error:
-        if "absurd size" in str(error):  # a picture all the same; FFmpeg would decode some of these
+        if isinstance(error.__cause__, AbsurdSize):  # FFmpeg would decode some of these
             return f"it cannot be used: {error.__cause__}"
         source = Source(name="given", path=str(file), captions=(), size=file.stat().st_size)
         shown = read(source, fps=fps, sizes=[(width, height)])

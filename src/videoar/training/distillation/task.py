@@ -13,7 +13,7 @@ from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.world import held_out_prompts
-from videoar.evaluation.judge import judge_whole
+from videoar.evaluation.judge import WORLD
 from videoar.generation.config import trained_flow
 from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
@@ -204,7 +204,7 @@ class StudentTask(GeneratorTask):
             pixels = blocks.astype(np.float32) / 255
             values[f"change/{name}"] = float(np.abs(np.diff(pixels, axis=1)).mean())
             values[f"contrast/{name}"] = float(pixels.std())
-            found = judge_whole(iter([blocks]), prompts, fps=fps) if self.of_the_world else []
+            found = WORLD.look(blocks, prompts, fps=fps) if self.of_the_world else []
             for key in ("color", "shape", "motion") if found else ():
                 values[f"{key}/{name}"] = float(np.mean([seen["scores"][key] for seen in found]))
         columns = len(range(0, frames, every))
