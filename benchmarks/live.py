@@ -1,7 +1,7 @@
-"""Measure a live server: frames per second beside the bare pipeline, and how soon a prompt shows.
+"""Measure a live server: frames per second beside the bare pipeline, time to a change, memory.
 
     python benchmarks/live.py                           # the tables
-    python benchmarks/live.py --seconds 2 --count 3     # to see that it works
+    python benchmarks/live.py --seconds 2 --count 3 --opens 20 --stall 2    # to see that it works
 
 The server is a process of its own, as in use; this one plays the viewers, who decode nothing.
 """
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import tyro
@@ -31,14 +32,14 @@ PROMPTS = (
 
 
 @contextmanager
-def server(model: str, threads: int) -> Iterator[str]:
-    """Start `videoar serve`; yield where it is."""
+def server(model: str, threads: int) -> Iterator[tuple[str, int]]:
+    """Start `videoar serve`; yield where it is, and its process."""
     words = ["serve", "--model", model, "--threads", str(threads), "--port", "0"]
     command = [sys.executable, "-m", "videoar", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().split()[1]
+            yield process.stdout.readline().split()[1], process.pid
         finally:
             process.terminate()
 
@@ -95,18 +96,57 @@ def first_picture(url: str, units: str) -> float:
         return 1000 * (time.perf_counter() - begun)
 
 
-def main(model: str = "toy", seconds: float = 20.0, count: int = 20, threads: int = 1) -> None:
-    """Print two tables.
+def resident(process: int) -> float:
+    """Return the MiB of memory that a process has (Linux)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 2**10
+
+
+def opened(url: str, process: int, count: int) -> list[float]:
+    """Return the MiB of a server, after each tenth of so many sessions that came and went."""
+    found = []
+    for index in range(count):
+        first_picture(url, KINDS[index % len(KINDS)])
+        if (index + 1) % max(1, count // 10) == 0:
+            found.append(resident(process))
+    return found
+
+
+def stalled(url: str, process: int, units: str, seconds: float) -> tuple[float, float]:
+    """Let a viewer read nothing for a while; return the MiB before, and the most of them."""
+    with connect(url, PROMPTS[0], units=units) as session:
+        fragments = session.fragments()
+        for _ in itertools.islice(fragments, 8):
+            session.say(Seen(seconds=1e9))
+        before, most, end = resident(process), 0.0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            session.say(Seen(seconds=1e9))  # as if it had played all: only its reading is late
+            time.sleep(0.1)
+            most = max(most, resident(process))
+        return before, most
+
+
+def main(
+    model: str = "toy",
+    seconds: float = 20.0,
+    count: int = 20,
+    threads: int = 1,
+    opens: int = 1000,
+    stall: float = 60.0,
+) -> None:
+    """Print three tables.
 
     Args:
         model: checkpoint.
         seconds: of each measurement of speed.
         count: prompts for each kind of unit.
         threads: of the model.
+        opens: sessions that are begun and ended, one after the other.
+        stall: seconds for which a viewer reads nothing.
     """
     torch.set_num_threads(threads)
     pipe = VideoPipeline.from_pretrained(model)
-    with server(model, threads) as url:
+    with server(model, threads) as (url, process):
         print(
             "| units | bare | one session | of bare | four sessions, all |\n|---|---|---|---|---|"
         )
@@ -132,6 +172,12 @@ def main(model: str = "toy", seconds: float = 20.0, count: int = 20, threads: in
                 times = sorted(reactions(url, units, count, recompute=recompute))
                 cells += [statistics.median(times), times[int(0.9 * (len(times) - 1))]]
             print(f"| `{units}` | " + " | ".join(f"{ms:.0f} ms" for ms in cells) + " |", flush=True)
+        print(f"\n| a viewer reads nothing for {stall:g} s | before | at most |\n|---|---|---|")
+        for units in KINDS:
+            before, most = stalled(url, process, units, stall)
+            print(f"| `{units}` | {before:.0f} MiB | {most:.0f} MiB |", flush=True)
+        sizes = " | ".join(f"{size:.0f}" for size in opened(url, process, opens))
+        print(f"\nMiB after each tenth of {opens} sessions: {sizes}")
 
 
 if __name__ == "__main__":

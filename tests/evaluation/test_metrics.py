@@ -72,6 +72,13 @@ def _holds(interval: Interval, value: float) -> bool:
     return interval.low <= value <= interval.high
 
 
+def test_an_interval_in_a_sentence_is_written_as_in_a_table() -> None:
+    """A share in hundredths; with a format in its own unit."""
+    interval = Interval(mean=0.109375, low=0.04, high=0.178)
+    assert f"{interval}" == str(interval) == "10.9 [4.0, 17.8]"
+    assert f"{interval:.2f}" == "0.11 [0.04, 0.18]"
+
+
 @pytest.mark.parametrize("count", [10, 60])
 def test_intervals_hold_the_true_mean_as_often_as_they_say(
     rng: np.random.Generator, count: int

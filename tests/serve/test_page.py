@@ -99,7 +99,13 @@ def _start(page: Any, prompt: str = BLACK, units: str = "frame") -> None:
 
 
 def test_it_plays_and_a_new_prompt_is_obeyed(page: Any) -> None:
-    """Typed and sent by the keyboard alone: black becomes white, and the figures say when."""
+    """Typed and sent by the keyboard alone: black becomes white, and the figures say when.
+
+    Before, the page proposes what the model was trained with.
+    """
+    prompts = VideoPipeline.from_pretrained("toy").meta["prompts"]
+    _until(lambda: page.input_value("#prompt") == prompts[0])
+    assert page.locator("#prompts option").count() == len(prompts)
     page.fill("#prompt", BLACK)
     page.focus("#start")
     page.keyboard.press("Enter")

@@ -27,6 +27,7 @@ from websockets.sync.client import connect as open_socket
 
 from videoar.client import Watched, connect
 from videoar.data.fragments import encode
+from videoar.generation.pipeline import VideoPipeline
 from videoar.serve import app
 from videoar.serve import engine as engines
 from videoar.serve.engine import Engine
@@ -428,6 +429,17 @@ def test_no_path_is_opened(url: str, path: str) -> None:
     """Three files are shown, and no name that is sent is ever that of a file."""
     with pytest.raises(urllib.error.HTTPError, match="404"):
         _ask(url, "GET", path)
+
+
+def test_the_model_says_what_can_be_asked_for(url: str) -> None:
+    """Words that it knows, its kinds of unit, and how it samples if nothing else is said."""
+    assert _ask(url, "GET", "/api/model")["prompts"] == []  # it never learned any
+    toy = VideoPipeline.from_pretrained("toy")
+    model = Engine(toy).model()
+    assert model.prompts
+    assert not toy.unknown_words(" ".join(model.prompts))
+    assert model.kinds == toy.meta["units"]
+    assert (model.units, model.num_inference_steps) == ("cube:1x2x2", toy.sampling.steps)
 
 
 def test_the_interface_is_described(url: str) -> None:

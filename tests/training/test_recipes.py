@@ -224,11 +224,22 @@ def test_a_checkpoint_knows_the_words_of_its_captions(trained, tmp_path: Path) -
     assert toy.unknown_words("A golden Retriever") == ["golden", "retriever"]
     assert learned(("frame",), ["A cat"], ["dog"]) == {
         "units": ["frame"],
+        "prompts": ["A cat"],
         "words": ["a", "cat", "dog"],
     }
-    assert learned(("frame",), ["A cat"], None) == {"units": ["frame"]}
+    assert learned(("frame",), ["A cat"], None) == {"units": ["frame"], "prompts": ["A cat"]}
     many = [f"word{number}" for number in range(10_001)]
     assert "words" not in learned(("frame",), many, ())
+
+
+def test_a_checkpoint_knows_some_prompts_of_all_its_captions() -> None:
+    """Few of many, from the first to the last, none twice, and none that is empty."""
+    captions = ["", *(f"clip {number // 2}" for number in range(200)), ""]
+    prompts = learned(("frame",), captions, ())["prompts"]
+    assert len(prompts) == 12 == len(set(prompts))
+    assert prompts[0] == "clip 0"
+    assert int(prompts[-1].split()[1]) > 90
+    assert learned(("frame",), ["", ""], ())["prompts"] == []
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-base"])

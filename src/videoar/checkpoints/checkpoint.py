@@ -78,6 +78,7 @@ class _Meta(TypedDict):
     sampling: dict[str, Any]
     units: list[str]
     words: list[str]
+    prompts: list[str]
     height: int
     width: int
     config: dict[str, Any]

@@ -74,6 +74,8 @@ def _history(meta: dict[str, Any]) -> str:
         "units": ", ".join(meta.get("units", ())),
         "sampling": pairs("sampling"),
     }
+    if prompts := meta.get("prompts"):
+        found["prompts"] = f"such as {prompts[0]!r}"
     if curve := meta.get("loss_curve"):
         found["loss"] = f"{curve[0][1]:.4g} at step {curve[0][0]}, {curve[-1][1]:.4g} at the end"
     return "\n".join(f"{name:<10}{v}" for name, v in found.items() if v not in (None, ""))

@@ -114,7 +114,9 @@ class Interval:
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Write `mean [low, high]`, all numbers in one format."""
+        """Write `mean [low, high]`, all numbers in one format; without one, as `str` does."""
+        if not spec:
+            return str(self)
         mean, low, high = (format(value, spec) for value in vars(self).values())
         return f"{mean} [{low}, {high}]"
 

@@ -21,7 +21,7 @@ from videoar.data.video import Frames
 from videoar.data.workers import Pool
 from videoar.serve.decoding import decoder
 from videoar.serve.engine import Engine, Live
-from videoar.serve.messages import Control, Event, Refused, Start, plain
+from videoar.serve.messages import Control, Event, Model, Refused, Start, plain
 
 FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
 KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -177,6 +177,11 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
     async def end(session: str) -> None:
         """End a session."""
         await _called(engine, engine.lives.pop, session, None)
+
+    @app.get("/api/model")
+    async def model() -> Model:
+        """Return what can be asked for."""
+        return engine.model()
 
     @app.get("/api/messages")
     async def messages() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sessions that share one model: each gets a unit, then each the next, in a thread of its own."""
 
 import functools
+import itertools
 import secrets
 import threading
 import time
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from videoar.core.sampler import Finished, Sampler
-from videoar.core.units import Unit
+from videoar.core.schemes import KINDS, Cells
+from videoar.core.units import Unit, Units
 from videoar.data.fragments import encode
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
@@ -132,12 +134,12 @@ class Live:
         generation = self.session.generation
         sampler, kept = generation.sampler, generation.kept
         busy, made = (sum(values) for values in zip(*self._took, strict=True))
-        cached = [sampler.units.at(index) for index in sampler.cache.blocks]
+        find = functools.partial(cells, sampler.units)
         return messages.Computed(
             index=generation.stats.units,
-            cells=runs([unit], kept),
-            next=runs([sampler.units.at(sampler.delivered)], kept),
-            cached=runs(cached, kept),
+            cells=runs([find(unit.index)], kept),
+            next=runs([find(sampler.delivered)], kept),
+            cached=runs(map(find, sampler.cache.blocks), kept),
             seconds=self.session.seconds,
             unit_ms=1000 * took,
             fps=made / busy,
@@ -162,11 +164,17 @@ class Live:
             self._shows = False
 
 
-def runs(units: Iterable[Unit], kept: Sequence[int]) -> list[list[int]]:
+@functools.lru_cache(maxsize=1024)  # every message says what is cached
+def cells(units: Units, index: int) -> Cells:
+    """Return the cells of a unit."""
+    return units.at(index).cells
+
+
+def runs(units: Iterable[Cells], kept: Sequence[int]) -> list[list[int]]:
     """Return cells as (frame, row, first column, last column, level); the first frames are kept."""
     found: list[list[int]] = []
     later = 1 + kept[-1] - len(kept) if kept else 0
-    for t, h, w, level in (cell for unit in units for cell in unit.cells):
+    for t, h, w, level in itertools.chain.from_iterable(units):
         frame = kept[t] if t < len(kept) else t + later
         if found and found[-1][:2] + found[-1][3:] == [frame, h, w - 1, level]:
             found[-1][3] = w
@@ -260,6 +268,19 @@ class Engine(threading.Thread):
         own, units = (self.pipe.sampling.units, *self.pipe.meta.get("units", ())), message.units
         if units is not None and units not in own and units != units.lower():
             raise ValueError(f"units {units[:100]!r} are none that a client may name: use frame")
+
+    def model(self) -> messages.Model:
+        """Say what can be asked for."""
+        pipe, sampling = self.pipe, self.pipe.sampling
+        return messages.Model(
+            prompts=list(pipe.meta.get("prompts", ())),
+            kinds=list(pipe.meta.get("units", KINDS)),
+            units=str(sampling.units),
+            num_inference_steps=sampling.steps,
+            height=pipe.height,
+            width=pipe.width,
+            fps=sampling.fps,
+        )
 
     def open(self, message: Start) -> str:
         """Begin a session of its own; return its name."""

@@ -4,8 +4,24 @@ A viewer sends `Control`, the server answers with `Event`. After each `Begin` th
 are one fragmented MP4, its head first: what came before is of another way, and forgotten.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What can be asked for."""
+
+    prompts: list[str]
+    """Some that the model was trained with, if it says."""
+    kinds: list[str]
+    """Units that the model was trained with, or some, if it does not say."""
+    units: str
+    """Those without another word, as the steps are."""
+    num_inference_steps: int
+    height: int
+    width: int
+    fps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,4 +165,4 @@ Event = Begin | Computed | Changed | Branched | Refused
 
 def plain(message: Any) -> dict[str, Any]:
     """Return a message as JSON values, without what is not said."""
-    return {name: value for name, value in asdict(message).items() if value is not None}
+    return {name: value for name, value in vars(message).items() if value is not None}

@@ -40,8 +40,8 @@ SIZES = {
     for name, layers, heads in (("tiny", 6, 4), ("small", 6, 5), ("medium", 8, 8))
 }
 """Transformers of 1.8, 2.7 and 8.9 million parameters."""
-MAX_WORDS = 10_000
-"""A checkpoint lists no more words than that."""
+MAX_WORDS, MAX_PROMPTS = 10_000, 12
+"""A checkpoint lists no more words and examples of prompts than that."""
 
 
 Units = tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
@@ -160,11 +160,13 @@ def trained_sampling(
 
 
 def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str, Any]:
-    """Return what a checkpoint says that it knows: units, and all words of captions.
+    """Return what a checkpoint says that it knows: units, some captions, and all their words.
 
     `words` are those from before; None, where they are not known or too many, stays so.
     """
     said: dict[str, Any] = {"units": list(dict.fromkeys(units))}
+    some = list(dict.fromkeys(filter(None, captions)))
+    said["prompts"] = some[:: -(-len(some) // MAX_PROMPTS) or 1]
     if words is not None:
         words = sorted({*words, *text_encoder.words_of(captions)})
     return said if words is None or len(words) > MAX_WORDS else said | {"words": words}

@@ -2,7 +2,6 @@
 // One session over one WebSocket: messages are JSON, what lies between is fragmented MP4.
 
 const $ = (id) => document.getElementById(id);
-const KINDS = ["frame", "chunk:2", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2"];
 const BEHIND = 10, MAX_RECORD = 256 * 2 ** 20;
 const token = new URLSearchParams(location.search).get("token");
 const query = token ? "?token=" + encodeURIComponent(token) : "";
@@ -23,7 +22,7 @@ function tell(text, bad = false) {
 }
 
 async function call(method, path, body, type) {
-  const answer = await fetch("/api/sessions" + path + query, {
+  const answer = await fetch("/api/" + path + query, {
     method, body, headers: type ? { "Content-Type": type } : {},
   });
   const value = answer.status === 204 ? null : await answer.json();
@@ -43,7 +42,7 @@ function wanted(given = false) {
 async function start() {
   try {
     tell("starting");
-    session = (await call("POST", "", JSON.stringify(wanted()), "application/json")).session;
+    session = (await call("POST", "sessions", JSON.stringify(wanted()), "application/json")).session;
     history.replaceState(null, "", location.search + "#" + session);
     remember($("prompt").value);
     open();
@@ -173,10 +172,10 @@ function send() {
   ask({ prompt: $("prompt").value, ...how });
 }
 
-function select(units) {
+function select(units, now = true) {
   const known = [...document.querySelectorAll("input[name=unit]")];
-  if (!known.some((input) => input.value === units)) known.push(choice(units));
-  known.find((input) => input.value === units).checked = true;
+  const found = known.find((input) => input.value === units) ?? choice(units);
+  found.checked ||= now;
 }
 
 function choice(units) {
@@ -188,7 +187,13 @@ function choice(units) {
   return input;
 }
 
-KINDS.forEach(choice);
+call("GET", "model").then((model) => {
+  model.kinds.forEach((units) => select(units, false));
+  if (!chosen("unit")) select(model.units);
+  model.prompts.forEach((prompt) => $("prompts").append(new Option(prompt)));
+  $("prompt").value ||= model.prompts[0] ?? "";
+  if (!$("steps").dataset.set) $("steps").value = model.num_inference_steps;
+}).catch((error) => tell(error.message, true));
 $("start").onclick = start;
 $("ask").onsubmit = (event) => { event.preventDefault(); send(); };
 $("pause").onclick = () => {
@@ -229,7 +234,7 @@ $("screen").addEventListener("drop", async ({ dataTransfer }) => {
   if (!file || !session) return;
   try {
     tell("reading " + file.name);
-    await call("PUT", `/${session}/beginning`, file);
+    await call("PUT", `sessions/${session}/beginning`, file);
     say(wanted(true));
   } catch (error) { tell(error.message, true); }
 });
