@@ -1,7 +1,7 @@
 """Measure a live server: frames per second beside the bare pipeline, time to a change, memory.
 
     python benchmarks/live.py                           # the tables
-    python benchmarks/live.py --seconds 2 --count 3 --opens 20 --stall 2    # to see that it works
+    python benchmarks/live.py --seconds 2 --count 3 --opens 20 --stall 2 --hour 20    # in short
 
 The server is a process of its own, as in use; this one plays the viewers, who decode nothing.
 """
@@ -126,6 +126,24 @@ def stalled(url: str, process: int, units: str, seconds: float) -> tuple[float, 
         return before, most
 
 
+def lasting(url: str, process: int, units: str, seconds: float) -> list[tuple[float, float]]:
+    """Watch a session as fast as it comes; after each sixth: ms per second of video, and MiB."""
+    found, marks, shown = list[tuple[float, float]](), itertools.count(1), 0.0
+    with connect(url, PROMPTS[0], units=units) as session:
+        begun, start, mark = time.perf_counter(), 0.0, next(marks)
+        for _ in session.fragments():
+            session.say(Seen(seconds=1e9))
+            shown = max([shown, *(e["seconds"] for e in session.events if e["type"] == "unit")])
+            session.events.clear()
+            if shown >= mark * seconds / 6:
+                now = time.perf_counter()
+                found.append((1000 * (now - begun) / (shown - start), resident(process)))
+                begun, start, mark = now, shown, next(marks)
+            if len(found) == 6:
+                break
+    return found
+
+
 def main(
     model: str = "toy",
     seconds: float = 20.0,
@@ -133,8 +151,9 @@ def main(
     threads: int = 1,
     opens: int = 1000,
     stall: float = 60.0,
+    hour: float = 3600.0,
 ) -> None:
-    """Print three tables.
+    """Print four tables.
 
     Args:
         model: checkpoint.
@@ -143,6 +162,7 @@ def main(
         threads: of the model.
         opens: sessions that are begun and ended, one after the other.
         stall: seconds for which a viewer reads nothing.
+        hour: seconds of video of a session that lasts.
     """
     torch.set_num_threads(threads)
     pipe = VideoPipeline.from_pretrained(model)
@@ -176,6 +196,11 @@ def main(
         for units in KINDS:
             before, most = stalled(url, process, units, stall)
             print(f"| `{units}` | {before:.0f} MiB | {most:.0f} MiB |", flush=True)
+        heads = " | ".join(f"{hour * part / 6:g} s" for part in range(1, 7))
+        print(f"\n| ms per second of video, MiB, to | {heads} |\n|{'---|' * 7}")
+        for units in ("frame", "cube:1x2x2"):
+            cells = [f"{ms:.0f}, {size:.0f}" for ms, size in lasting(url, process, units, hour)]
+            print(f"| `{units}` | " + " | ".join(cells) + " |", flush=True)
         sizes = " | ".join(f"{size:.0f}" for size in opened(url, process, opens))
         print(f"\nMiB after each tenth of {opens} sessions: {sizes}")
 
