@@ -93,7 +93,7 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
 
 def tables(config: Bench, rows: Sequence[Json]) -> str:
     """Return the tables, and what their figures include."""
-    about, parts = vars(config) | rows[0], list[str]()
+    about, parts = rows[0] | vars(config), list[str]()
     for title, each in ((INCLUDED, speed_cells), (BESIDE, pass_cells)):
         if lines := [line for line in map(each, rows) if line]:
             parts.append(f"{title.format(**about)}\n\n{markdown(cells(lines))}\n")
