@@ -4,10 +4,11 @@
 
 Each checkout runs in a process of its own, with its own `src/`; they take turns, so that what else
 the machine does falls on both alike, and what counts is the time of the processor, not the clock.
-`toy` is timed from the prompt to the pixels; `wide` is the shape of Wan 1.3B with two layers,
-without a codec.
+`toy` is timed from the prompt to the pixels, and `passes` are its passes alone; `wide` is the
+shape of Wan 1.3B with two layers, without a codec.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -19,11 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from tyro.conf import Positional, arg
 
+from videoar.checks import check_options
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
 
@@ -43,6 +45,8 @@ class Compare:
     """Folder of the other."""
     units: tuple[str, ...] = KINDS
     """Kinds of unit."""
+    of: tuple[Literal["toy", "passes"], ...] = ("toy", "passes")
+    """What is timed: `toy` from prompt to pixels, its passes alone, or both."""
     wide: tuple[str, ...] = ("chunk:3", "cube:3x8x14")
     """Kinds of unit at the shape of Wan; none: `--wide`."""
     wide_frames: int = 12
@@ -50,7 +54,7 @@ class Compare:
     dtype: str = "bfloat16"
     """Of the wide weights."""
     seconds: float = 10.0
-    """Of video from `toy`."""
+    """Of video from `toy`, less 3 frames, so that segments are whole; 1 or more."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
     batch: int = 1
@@ -58,19 +62,42 @@ class Compare:
     rounds: int = 5
     """How often each runs."""
 
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("seconds", "num_inference_steps", "batch", "rounds"), 1)
+        check_options(self, least=least)
 
-def toy(units: str, seconds: float, steps: int, batch: int) -> dict[str, Any]:
-    """Generate videos with the bundled model; return what it took and what came out."""
+
+def begin(units: str, seconds: float, steps: int, batch: int) -> Any:
+    """Begin videos of the bundled model."""
     from videoar.generation.pipeline import VideoPipeline
 
-    pipe = VideoPipeline.from_pretrained("toy")
-    how = {"num_frames": 1 + round(16 * seconds), "units": units, "num_inference_steps": steps}
-    before = time.process_time()
+    # Four latent frames a second: whole segments, as what is made of others changed.
+    how = {"num_frames": round(16 * seconds) - 3, "num_inference_steps": steps, "units": units}
     prompts = ["a big red ball moves left on a black background"] * batch
-    generation = pipe.generate(prompts, seeds=list(range(batch)), **how)
+    pipe = VideoPipeline.from_pretrained("toy")
+    return lambda: pipe.generate(prompts, seeds=list(range(batch)), **how)
+
+
+def toy(*video: Any) -> dict[str, Any]:
+    """Generate videos with the bundled model; return what it took and what came out."""
+    start = begin(*video)
+    before = time.process_time()
+    generation = start()
     frames = np.concatenate(list(generation), axis=1)
     took = time.process_time() - before
     return {"seconds": took, "passes": generation.stats.passes, "output": frames}
+
+
+def passes(*video: Any) -> dict[str, Any]:
+    """Do the same without the text and the decoder."""
+    import torch
+
+    sampler = begin(*video)().sampler
+    before = time.process_time()
+    with torch.inference_mode():
+        tokens = torch.cat([each.tokens for each in sampler], dim=1)
+    took = time.process_time() - before
+    return {"seconds": took, "passes": sampler.passes, "output": tokens.numpy()}
 
 
 @cache
@@ -120,7 +147,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
     for line in sys.stdin:
         name, arguments, file = json.loads(line)
-        result = {"toy": toy, "wide": wide}[name](*arguments)
+        result = {"toy": toy, "passes": passes, "wide": wide}[name](*arguments)
         np.save(file, result.pop("output"))
         print(json.dumps(result), file=answer)
 
@@ -161,7 +188,8 @@ def compare(config: Compare) -> None:
     """Print a line for each job."""
     steps = config.num_inference_steps
     jobs: list[tuple[Any, ...]] = [
-        ("toy", units, config.seconds, steps, config.batch) for units in config.units
+        (name, units, config.seconds, steps, config.batch)
+        for name, units in itertools.product(config.of, config.units)
     ]
     jobs += [("wide", units, config.wide_frames, config.dtype, steps) for units in config.wide]
     print("CPU ms per pass, medians [lowest, highest]; a ratio is of neighbours in time\n")

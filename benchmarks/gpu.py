@@ -28,15 +28,14 @@ from videoar.checks import check_options
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
 from videoar.cli.progress import say
-from videoar.core.cache import KVCache
-from videoar.core.flow import Sigmas, euler_step, sigma_steps
-from videoar.core.noise import unit_noise
+from videoar.core.flow import Sigmas, sigma_steps
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
 from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 from videoar.encoders.codec import to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
+from videoar.evaluation.beside import plain_loop
 from videoar.evaluation.tables import cells, markdown
 from videoar.files import Json, write_json
 from videoar.generation.latents import Assembler
@@ -93,7 +92,7 @@ class Shape:
         self.dtype = torch.float32 if config.tiny else torch.bfloat16
         self.height, self.width = (4, 4) if config.tiny else (30, 52)
         with self.device:
-            self.model = VideoTransformer(model).to(self.dtype).eval()
+            self.model = VideoTransformer(model).to(self.dtype).eval().requires_grad_(False)
             torch.nn.init.normal_(self.model.proj_out.weight, std=0.02)
             own = TinyCodecConfig.toy() if config.tiny else TinyCodecConfig()
             self.codec = TinyCodec(own).to(self.dtype).eval()
@@ -109,36 +108,22 @@ class Shape:
             torch.cuda.synchronize(self.device)
 
 
-def eager(
-    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas
-) -> Iterator[tuple[Unit, Tensor]]:
-    """Do what a sampler does by a plain loop; only for units of one after the other."""
-    model, cache = shape.model, KVCache()
-    for unit in units:
-
-        def forward(x: Tensor, sigma: float, unit: Unit = unit) -> Tensor:
-            told = torch.tensor([[sigma]], device=shape.device)
-            coords = unit.coords.to(shape.device)
-            row = torch.zeros(unit.size, dtype=torch.long, device=shape.device)
-            how = {"coords": coords, "sigma": told, "unit": row, "text": shape.text}
-            return model(x, **how, cache=cache).velocity
-
-        cache.evict([i for i in cache.blocks if visible.expired(i, unit.index)])
-        x = unit_noise((0,), unit.index, (unit.size, model.config.token_dim)).to(shape.device)
-        for before, after in itertools.pairwise(sigmas):
-            x, _ = euler_step(x, forward(x, before), (before, after))
-        forward(x, sigmas[-1])
-        cache.commit([(unit.index, unit.size)])
-        yield unit, x
-
-
-def ours(
-    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas
-) -> Iterator[tuple[Unit, Tensor]]:
-    """Sample by the sampler."""
+def sampler(shape: Shape, units: Units, visible: Visible, sigmas: Sigmas) -> Sampler:
+    """Return a sampler at its beginning."""
     config = SamplerConfig(sigmas=sigmas, visible=visible, moving_sinks=False)
     how: dict[str, Any] = {"seeds": (0,), "device": shape.device}
-    for finished in Sampler(shape.model, units, shape.text, config, **how):
+    return Sampler(shape.model, units, shape.text, config, **how)
+
+
+def eager(*case: Any) -> Iterator[tuple[Unit, Tensor]]:
+    """Do what a sampler does by a plain loop."""
+    for unit, tokens, _ in plain_loop(sampler(*case)):
+        yield unit, tokens
+
+
+def ours(*case: Any) -> Iterator[tuple[Unit, Tensor]]:
+    """Sample by the sampler."""
+    for finished in sampler(*case):
         yield finished.unit, finished.tokens
 
 
@@ -167,8 +152,6 @@ def measure(shape: Shape, case: Case, *, repeats: int) -> Json:
     """Time segments of each side in turn, with a full window."""
     units = shape.units(case.units)
     segment = units.units_per_segment
-    if units.at(segment - 1).wave != segment - 1:
-        raise ValueError(f"the plain loop takes one unit after the other, not {case.units}")
     visible = Visible(window=case.window // units.segment_frames * segment)
     sigmas = sigma_steps(case.steps, shift=5.0)
     if shape.device.type == "cuda":

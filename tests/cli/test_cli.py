@@ -54,7 +54,7 @@ FROZEN = {
     "clips draws",
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out timeout workers device share",
-    "bench": "checkpoint units prompt seconds num_inference_steps repeats threads out",
+    "bench": "checkpoint shape layers units prompt seconds num_inference_steps repeats threads out",
     "evaluate": "seed batch_size judge footage checkpoint units num_prompts seconds "
     "num_inference_steps shift guidance_scale long_prompts long_seconds out",
     "evaluate heldout": "checkpoints data units seed out",
@@ -399,6 +399,8 @@ BAD = [
     (("evaluate", "heldout", "CHECKPOINT"), "--data"),
     (("evaluate", "heldout", "CHECKPOINT", "--data", "x", "--shift", "2"), "option '--shift'"),
     (("bench", "CHECKPOINT", "--num-inference-steps", "0"), "num_inference_steps is 0"),
+    (("bench", "--shape", "wan-2b"), "'--shape'"),
+    (("bench", "--layers", "4"), "use it with --shape"),
 ]
 
 
@@ -661,6 +663,7 @@ def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> Non
     code, out, _ = run("bench", checkpoint, *words)
     assert code == 0
     assert "| units | frames/s |" in out
+    assert "| units | dtype |" in out
 
 
 def test_the_default_units_of_a_recipe_are_an_option() -> None:

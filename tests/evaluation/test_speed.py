@@ -10,11 +10,11 @@ import torch
 from benchmarks import length
 from benchmarks.cache import BenchCache, measure, with_cache, without_cache
 
-from videoar.core.schemes import parse
 from videoar.core.units import Visible
 from videoar.evaluation import speed
+from videoar.evaluation.beside import alone, in_turn, plain_loop
 from videoar.evaluation.options import Bench
-from videoar.evaluation.speed import generate, speed_cells, tables
+from videoar.evaluation.speed import begin, generate, measure_shape, pass_cells, speed_cells, tables
 from videoar.files import Json
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.timing import Timing
@@ -64,10 +64,10 @@ def test_frames_per_second_are_end_to_end(rows: list[Json]) -> None:
 
 
 def test_the_start_of_the_process_is_counted(rows: list[Json]) -> None:
-    """Time to the first frame from the start includes loading and the wait for the first frame."""
-    row, first = rows[0], rows[0]["runs"][0]
+    """Time to the first frame from the start includes imports and the wait for the first frame."""
+    first = rows[0]["runs"][0]
     assert first.start_seconds is not None
-    assert first.start_seconds > row["load_seconds"] + first.first_frame_seconds
+    assert first.start_seconds > first.first_frame_seconds + 0.1
 
 
 def test_memory_is_that_of_a_process(rows: list[Json]) -> None:
@@ -95,12 +95,82 @@ def test_the_file_reloads(rows: list[Json], config: Bench) -> None:
 
 
 def test_the_table_has_all_parts(rows: list[Json], config: Bench) -> None:
-    """A table of one line, and the words that say what is included."""
+    """Two tables of one line, and the words that say what is included."""
     text = tables(config, rows)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 3
-    assert "end to end" in text
-    assert "1 threads" in text
+    assert len(lines) == 6
+    for said in (
+        "end to end",
+        "writing the file",
+        "commits it to the cache",
+        "1 threads",
+        "float32",
+    ):
+        assert said in text
+
+
+def test_passes_are_timed_beside_what_computes_the_same(rows: list[Json]) -> None:
+    """A ratio of speeds says nothing if one side computes something else."""
+    row = rows[0]
+    assert {"ours", "plain", "matmul"} <= row["seconds"].keys()
+    assert all(len(turns) == 2 and min(turns) > 0 for turns in row["seconds"].values())
+    assert (row["tokens"], row["steps"]) == (4, 2)
+    assert all(difference < 1e-4 for difference in row["difference"])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scheme", tiny.SCHEMES)
+def test_a_plain_loop_gives_the_tokens_of_the_sampler(pipe: VideoPipeline, scheme: str) -> None:
+    """The textbook, with guidance, fresh noise, a window and sinks: what the sampler has to be."""
+    pipe.transformer.requires_grad_(requires_grad=False)
+    how = {"units": scheme, "step": "renoise", "guidance_scale": 2.0, "moving_sinks": False}
+    samplers = [pipe.generate([PROMPT], num_frames=29, seeds=[3], **how).sampler for _ in range(2)]
+    expected = torch.cat([tokens for _, tokens, _ in plain_loop(samplers[0])], dim=1)
+    torch.testing.assert_close(with_cache(samplers[1]), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_diffusers_computes_a_unit_alone(pipe: VideoPipeline) -> None:
+    """Its transformer has our weights, for units that are a block of the lattice."""
+    pytest.importorskip("diffusers")
+    words = torch.randn(1, 5, pipe.transformer.config.text_dim)
+    cube = pipe.lattice("cube:1x2x2", None).at(1)
+    ours, theirs = (call() for call in alone(pipe.transformer, cube, words).values())
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    coarse = pipe.lattice("multiscale:2,1", None).at(0)
+    assert alone(pipe.transformer, coarse, words) == {}
+
+
+def test_sides_take_turns() -> None:
+    """All are called in every turn, whole groups at a time."""
+    called: list[str] = []
+    sides = {name: (lambda name=name: called.append(name), 2) for name in ("a", "b")}
+    found = in_turn(sides, whole=3, repeats=2)
+    assert {name: len(turns) for name, turns in found.items()} == {"a": 2, "b": 2}
+    assert called[:7] == ["a"] * 3 + ["b"] * 3 + ["a"]
+    assert called.count("a") % 3 == 0
+
+
+def test_operations_are_those_of_the_keys_that_are_read(
+    pipe: VideoPipeline, config: Bench, rows: list[Json]
+) -> None:
+    """In a full window a cube of 4 tokens reads that, and the sinks."""
+    sampler, model = begin(pipe, config, None).sampler, pipe.transformer
+    visible, words = sampler.config.visible, sampler.text[0][0].shape[2]
+    assert visible.window is not None
+    keys = 4 * (visible.window + visible.sink)
+    assert rows[0]["flops"] == model.flops(4, keys=keys, words=words)
+
+
+def test_a_shape_is_timed_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights give the table of passes and no other."""
+    monkeypatch.setattr(speed, "ModelConfig", lambda num_layers: replace(tiny.MODEL, num_layers=2))
+    monkeypatch.setattr(speed, "LATTICE", (4, 4))
+    options = Bench(shape="wan-1.3b", units=("chunk:3",), num_inference_steps=1, repeats=1)
+    row = {"name": "chunk:3", **measure_shape(options, "bfloat16")}
+    assert speed_cells(row) == {}
+    assert (pass_cells(row)["dtype"], pass_cells(row)["tokens"]) == ("bfloat16", "48")
+    assert "frames/s" not in tables(options, [row])
 
 
 @pytest.mark.parametrize("step", ["euler", "renoise"])
@@ -128,26 +198,17 @@ def test_the_comparison_is_of_equals(pipe: VideoPipeline, config: Bench) -> None
 
 
 @pytest.mark.parametrize("scheme", ["frame", "chunk:2", "cube:1x2x2"])
-def test_tokens_are_counted_with_their_commits(
+def test_passes_are_counted_with_their_commits(
     pipe: VideoPipeline, config: Bench, scheme: str
 ) -> None:
-    """A unit goes through once per step and once to be cached, the last one never to be cached."""
+    """A commit shares its pass with a step of the next unit; the clock ends with the last frame."""
     clock: list[int] = []
     one = replace(config, units=(scheme,))
-    run, counted = generate(pipe, one, seconds=8.5, show=lambda frames, _: clock.append(frames))
-    sizes = pipe.lattice(parse(scheme), 17).sizes
-    assert counted["tokens"] == 2 * sum(sizes) + sum(sizes[:-1])
+    run = generate(pipe, one, seconds=8.5, show=lambda frames, _: clock.append(frames))
+    sizes = begin(pipe, one, 17).sampler.units.sizes
     assert run.passes == 2 * len(sizes)
     assert run.units == len(sizes)
     assert clock[-1] == run.frames == 17
-
-
-def test_flops_grow_with_guidance(pipe: VideoPipeline, config: Bench) -> None:
-    """Guidance runs every pass on two conditions, so it costs twice as much."""
-    _, once = generate(pipe, config, seconds=5.0)
-    guided = replace(pipe, sampling=replace(pipe.sampling, guidance_scale=3.0))
-    _, twice = generate(guided, config, seconds=5.0)
-    assert twice["flops"] == pytest.approx(2 * once["flops"])
 
 
 def test_cost_of_a_second_is_the_slope_of_the_clock() -> None:
@@ -173,15 +234,18 @@ def _made_up() -> Json:
         cache_bytes=2**20,
         peak_bytes=2**28,
     )
+    seconds = {"ours": [0.02, 0.01, 0.04], "plain": [0.04, 0.02, 0.04], "matmul": [0.1, 0.1, 0.1]}
     return {
         "name": "frame",
+        "dtype": "float32",
         "runs": [run, replace(run, seconds=1.0), replace(run, seconds=4.0)],
+        "seconds": seconds,
         "steps": 4,
-        "tokens": 200,
-        "flops": 4e9,
-        "load_seconds": 1.0,
+        "tokens": 4,
+        "flops": 1e9,
+        "matmul_flops": 2e10,
+        "difference": [1e-6],
         "window_frames": None,
-        "matmul_rate": 1.6e10,
         "hardware": "abacus",
     }
 
@@ -192,9 +256,12 @@ def test_cells_follow_from_the_measurements() -> None:
     cells = speed_cells(row)
     assert cells["frames/s"] == "50 [25, 100]"
     assert cells["ms/pass"] == "20.00"
-    assert cells["tokens/pass"] == "4.0"
-    assert cells["of a matmul"] == "25%"
     assert (cells["from start (s)"], cells["peak memory"]) == ("3.00", "256 MiB")
+    passes = pass_cells(row)
+    assert passes["ms/unit pass"] == "20 [10, 40]"
+    assert passes["of a matmul"] == "25%"
+    assert passes["plain / ours"] == "2 [1, 2]"
+    assert passes["diffusers / ours"] == "-"
     unknown = row | {"runs": [replace(row["runs"][0], start_seconds=None)]}
     assert speed_cells(unknown)["from start (s)"] == "unknown"
     flat = {"seconds": [10, 20], "cost": [0.2, 0.3], "early_bytes": 2**28, "late_bytes": 2**29}
@@ -207,6 +274,10 @@ def test_bad_requests_are_one_sentence(config: Bench, tmp_path: Path) -> None:
     for field, value in (("seconds", 0.0), ("seconds", float("nan"))):
         with pytest.raises(ValueError, match=f"{field} is"):
             replace(config, **{field: value})
+    with pytest.raises(ValueError, match="layers is 3: use it with --shape"):
+        Bench(layers=3)
+    with pytest.raises(ValueError, match="use it without --shape"):
+        Bench(shape="wan-1.3b", seconds=2.0)
     with pytest.raises(ValueError, match="seconds is 12"):
         length.BenchLength(seconds=12.0)
     with pytest.raises(ValueError, match="Unknown units"):

@@ -36,12 +36,16 @@ def plain(found: TransformerWeights) -> Weights:
     return weights
 
 
+def diffusers_config(config: ModelConfig) -> Json:
+    """Return what diffusers builds the transformer of."""
+    fields, patch = asdict(config), config.patch
+    known = FIXED | {theirs: fields[ours] for theirs, ours in FIELDS.items()}
+    return known | {"out_channels": known["in_channels"], "patch_size": [1, patch, patch]}
+
+
 def save_diffusers(folder: Path, found: TransformerWeights) -> None:
     """Write `transformer/` of a diffusers folder."""
-    fields, patch = asdict(found.config), found.config.patch
-    config = {"_class_name": "WanTransformer3DModel", **FIXED}
-    config |= {theirs: fields[ours] for theirs, ours in FIELDS.items()}
-    config |= {"out_channels": config["in_channels"], "patch_size": [1, patch, patch]}
+    config = {"_class_name": "WanTransformer3DModel", **diffusers_config(found.config)}
     save_weights(folder / FILE, plain(found), config)
 
 

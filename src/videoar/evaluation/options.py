@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -21,22 +21,30 @@ def distinct(names: tuple[str, ...]) -> bool:
     return 0 < len(names) == len(set(names))
 
 
+SHAPE_KINDS = ("frame", "chunk:3", "cube:3x15x13", "cube:3x5x13", "cube:1x5x13")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed and memory, end to end, for every kind of unit."""
+    """Measure speed and memory, end to end, for every kind of unit, and passes beside others'."""
 
     checkpoint: Positional[Checkpoint] = "toy"
     """A bundled name or a folder."""
-    units: tuple[str, ...] = KINDS
-    """Kinds of unit."""
+    shape: Literal["wan-1.3b"] | None = None
+    """Instead of a checkpoint random weights of this shape, 15 x 26 tokens a frame, a window of 6
+    latent frames, in float32 and bfloat16: passes alone."""
+    layers: int | None = None
+    """Of the shape; 2 by default."""
+    units: tuple[str, ...] = ()
+    """Kinds of unit; none: those that most models know, or frame, chunk:3 and cubes of a shape."""
     prompt: str = "a large red ball moves left on a black background"
     """What is generated."""
     seconds: float = 20.0
     """Length of the video that is timed."""
     num_inference_steps: int | None = None
-    """Denoising steps per unit; by default the checkpoint's own."""
+    """Denoising steps per unit; by default the checkpoint's own, and 4 of a shape."""
     repeats: int = 3
-    """How often the short videos are generated."""
+    """How often the videos are generated, and passes are timed."""
     threads: int | None = None
     """CPU threads."""
     out: Path | None = None
@@ -44,8 +52,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         check_positive(self, "seconds")
-        least = {"num_inference_steps": 1, "repeats": 1, "threads": 1}
-        check_options(self, ("units", len(self.units) > 0, "at least one kind"), least=least)
+        least = {"num_inference_steps": 1, "repeats": 1, "threads": 1, "layers": 1}
+        idle = ("layers",) if self.shape is None else ("checkpoint", "prompt", "seconds")
+        says = "it with --shape" if self.shape is None else "it without --shape"
+        rules = [(name, getattr(self, name) == getattr(Bench, name), says) for name in idle]
+        check_options(self, *rules, least=least)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
-"""Speed and memory of generation, end to end: from a prompt to a closed video file.
+"""Speed and memory of generation, from a prompt to a closed video file, and of its passes alone.
 
 Every kind of unit runs in a fresh process, so that its peak of memory is its own and its start is a
 real one. What a figure includes stands in the report. What a cache is worth measures
 `benchmarks/cache.py`, and whether long videos stay flat `benchmarks/length.py`.
 """
 
+import itertools
 import multiprocessing
 import signal
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,25 +18,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from videoar import machine
-from videoar.core.attention import Spans
-from videoar.core.schemes import parse
-from videoar.core.transformer import VideoTransformer
+from videoar.core.flow import sigma_steps
+from videoar.core.sampler import Sampler, SamplerConfig
+from videoar.core.schemes import KINDS, parse
+from videoar.core.transformer import ModelConfig, VideoTransformer
+from videoar.core.units import Units, Visible
 from videoar.data.video import VideoWriter
-from videoar.evaluation.options import Bench
+from videoar.evaluation.beside import beside
+from videoar.evaluation.options import SHAPE_KINDS, Bench
 from videoar.evaluation.tables import cells, markdown, spread
 from videoar.files import Json, load, save
 from videoar.generation.pipeline import VideoPipeline
-from videoar.generation.stream import write
+from videoar.generation.stream import Generation, write
 from videoar.generation.timing import Timing
+from videoar.weights import as_dtype
 
 INCLUDED = (
     "Frames per second are end to end: text encoding, sampling, decoding and writing the file. "
     "Loading is in `from start` alone, which begins with the process. Medians of {repeats} runs "
-    "[lowest, highest], no warm-up. {seconds:g} s of video, {hardware}."
+    "[lowest, highest], no warm-up. {seconds:g} s of video, {hardware}, {dtype}."
 )
+BESIDE = (
+    "Passes alone, in turn with others, CPU time if there is one thread: a unit pass is a step of "
+    "a unit, or the pass that commits it to the cache; text, decoding and writing are not in it. "
+    "`plain` is a textbook loop of the same weights, layer by layer, nothing kept between passes. "
+    "`diffusers` is its transformer over one unit without context, which projects the text in "
+    "every pass, beside ours over the same. Medians of {repeats} turns [lowest, highest], largest "
+    "differences as shares of the largest value, {hardware}."
+)
+WINDOW = 6  # latent frames, of a shape
+LATTICE = 15, 26  # tokens of a latent frame: 240x416 pixels
+WORDS = 512
 
 
 def run(config: Bench, report: Callable[[str], None]) -> str:
@@ -51,14 +64,18 @@ def measure_all(config: Bench, report: Callable[[str], None]) -> list[Json]:
         ValueError: the checkpoint or an argument does not fit.
         ChildProcessError: a measurement died, for instance for want of memory.
     """
-    for name in config.units:
+    kinds = config.units or (KINDS if config.shape is None else SHAPE_KINDS)
+    for name in kinds:
         parse(name)
     load(config.out, "benchmark", kind="benchmark")  # fails now if it must fail
+    jobs: list[tuple[Any, ...]] = [(measure,)]
+    if config.shape is not None:
+        jobs = [(measure_shape, dtype) for dtype in ("float32", "bfloat16")]
     rows = []
-    for name in config.units:
-        row = apart(measure, replace(config, units=(name,)))
-        rows.append(row)
-        report(", ".join(f"{key} {cell}" for key, cell in speed_cells(row).items()))
+    for (job, *given), name in itertools.product(jobs, kinds):
+        rows.append({"name": name, **apart(job, replace(config, units=(name,)), *given)})
+        said = speed_cells(rows[-1]) | pass_cells(rows[-1])
+        report(", ".join(f"{key} {cell}" for key, cell in said.items()))
     save(config.out, {"benchmark": {"config": replace(config, out=None), "rows": rows}})
     return rows
 
@@ -75,33 +92,53 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
 
 
 def tables(config: Bench, rows: Sequence[Json]) -> str:
-    """Return the table, and what its figures include."""
-    title = INCLUDED.format(**vars(config), hardware=rows[0]["hardware"])
-    return f"{title}\n\n{markdown(cells([speed_cells(row) for row in rows]))}\n"
+    """Return the tables, and what their figures include."""
+    about, parts = rows[0] | vars(config), list[str]()
+    for title, each in ((INCLUDED, speed_cells), (BESIDE, pass_cells)):
+        if lines := [line for line in map(each, rows) if line]:
+            parts.append(f"{title.format(**about)}\n\n{markdown(cells(lines))}\n")
+    return "\n".join(parts)
+
+
+def pass_cells(row: Json) -> dict[str, str]:
+    """Return the cells of the table of passes, by column."""
+    seconds, flops = row["seconds"], row["flops"] / row["matmul_flops"]
+
+    def ratio(one: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+
+    return {
+        "units": row["name"],
+        "dtype": row["dtype"],
+        "tokens": f"{row['tokens']:.0f}",
+        "ms/unit pass": spread([1000 * each for each in seconds["ours"]]),
+        "of a matmul": f"{flops * statistics.median(ratio('matmul', 'ours')):.0%}",
+        "plain / ours": spread(ratio("plain", "ours")),
+        "diffusers / ours": spread(ratio("diffusers", "alone")) if "alone" in seconds else "-",
+        "largest difference": ", ".join(f"{each:.0e}" for each in row["difference"]),
+    }
 
 
 def speed_cells(row: Json) -> dict[str, str]:
-    """Return the cells of the table of speed, by column."""
-    runs, rate = row["runs"], row["matmul_rate"]
+    """Return the cells of the table of speed, by column; none of a shape."""
+    if "runs" not in row:
+        return {}
+    runs = row["runs"]
     first, names = runs[0], ("model_seconds", "decode_seconds", "write_seconds")
     seconds = [statistics.median(getattr(run, name) for run in runs) for name in names]
-    start, speed = first.start_seconds, row["flops"] / seconds[0]
+    start = first.start_seconds
     return {
         "units": row["name"],
         "frames/s": spread([run.fps for run in runs]),
         "model, decode, write (s)": ", ".join(f"{value:.2f}" for value in seconds),
         "steps": str(row["steps"]),
         "passes": str(first.passes),
-        "units made": str(first.units),
-        "tokens/pass": f"{row['tokens'] / first.passes:.1f}",
         "ms/pass": f"{1000 * seconds[0] / first.passes:.2f}",
         "cache": f"{first.cache_tokens} tokens, {first.cache_bytes / 2**20:.1f} MiB",
         "window (latent frames)": str(row["window_frames"] or "all"),
         "first frame (s)": spread([run.first_frame_seconds for run in runs]),
         "from start (s)": "unknown" if start is None else f"{start:.2f}",
         "peak memory": f"{runs[-1].peak_bytes / 2**20:.0f} MiB",
-        "GFLOP/s": f"{speed / 1e9:.1f}",
-        "of a matmul": f"{speed / rate:.0%}",
     }
 
 
@@ -113,36 +150,43 @@ def load_pipeline(config: Bench) -> VideoPipeline:
 
 
 def measure(config: Bench) -> Json:
-    """Generate the video of one kind several times; then measure the machine.
+    """Generate the video of one kind several times; then time passes, and measure the machine.
 
     Returns:
         All that was measured: the `runs`, each a `Timing` of the same video, the first one at the
-        start of a process; the `tokens` that went through the network for it, cache writes
-        included, and its `flops`, counting the keys that may be read; the seconds that loading the
-        weights took; the latent frames that a unit may read, None for all; and the floating-point
-        operations per second of a large matrix product on this machine.
+        start of a process; the latent frames that a unit may read, None for all; and what `beside`
+        says.
     """
-    before = time.perf_counter()
     pipe = load_pipeline(config)
-    load_seconds = time.perf_counter() - before
-    done = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
-    return {
-        "name": config.units[0],
-        "runs": [timing for timing, _ in done],
-        **done[0][1],
-        "load_seconds": load_seconds,
-        "window_frames": pipe.sampling.window_frames,
-        "matmul_rate": machine.measure_matmul_rate("cpu", precision="float32"),
-        "hardware": machine.hardware("cpu"),
-    }
+    runs = [generate(pipe, config, seconds=config.seconds) for _ in range(config.repeats)]
+    words = pipe.prompt_encoder.encode([config.prompt]).to(pipe.transformer.proj_out.weight)
+    sampler = begin(pipe, config, None).sampler
+    passes = beside(pipe.transformer, sampler, words, repeats=config.repeats)
+    return {"runs": runs, "window_frames": pipe.sampling.window_frames, **passes}
 
 
-def _pairs(mask: Tensor | Spans) -> int:
-    """Count the pairs of query and key that a mask lets through."""
-    if isinstance(mask, Tensor):
-        return int(mask.sum())
-    runs = zip(mask.queries, mask.keys, strict=True)
-    return sum((q.stop - q.start) * sum(k.stop - k.start for k in keys) for q, keys in runs)
+def measure_shape(config: Bench, dtype: str) -> Json:
+    """Time passes of one kind over random weights of a shape; speed does not depend on values."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    model = VideoTransformer(ModelConfig(num_layers=config.layers or 2))
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    model.to(as_dtype(dtype)).eval()
+    units = Units(parse(config.units[0]), None, *LATTICE)
+    words = torch.randn(1, WORDS, model.config.text_dim).to(model.proj_out.weight)
+    sigmas = sigma_steps(config.num_inference_steps or 4, shift=5.0)
+    how = SamplerConfig(sigmas=sigmas, visible=Visible(window=units.units_of(WINDOW)))
+    with torch.inference_mode():
+        sampler = Sampler(model, units, model.encode_text(words), how, seeds=(0,))
+    return beside(model, sampler, words, repeats=config.repeats)
+
+
+def begin(pipe: VideoPipeline, config: Bench, num_frames: int | None) -> Generation:
+    """Begin a video, or an endless one."""
+    steps = config.num_inference_steps
+    how: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    how |= {"num_frames": num_frames, "seeds": [0], "units": config.units[0]}
+    return pipe.generate([config.prompt], **how)
 
 
 def generate(
@@ -151,34 +195,17 @@ def generate(
     *,
     seconds: float,
     show: Callable[[int, float], None] = lambda frames, seconds: None,
-) -> tuple[Timing, Json]:
-    """Generate a video file and forget it; return what it took, and the network's tokens and flops.
+) -> Timing:
+    """Generate a video file and forget it; return what it took.
 
     After every write `show` gets the frames and the seconds so far.
     """
-    steps = config.num_inference_steps
-    stated: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-    generation = pipe.generate(
-        [config.prompt],
-        num_frames=max(1, round(seconds * pipe.sampling.fps)),
-        seeds=[0],
-        units=config.units[0],
-        **stated,
-    )
-    steps = len(generation.sampler.config.sigmas) - 1
-    counted: Json = {"tokens": 0, "flops": 0.0, "steps": steps}
-
-    def count(model: VideoTransformer, _: tuple[Tensor, ...], inputs: Json) -> None:
-        text, mask = inputs["text"][0][0], inputs["mask"]
-        size = inputs["tokens"].shape[1]
-        keys = inputs["cache"].tokens + size if mask is None else _pairs(mask) // size
-        counted["tokens"] += size
-        counted["flops"] += len(text) * model.flops(size, keys=keys, words=text.shape[2])
-
-    counting = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    with counting, tempfile.TemporaryDirectory() as folder:
-        writer = VideoWriter(Path(folder) / "video.mp4", fps=pipe.sampling.fps)
-        timing = write(generation, writer, fps=pipe.sampling.fps, show=show)
+    fps = pipe.sampling.fps
+    generation = begin(pipe, config, max(1, round(seconds * fps)))
+    with tempfile.TemporaryDirectory() as folder:
+        timing = write(
+            generation, VideoWriter(Path(folder) / "video.mp4", fps=fps), fps=fps, show=show
+        )
     if timing.interrupted:
         raise KeyboardInterrupt
-    return timing, counted
+    return timing

@@ -163,4 +163,5 @@ def diversity(samples: Sequence[Json]) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Return the median and the range."""
-    return f"{np.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+    three = np.median(values), min(values), max(values)
+    return "{} [{}, {}]".format(*(f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in three))
