@@ -1,6 +1,5 @@
 """The options of what is measured. No torch."""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from tyro.conf import Positional, arg
 from videoar.checks import check_options, check_positive
 from videoar.core.schemes import KINDS
 from videoar.data.options import ALL, turns
-from videoar.evaluation.lengths import WINDOW_SECONDS
 
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
@@ -50,7 +48,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What may be said of videos that are judged, whoever makes them."""
+    """What may be said of a study, whoever makes its videos."""
 
     seed: int = 0
     """Of the scenes and of the noise; video i has the seed `seed + i`."""
@@ -61,43 +59,35 @@ class Judged:
     or that of the procedural world."""
     footage: Path | None = None
     """Labelled videos of a judge that was trained; those held out are asked for."""
+    out: Path = Path("study")
+    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
+    share: str = ALL
+    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
+    says it by itself. Who is last writes the report."""
+
+    def __post_init__(self) -> None:
+        share = ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8")
+        check_options(self, share, least={"seed": 0, "batch_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Judged):
-    """Judge whether videos show what their prompts say, and go on to."""
+    """Judge whether videos show what their prompts say, and go on to: a study of one checkpoint."""
 
     checkpoint: Positional[Checkpoint] = "toy"
     """A bundled name or a folder."""
-    units: tuple[str, ...] | None = None
+    units: tuple[str, ...] = ()
     """Kinds of unit, by default those it was trained on; differences are taken to the first."""
     num_prompts: int = 200
     """Prompts per kind."""
     seconds: float = 3.0
-    """Length of the videos: 2 to 4."""
+    """Length of the videos; from 8 on, their last 4 s are compared with the first."""
     num_inference_steps: int | None = None
     """Denoising steps per unit; this and the next two: the checkpoint's own by default."""
     shift: float | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
-    long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
-    out: Path | None = None
-    """JSON file with all scores; what it holds is kept, and other settings are refused."""
-
-    def __post_init__(self) -> None:
-        check_options(
-            self,
-            ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            least={"seed": 0, "batch_size": 1},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +100,6 @@ class Study(Judged):
     checkpoint: tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...] = ()
     """What makes the videos, `toy` by default; fields of the sampling may follow, as in
     `toy?guidance_scale=1`; NAME=A,B,C are checkpoints that differ in their seed of training."""
-    out: Path = Path("study")
-    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
     quick: bool = False
     """A small version of the design: few prompts, one video each, no more than 9 seconds."""
     units: tuple[str, ...] = ()
@@ -122,13 +110,6 @@ class Study(Judged):
     """Videos per prompt."""
     seconds: float | None = None
     """Length of the videos."""
-    share: str = ALL
-    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
-    says it by itself. Who is last writes the report."""
-
-    def __post_init__(self) -> None:
-        share = ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8")
-        check_options(self, share, least={"seed": 0, "batch_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)

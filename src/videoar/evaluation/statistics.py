@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from videoar.evaluation.metrics import Interval, student
-from videoar.evaluation.tables import CLEAN, by_prompt, columns_of
+from videoar.evaluation.tables import by_prompt
 from videoar.files import Json
 
 Side = Float[np.ndarray, "_ prompts"]
@@ -118,7 +118,3 @@ class Found:
 
     def cost(self, line: str, name: str) -> list[float]:
         return [run[name] for sample in self.samples(line) for run in sample["runs"]]
-
-    def shown(self) -> dict[str, str]:
-        """Return the scores and their columns."""
-        return columns_of(self.sides(CLEAN))
