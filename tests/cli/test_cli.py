@@ -368,7 +368,7 @@ BAD = [
     (("generate", "ball", "--prompt-at", "a square", "2"), "--prompt-at begins with 'a square'"),
     (("generate", "ball", "--steps", "2"), "did you mean --num-inference-steps?"),
     (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
-    (("serve", "--port", "99999"), "--port is 99999: use 0 to 65535"),
+    (("serve", "--port", "99999"), "port is 99999: use 0 to 65535"),
     (("serve", "--sessions", "0"), "sessions is 0"),
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
