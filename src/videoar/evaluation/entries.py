@@ -134,7 +134,7 @@ def _whole(parts: Sequence[Json]) -> Json:
         "seen": {"first": parts[0]["seen"], "last": parts[-1]["seen"]},
         "curves": curves,
         "slopes": {
-            name: slope(each, window_seconds=apart[name]) / 60
+            name: slope(each, window_seconds=apart[name])
             for name, each in curves.items()
             if len(each) > 1
         },

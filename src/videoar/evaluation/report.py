@@ -5,6 +5,7 @@ Nothing is claimed without an interval; where nothing was found, it is said what
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -64,7 +65,7 @@ def lattice(units: Units) -> Json:
 
 def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -> str:
     """Write the report as `report.html` and `report.md`, and return the latter."""
-    shown, pairs, drifts = Tables(), dict[str, Compared](), Compared()
+    shown, pairs, drifts, ends = Tables(), dict[str, Compared](), Compared(), Compared()
     for title, names in about["groups"].items():
         both = itertools.combinations(names, 2)
         pairs[title] = {(a, b): found.minus(a, b, CHIEF) for b, a in both}
@@ -72,8 +73,11 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     for line in found.lines:
         slopes = [name for name in found.sides(line, "slopes") if name in DRIFTING]
         drifts |= {(line, name): found.minus(line, CODEC, name, "slopes") for name in slopes}
+        first, last = (found.sides(line, end) for end in ("first", "last"))
+        both = tables.columns_of(first).items() if CHIEF in slopes else ()
+        ends |= {(line, column): difference(last[key], first[key]) for key, column in both}
     shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
-    shown |= _grid(ENDS, "videos of", _ends(found))
+    shown |= _grid(ENDS, "videos of", ends)
     shown = {title: rows for title, rows in shown.items() if rows}
     text = [_what(found, about), _who(pairs), _price(found, drifts), ABOUT]
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
@@ -137,17 +141,6 @@ def _compared(found: Found, title: str, names: Sequence[str], pairs: Compared) -
     return shown
 
 
-def _ends(found: Found) -> Compared:
-    """Return the differences between the ends of videos that have more than one window."""
-    compared = Compared()
-    for line in found.lines:
-        first, last = (found.sides(line, key) for key in ("first", "last"))
-        for key, column in tables.columns_of(first).items():
-            if CHIEF in found.sides(line, "slopes"):
-                compared[line, column] = difference(last[key], first[key])
-    return compared
-
-
 def _cost(found: Found) -> Rows:
     rows = []
     for line in found.lines:
@@ -167,18 +160,11 @@ def _cost(found: Found) -> Rows:
 def _seams(found: Found) -> Rows:
     rows = []
     for line in found.lines:
-        samples, row = found.samples(line), {"videos of": line}
-        kind, count = samples[0]["settings"]["units"], samples[0]["settings"]["num_prompts"]
-        for name in ("space", "time"):
-            own, codec = (
-                [[video["seams"][kind][name] for video in sample["videos"]] for sample in each]
-                for each in (samples, found.samples(CODEC))
-            )
-            row[name] = ""
-            if None not in itertools.chain(*own, *codec):
-                sides = [np.array(x).reshape(len(x), -1, count).mean(1) for x in (own, codec)]
-                row[name] = f"{difference(sides[0], sides[1]).change:.2f}"
-        rows.append(row)
+        kind = found.samples(line)[0]["settings"]["units"]
+        rows.append({"videos of": line})
+        for side in ("space", "time"):
+            minus = found.minus(line, CODEC, side, "seams", kind).change
+            rows[-1][side] = "" if math.isnan(minus.mean) else f"{minus:.2f}"
     return rows
 
 

@@ -1,5 +1,7 @@
 """Tables for people, and the statistics in them: means over prompts, with 95 % intervals."""
 
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,15 +43,21 @@ ASIDE = {"size", "background", "count"}  # scores that only the whole table show
 Scores = dict[str, Float[np.ndarray, " prompts"]]
 
 
-def by_prompt(samples: Sequence[Json], key: str = "scores") -> Scores:
+def by_prompt(samples: Sequence[Json], *keys: str) -> Scores:
     """Return scores, each the mean over all videos of a prompt, in the order of the prompts.
 
-    The videos of a sample differ in their noise, and the samples in who made them.
+    The videos of a sample differ in their noise, and the samples in who made them. What was not
+    measured is no number.
+
+    Args:
+        samples: entries of one study.
+        keys: where in a video they are, one below the other; `scores` by default.
     """
     videos = [video for sample in samples for video in sample["videos"]]
+    rows = [functools.reduce(operator.getitem, keys or ("scores",), video) for video in videos]
     shape = -1, samples[0]["settings"]["num_prompts"]
-    names = videos[0][key]
-    return {name: np.reshape([v[key][name] for v in videos], shape).mean(0) for name in names}
+    values = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
+    return {name: each.reshape(shape).mean(0) for name, each in values.items()}
 
 
 def columns_of(scores: Iterable[str]) -> dict[str, str]:
