@@ -5,7 +5,6 @@ each share of the work; `videos/`, those of the first prompts; and the report. W
 computed again, so a study goes on where it was killed, and processes may share it.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -47,7 +46,7 @@ from videoar.evaluation.metrics import PixelUnits
 from videoar.evaluation.options import Evaluate, Judged, Study
 from videoar.evaluation.statistics import Found
 from videoar.evaluation.tables import CLEAN, CODEC
-from videoar.files import Json, check_folder, to_json, write_json
+from videoar.files import Json, check_folder, first_written, to_json
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
@@ -96,18 +95,14 @@ def compare(design: Design, config: Judged, say: Report) -> str:
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
     asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
     check_folder(folder)
-    if not (path := folder / "study.json").exists():
+    path, settled = folder / "study.json", Json()
+    if not path.exists():
         if any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} holds other files, and no study: name another folder")
         settled = _settled(design, lines, say)
         plan(_entries(settled["entries"], design, paths[0]), lambda line: None, about)  # may raise
         folder.mkdir(exist_ok=True)
-        partial = folder / f".study-{os.getpid()}.json"
-        write_json(partial, {"asked": asked} | settled)
-        with contextlib.suppress(FileExistsError):  # another process was first, and settled it
-            os.link(partial, path)
-        partial.unlink()
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = first_written(path, {"asked": asked} | settled)
     check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
     jobs = plan(_entries(held["entries"], design, paths[0]), say, about)
     _work(config, design, jobs, judge, say)
