@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from videoar.checks import Count, Limit, Natural, Options, check_options, hint, import_extra, typed
 from videoar.core.schemes import parse
-from videoar.evaluation.lengths import MIN_SECONDS
+from videoar.evaluation.judge import MIN_SECONDS
 from videoar.evaluation.options import Study
 from videoar.files import Json
 

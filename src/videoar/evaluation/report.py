@@ -15,7 +15,7 @@ import numpy as np
 
 from videoar.core.units import Units
 from videoar.evaluation import plots, tables
-from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.judge import WINDOW_SECONDS
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.statistics import CHIEF, LEVEL, Difference, Found, difference, holm
 from videoar.evaluation.tables import CLEAN, CODEC, spread
