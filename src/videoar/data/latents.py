@@ -109,11 +109,7 @@ class ShardWriter:
 
         `text` are the rows of the caption, as many for every clip of a folder.
         """
-        if latents.shape[1] != self.info.channels:
-            raise ValueError(
-                f"a clip has {latents.shape[1]} channels, but the folder holds clips of"
-                f" {self.info.channels}: encode it with the codec {self.info.codec}"
-            )
+        assert latents.shape[1] == self.info.channels, "they are of another codec"
         stored = latents.detach().to("cpu", self.dtype)
         if not torch.isfinite(stored).all():
             number = len(self._index) + sum(map(len, self._open.values()))
@@ -207,15 +203,9 @@ class LatentShards:
         """
         clips = [self.clips[index] for index in indices]
         places = [(self._shards[clip["shard"]], clip["row"]) for clip in clips]
-        rows = [shard["latents"][row] for shard, row in places]
-        sizes = {tuple(row.shape) for row in rows}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"a batch of {self.folder} mixes clips of {len(sizes)} sizes, as {min(sizes)} and"
-                f" {max(sizes)}: give the `kinds` of its clips to Batches"
-            )
         captions = [clip["captions"][rng.integers(len(clip["captions"]))] for clip in clips]
-        latents = torch.stack(rows).float()
+        # Of one size: Batches are told the `kinds` of the clips.
+        latents = torch.stack([shard["latents"][row] for shard, row in places]).float()
         if "text" in places[0][0]:
             text = torch.stack([shard["text"][row] for shard, row in places]).float()
             return {"latents": latents, "text": text}

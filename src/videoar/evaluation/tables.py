@@ -67,7 +67,7 @@ def columns_of(scores: Iterable[str]) -> dict[str, str]:
 
 
 def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
-    """Return how far frames and motion are from those of real clips, if they were measured."""
+    """Return how far frames and motion are from those of real clips; frames if described."""
     made, others = [video for sample in samples for video in sample["videos"]], real["videos"]
     rows = dict[str, str]()
     if all("pictures" in videos[0] for videos in (made, others)):
@@ -75,13 +75,11 @@ def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
         frames = np.concatenate(np.split(frames, len(made) // len(others)), axis=1)
         distance = kid(frames, np.array([video["pictures"] for video in others]))
         rows["KID, EfficientNet-lite0"] = f"{distance:.3f}"
-    if all("motion" in videos[0] for videos in (made, others)):
-        moved, moves = ([video["motion"] for video in videos] for videos in (made, others))
-        rows["motion vectors, Fréchet"] = f"{motion_distance(moved, moves):.2f}"
-        usual = np.mean([video["amount"] for video in moves])
-        amount = bootstrap_interval([video["amount"] / usual for video in moved])
-        rows["motion, % of real"] = f"{amount.times(100):.0f}"
-    return rows
+    moved, moves = ([video["motion"] for video in videos] for videos in (made, others))
+    rows["motion vectors, Fréchet"] = f"{motion_distance(moved, moves):.2f}"
+    usual = np.mean([video["amount"] for video in moves])
+    amount = bootstrap_interval([video["amount"] / usual for video in moved])
+    return rows | {"motion, % of real": f"{amount.times(100):.0f}"}
 
 
 def _features(sample: Json) -> Float[np.ndarray, "videos features"]:
