@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from videoar.checks import typed
+from videoar.checks import explained, typed
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, StoredText, TextEncoder
 from videoar.files import write_json
@@ -243,29 +243,22 @@ class _Clip(TypedDict):
 def _read_index(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again")
-    clips = []
+    clips, kinds = [], (ValueError, KeyError, IndexError, TypeError, RecursionError)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
+            says = f"line {number} of {path} does not describe a clip with shard, row and captions"
+            with explained(f"{says}: prepare the latents again", *kinds):
                 clips.append(json.loads(line))
                 typed(_Clip, {name: clips[-1][name] for name in _Clip.__annotations__})
                 _ = clips[-1]["captions"][0]
-            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"line {number} of {path} does not describe a clip with shard, row and"
-                    " captions: prepare the latents again"
-                ) from error
     return clips
 
 
 def _map_shard(path: Path) -> dict[str, Any]:
-    try:
+    says = f"{path} is missing, cut short or not a shard of latents ({{}}): prepare it again"
+    with explained(says, OSError, ValueError, SafetensorError):
         shard = safe_open(path, framework="pt")
         return {key: shard.get_slice(key) for key in {"latents", *shard.keys()}}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"
-        ) from error
 
 
 def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: str | Path) -> None:

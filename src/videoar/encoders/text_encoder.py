@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
-from videoar.checks import Count, Natural, Options, check
+from videoar.checks import Count, Natural, Options, check, explained
 from videoar.weights import load_component, save_component, usable
 
 PAD = 0
@@ -49,10 +49,8 @@ def words_of(texts: Iterable[str]) -> set[str]:
 
 def check_text(text: str) -> str:
     """Return a text; raise if it holds what is no character, as bytes of another encoding."""
-    try:
+    with explained(f"The prompt {text[:40]!a} is not UTF-8: encode it so."):
         text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The prompt {text[:40]!a} is not UTF-8: encode it so.") from error
     return text
 
 

@@ -7,7 +7,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from videoar.checks import Count, Limit, Natural, Options, check_options, hint, import_extra, typed
+from videoar.checks import (
+    Count,
+    Limit,
+    Natural,
+    Options,
+    check_options,
+    explained,
+    hint,
+    import_extra,
+    typed,
+)
 from videoar.core.schemes import parse
 from videoar.evaluation.judge import MIN_SECONDS
 from videoar.evaluation.options import Study
@@ -101,13 +111,11 @@ def find(config: Study) -> Design:
 
 def _read(path: Path) -> Json:
     text = path.read_text(encoding="utf-8")
-    try:
+    with explained(f"{path} cannot be read: {{}}", Exception):  # those of YAML are no ValueError
         if path.suffix == ".json":
             value = json.loads(text)
         else:
             value = import_extra("yaml", "YAML needs PyYAML ({}): install it.").safe_load(text)
-    except Exception as error:  # those of YAML are no ValueError
-        raise ValueError(f"{path} cannot be read: {error}") from error
     known = [field.name for field in fields(Design)]
     if not isinstance(value, dict) or value.keys() - set(known):
         raise ValueError(f"{path} holds no design: write some of {', '.join(known)}")

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import check, hint
+from videoar.checks import check, explained, hint
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.options import Suite, VBench, VBenchScore, VBenchTable
 from videoar.evaluation.tables import cells, markdown
@@ -226,11 +226,10 @@ def _listed(config: VBench) -> tuple[list[Json], Path]:
         right = f"{', '.join(DIMENSIONS)}{hint(name, DIMENSIONS)}"
         check("a dimension", name, name in DIMENSIONS, right)
     path = config.info or Path(_package(config.python)[0], "VBench_full_info.json")
-    try:
+    says = f"{path} holds no prompts of VBench: name its full info"
+    with explained(says, ValueError, KeyError, TypeError, AssertionError):
         entries = json.loads(path.read_text("utf-8"))
         assert all(isinstance(entry["prompt_en"], str) and entry["dimension"] for entry in entries)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} holds no prompts of VBench: name its full info") from error
     return entries, path
 
 
