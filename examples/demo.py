@@ -26,8 +26,7 @@ from videoar.data.video import (
     read_video,
 )
 from videoar.evaluation.entries import find_judge
-from videoar.evaluation.judge import Judge, windows
-from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.judge import WINDOW_SECONDS, Judge, windows
 from videoar.evaluation.options import Judged
 from videoar.evaluation.speed import apart
 from videoar.evaluation.tables import cells, columns

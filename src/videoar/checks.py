@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -45,6 +45,16 @@ def check(name: str, value: Any, right: bool, remedy: str) -> None:
     """Raise unless a value is right, in a sentence that ends in what is."""
     if not right:
         raise ValueError(SENTENCE.format(name, value, remedy))
+
+
+@contextlib.contextmanager
+def explained(says: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Say in a sentence, as a `ValueError`, what is raised: its words come where `says` has {}."""
+    kinds = kinds or (ValueError,)
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(says.replace("{}", str(error))) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +257,9 @@ def build_named(text: str, base: type, says: str) -> Any:
         ValueError: in a sentence that begins with `says`, the text at its braces.
     """
     (name, *options), what = text.split("/"), says.format(text)
-    try:
+    remedy = "install it, or start in its folder."
+    with explained(f"{what} cannot be imported ({{}}): {remedy}", ImportError, AttributeError):
         kind = import_named(name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{what} cannot be imported ({error}): install it, or start in its folder."
-        ) from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
         noun = base.__name__
         raise ValueError(f"{what} are no {noun.lower()}: derive {kind!r} from {noun}.")
@@ -261,15 +268,11 @@ def build_named(text: str, base: type, says: str) -> Any:
         field, _, value = option.partition("=")
         if field not in known:
             raise ValueError(f"{name} has no field {field!r}: use one of {', '.join(known)}.")
-        try:
+        with explained(f"{field} of {name} is {value}: write JSON, such as 2."):
             found = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{field} of {name} is {value}: write JSON, such as 2.") from error
         values[field] = tuple(found) if isinstance(found, list) else found
-    try:
+    with explained(f"{what} cannot be built ({{}}): give its fields.", TypeError):
         return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{what} cannot be built ({error}): give its fields.") from error
 
 
 def name_of(built: Any) -> str:
@@ -293,7 +296,5 @@ def import_extra(module: str, says: str) -> Any:
     Raises:
         ValueError: in that sentence, with the reason at its braces.
     """
-    try:
+    with explained(says, ImportError):
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(says.replace("{}", str(error))) from error

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     text = json.dumps(value, indent=2, allow_nan=allow_nan, default=vars)
     with written_whole(path) as partial:
         partial.write_text(f"{text}\n", encoding="utf-8")
+
+
+def first_written(path: Path, value: Any) -> Any:
+    """Return what a JSON file holds; of processes that find none, the first one writes `value`."""
+    if not path.exists():
+        mine = path.with_name(f".{path.stem}-{socket.gethostname()}-{os.getpid()}.json")
+        write_json(mine, value)
+        try:
+            os.link(mine, path)
+        except OSError:  # another was first, or there are no links on this disk
+            if not path.exists():
+                os.replace(mine, path)
+        mine.unlink(missing_ok=True)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

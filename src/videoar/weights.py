@@ -12,7 +12,7 @@ import re
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from videoar.checks import Note, check, import_extra, typed
+from videoar.checks import Note, check, explained, import_extra, typed
 from videoar.files import check_kind, write_json, written_whole
 
 META = "videoar.json"
@@ -95,10 +95,8 @@ def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[
     head = check_kind(file)  # the size of the header comes first, in 8 bytes
     if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
         raise ValueError(f"{file} is a pickle, not safetensors: let its name end in .pt")
-    try:
+    with explained(_damaged(file, " ({})"), SafetensorError):
         return load_file(file, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(_damaged(file, f" ({error})")) from error
 
 
 def _damaged(file: Path, why: str = "") -> str:
@@ -153,10 +151,8 @@ class _NoInitialValues(TorchFunctionMode):
 def read_json(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
     check_kind(file)
-    try:
+    with explained(f"{file} is not JSON ({{}}); {AGAIN}", ValueError, RecursionError):
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError
-        raise ValueError(f"{file} is not JSON ({error}); {AGAIN}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, not an object; {AGAIN}")
     return values
@@ -184,13 +180,10 @@ def _list(keys: list[str]) -> str:
     return f" ({', '.join(counted)})"
 
 
-@contextlib.contextmanager
-def usable(file: Path) -> Iterator[None]:
+def usable(file: Path) -> contextlib.AbstractContextManager[None]:
     """Say in one sentence what a library finds wrong with a file."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises no narrower kind
-        raise ValueError(f"{file} cannot be used ({error}); copy or download it again") from error
+    # tokenizers raises no narrower kind
+    return explained(f"{file} cannot be used ({{}}); copy or download it again", Exception)
 
 
 def library(name: str) -> Any:

@@ -55,11 +55,11 @@ FROZEN = {
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out timeout workers device share",
     "bench": "checkpoint shape layers units prompt seconds num_inference_steps repeats threads out",
-    "evaluate": "seed batch_size judge footage checkpoint units num_prompts seconds "
-    "num_inference_steps shift guidance_scale long_prompts long_seconds out",
+    "evaluate": "seed batch_size judge footage out share checkpoint units num_prompts seconds "
+    "num_inference_steps shift guidance_scale",
     "evaluate heldout": "checkpoints data units seed out",
-    "study": "seed batch_size judge footage design checkpoint out quick units num_prompts seeds "
-    "seconds share",
+    "study": "seed batch_size judge footage out share design checkpoint quick units num_prompts "
+    "seeds seconds",
     "vbench prompts": "python info dimensions extended limit seed",
     "vbench generate": f"python info dimensions extended limit seed {SAMPLING} folder",
     "vbench score": "python info dimensions folder device timeout static_filter",
@@ -368,7 +368,7 @@ BAD = [
     (("generate", "ball", "--prompt-at", "a square", "2"), "--prompt-at begins with 'a square'"),
     (("generate", "ball", "--steps", "2"), "did you mean --num-inference-steps?"),
     (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
-    (("serve", "--port", "99999"), "--port is 99999: use 0 to 65535"),
+    (("serve", "--port", "99999"), "port is 99999: use 0 to 65535"),
     (("serve", "--sessions", "0"), "sessions is 0"),
     (("units", "chunk:0"), "0"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
@@ -653,12 +653,13 @@ def test_units_counts_the_steps_of_a_checkpoint(run: Run, checkpoint: str) -> No
 # ---------------------------------------------------------------- measurements
 
 
-def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str) -> None:
+def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str, tmp_path: Path) -> None:
     """The commands beside the tables of `docs/results.md` make such tables."""
     words = ("--units", "frame", "--seconds", "2")
-    code, out, _ = run("evaluate", checkpoint, *words, "--num-prompts", "2")
+    where = ("--out", str(tmp_path / "evaluation"))
+    code, out, _ = run("evaluate", checkpoint, *words, "--num-prompts", "2", *where)
     assert code == 0
-    assert "| units | videos | color |" in out
+    assert "| videos of | colour | shape |" in out
     words = (*words, "--repeats", "1")
     code, out, _ = run("bench", checkpoint, *words)
     assert code == 0

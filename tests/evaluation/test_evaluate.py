@@ -1,6 +1,7 @@
 """Evaluation: held-out prompts in pairs, a judge with a ceiling, and results that are kept."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from videoar.data import world
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, train_tokenizer
 from videoar.evaluation.entries import measured
-from videoar.evaluation.evaluate import evaluate
 from videoar.evaluation.judge import windows
 from videoar.evaluation.options import Evaluate
-from videoar.evaluation.tables import CLEAN, CODEC, unit_tables
+from videoar.evaluation.study import evaluate
+from videoar.evaluation.tables import CLEAN, CODEC
 from videoar.generation.pipeline import VideoPipeline
 
 FPS = 16
 ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
-Report = dict[str, Any]
+Videos = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,9 @@ def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluat
         units=("frame", "cube:1x2x2"),
         num_prompts=5,
         seconds=2.0,
-        long_prompts=2,
-        long_seconds=9.0,
         batch_size=3,
         num_inference_steps=1,
-        out=tmp_path_factory.mktemp("report") / "report.json",
+        out=tmp_path_factory.mktemp("report") / "out",
     )
 
 
@@ -58,15 +57,29 @@ def text(config: Evaluate) -> str:
 
 
 @pytest.fixture(scope="module")
-def report(text: str, config: Evaluate) -> Report:
-    """What its file holds."""
-    return json.loads(config.out.read_text())
+def videos(text: str, config: Evaluate) -> Videos:
+    """What its folder holds of the videos of each entry."""
+    return _kept(config.out)
 
 
-def _row(report: Report, name: str) -> dict[str, float]:
-    rows = next(iter(report["tables"].values()))
-    row = next(row for row in rows if row["units"] == name)
-    return {key: value["mean"] for key, value in row.items() if key in ATTRIBUTES}
+def _kept(folder: Path) -> Videos:
+    texts = [path.read_text() for path in (folder / "figures").iterdir()]
+    rows = [json.loads(line) for text in texts for line in text.splitlines() if line]
+    found: Videos = {}
+    for row in rows:
+        found.setdefault(row["entry"].partition(" #")[0], []).append(row)
+    return {name: [row for row in own if row["index"] >= 0] for name, own in found.items()}
+
+
+def _table(text: str, title: str) -> list[list[str]]:
+    """Return the cells of a table of the report, its head first."""
+    lines = text.partition(f"## {title}")[2].partition("\n## ")[0].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return [cells[0], *cells[2:]]
+
+
+def _mean(videos: Videos, name: str, key: str) -> float:
+    return float(np.mean([video["scores"][key] for video in videos[name]]))
 
 
 def test_scenes_were_never_trained_on() -> None:
@@ -82,34 +95,37 @@ def test_more_prompts_begin_with_the_same_ones() -> None:
     assert held_out_prompts(5, seed=0)[:2] == held_out_prompts(2, seed=0)
 
 
-def test_every_kind_gets_the_same_prompts_and_seeds(report: Report) -> None:
+def test_every_kind_gets_the_same_prompts_and_seeds(videos: Videos) -> None:
     """Differences are paired; with other prompts per kind their intervals would be wrong."""
     asked = [
-        [(video["prompt"], video["seed"]) for video in report["entries"][name]["videos"]]
+        [(video["prompt"], video["seed"]) for video in videos[name]]
         for name in (CLEAN, CODEC, "frame", "cube:1x2x2")
     ]
     assert len(asked[0]) == 5
     assert all(other == asked[0] for other in asked)
 
 
-def test_the_judge_is_right_about_real_clips(report: Report) -> None:
+def test_the_judge_is_right_about_real_clips(videos: Videos) -> None:
     """The ceiling is near 1 on clean clips; else scores say more of the judge than of a model."""
-    assert min(_row(report, CLEAN).values()) > 0.9
+    assert min(_mean(videos, CLEAN, key) for key in ATTRIBUTES) > 0.9
 
 
-def test_noise_is_not_faithful(report: Report) -> None:
+def test_noise_is_not_faithful(videos: Videos) -> None:
     """A model with random weights scores far below the ceiling: the scores are not a constant."""
-    assert _row(report, "frame")["motion"] < 0.5
-    assert _row(report, "frame")["shape"] < 0.5
+    assert _mean(videos, "frame", "motion") < 0.5
+    assert _mean(videos, "frame", "shape") < 0.5
 
 
-def test_long_videos_are_judged_at_both_ends(report: Report) -> None:
+def test_long_videos_are_judged_at_both_ends(config: Evaluate, tmp_path: Path) -> None:
     """Every long video has scores of its first and last window, and slopes from all windows."""
-    (video, _) = report["entries"]["frame, long"]["videos"]
+    long = replace(config, units=("frame",), num_prompts=2, seconds=9.0, out=tmp_path / "long")
+    text = evaluate(long, lambda line: None)
+    (video, _) = _kept(tmp_path / "long")["frame"]
     assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
     assert len(video["curves"]["brightness"]) == 16  # eight slices of each of two whole windows
-    rows = [row for table in report["tables"].values() for row in table]
-    assert [row["units"] for row in rows].count("frame, long") == 4
+    head, row = _table(text, "The last 4 s of the same videos minus the first, in points")
+    assert head == ["videos of", "colour", "shape", "motion", "all right"]
+    assert row[0] == "frame"
 
 
 def test_ends_of_a_stream_are_its_first_and_last_seconds() -> None:
@@ -144,76 +160,44 @@ def test_windows_keep_every_frame_in_order(rng: np.random.Generator) -> None:
     assert np.array_equal(np.concatenate(cut, axis=1), frames)
 
 
-def _videos(colors: list[float]) -> dict:
-    scene, _ = scene_of(0, seed=0)
-    scores = [dict.fromkeys(ATTRIBUTES, 1.0) | {"color": color} for color in colors]
-    videos = [{"scores": s, "scene": scene.to_json()} for s in scores]
-    return {"settings": {"num_prompts": len(videos)}, "videos": videos}
+def test_the_tables_are_those_of_the_scores(text: str, videos: Videos) -> None:
+    """Means of what is kept, shares of the ceiling, and differences of the same prompts."""
+    head, *rows = _table(text, "Quality, as they are")
+    assert head[:5] == ["videos of", "colour", "shape", "motion", "all right"]
+    assert [row[0] for row in rows] == [CLEAN, CODEC, "frame", "cube:1x2x2"]
+    columns, *shares = _table(text, f"In % of the scores of {CODEC}, as they are")
+    keys = {"colour": "color", "shape": "shape", "motion": "motion", "all right": "all"}
+    assert columns[1:] == [name for name, key in keys.items() if _mean(videos, CODEC, key)]
+    assert len(columns) > 1  # what the judge never sees in real clips has no share
+    for row, share in zip(rows, shares, strict=True):
+        means = {name: _mean(videos, row[0], key) for name, key in keys.items()}
+        for name, mean in means.items():
+            assert row[head.index(name)].startswith(f"{100 * mean:.1f} [")
+        for name, cell in zip(columns[1:], share[1:], strict=True):
+            assert cell.startswith(f"{100 * means[name] / _mean(videos, CODEC, keys[name]):.1f} [")
+    _, (name, color, *_) = _table(text, "Differences, as they are")
+    assert name == "cube:1x2x2"
+    apart = 100 * (_mean(videos, "cube:1x2x2", "color") - _mean(videos, "frame", "color"))
+    assert color.startswith(f"{apart:.1f} [")
 
 
-def test_shares_and_differences_are_those_of_the_scores() -> None:
-    """Half right, where the judge is right in 4 of 5, is 62.5 % of the ceiling."""
-    found = {CLEAN: _videos([1] * 10), CODEC: _videos([1] * 8 + [0] * 2)}
-    found |= {"a": _videos([1] * 5 + [0] * 5), "b": _videos([1] * 6 + [0] * 4)}
-    tables = unit_tables(found, units=("a", "b"))
-    of_codec = next(rows for title, rows in tables.items() if title.endswith(CODEC))[0]
-    assert of_codec["units"] == "a"
-    assert of_codec["color"].mean == pytest.approx(0.625)
-    (minus,) = next(rows for title, rows in tables.items() if title.startswith("Minus a"))
-    assert minus["units"] == "b"
-    assert minus["color"].mean == pytest.approx(0.1)
-    assert minus["shape"].low <= 0 <= minus["shape"].high
-
-
-def test_the_tables_hold_every_row(text: str, report: Report) -> None:
-    """Behind the first table the markdown has one line per row, with as many cells as columns."""
-    _, _, details = text.partition("\n\n")
-    lines = [line for line in details.splitlines() if line.startswith("|")]
-    tables = report["tables"]
-    assert len(lines) == sum(map(len, tables.values())) + 2 * len(tables)
-    assert all(line.count("|") == 10 for line in lines[:4])
-
-
-def test_the_first_table_fits_a_readme(text: str, report: Report) -> None:
-    """It is a whole table of four scores per kind, as `mean [low, high]`, without more words."""
-    head, rule, *lines = text.partition("\n\n")[0].splitlines()
-    assert head == "| units | colour | shape | motion | all right |"
-    assert rule == "|---|---|---|---|---|".replace("---", " --- ")
-    kinds = [CLEAN, CODEC, "frame", "cube:1x2x2"]
-    assert [line.split(" | ")[0].strip("| ") for line in lines] == kinds
-    rows = next(iter(report["tables"].values()))
-    for line, row in zip(lines, rows, strict=True):
-        for cell, key in zip(
-            line.split(" | ")[1:], ("color", "shape", "motion", "all"), strict=True
-        ):
-            shown = [100 * row[key][name] for name in ("mean", "low", "high")]
-            assert cell.strip(" |") == "{:.1f} [{:.1f}, {:.1f}]".format(*shown)
-
-
-def test_the_file_holds_every_score(report: Report) -> None:
-    """The tables can be made again from the videos in the file, to the last digit."""
-    tables = unit_tables(report["entries"], units=("frame", "cube:1x2x2"))
-    assert json.loads(json.dumps(tables, default=vars)) == report["tables"]
-
-
-def test_finished_kinds_are_not_computed_again(
-    report: Report, config: Evaluate, tmp_path: Path
-) -> None:
-    """A second run only adds what is new; a mark on an old result survives it."""
-    kept = json.loads(json.dumps(report))
-    kept["entries"]["frame"]["videos"][0]["mark"] = 7
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(kept))
-    lines: list[str] = []
-    evaluate(replace(config, out=path, units=("frame", "chunk:2"), long_prompts=0), lines.append)
-    more = json.loads(path.read_text())["entries"]
-    assert more["frame"]["videos"][0]["mark"] == 7
-    assert {line.partition(": ")[0] for line in lines} == {"chunk:2"}
-    assert "cube:1x2x2" in more
+def test_finished_kinds_are_not_computed_again(text: str, config: Evaluate, tmp_path: Path) -> None:
+    """A second run only adds what is missing; a mark on an old result survives it."""
+    again = tmp_path / "again"
+    shutil.copytree(config.out, again)
+    (path,) = (again / "figures").iterdir()
+    lines = [line for line in path.read_text().splitlines() if line and "cube:1x2x2 #1" not in line]
+    path.write_text(
+        "\n".join([lines[0].replace('"index": 0', '"index": 0, "mark": 7'), *lines[1:]])
+    )
+    assert evaluate(replace(config, out=again), lambda line: None)
+    kept = _kept(again)
+    assert kept[CLEAN][0]["mark"] == 7
+    assert {name: len(own) for name, own in kept.items()} == dict.fromkeys(kept, 5)
 
 
 def test_results_of_other_settings_are_not_mixed(
-    report: Report, config: Evaluate, tmp_path: Path
+    text: str, config: Evaluate, tmp_path: Path
 ) -> None:
     """Another seed or other weights under the same name would make pairs of strangers."""
     with pytest.raises(ValueError, match=r"holds .* with seed = 0, but 1 is asked for"):
@@ -224,15 +208,14 @@ def test_results_of_other_settings_are_not_mixed(
 
 
 def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
-    """A file that is no evaluation is refused in one sentence, and stays as it is."""
+    """A file is refused in one sentence, and stays as it is."""
     path = tmp_path / "notes.json"
-    for notes in ("my notes", '{"parts": {}}'):  # the second is a file of 0.1
-        path.write_text(notes)
-        with pytest.raises(ValueError, match="holds no evaluation"):
-            evaluate(replace(config, out=path), lambda line: None)
-        assert path.read_text() == notes
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        evaluate(replace(config, out=path), lambda line: None)
+    assert path.read_text() == "my notes"
     with pytest.raises(ValueError, match="does not exist"):
-        evaluate(replace(config, out=tmp_path / "no" / "report.json"), lambda line: None)
+        evaluate(replace(config, out=tmp_path / "no" / "report"), lambda line: None)
 
 
 def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
@@ -244,13 +227,11 @@ def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
     )
     folder, lines = pipe.save_pretrained(tmp_path / "two"), []
     short = {"num_prompts": 2, "seconds": 2.0, "num_inference_steps": 1}
-    config = Evaluate(checkpoint=str(folder), out=tmp_path / "report.json", **short)
+    config = Evaluate(checkpoint=str(folder), out=tmp_path / "out", **short)
     evaluate(config, lines.append)
-    found = json.loads((tmp_path / "report.json").read_text())["entries"]
-    assert set(found) >= {"chunk:2", "key-detail:2"}
-    assert "frame" not in found
+    assert set(_kept(tmp_path / "out")) == {CLEAN, CODEC, "chunk:2", "key-detail:2"}
     assert not any("not trained" in line for line in lines)
-    evaluate(replace(config, units=("chunk:2", "frame")), lines.append)
+    evaluate(replace(config, units=("chunk:2", "frame"), out=tmp_path / "more"), lines.append)
     (line,) = (line for line in lines if "not trained" in line)
     assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2")
 
@@ -259,27 +240,27 @@ def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
     ("field", "value", "message"),
     [
         ("units", ("frame", "frame"), "twice"),
+        ("units", ("chunks:2",), "Did you mean chunk"),
         ("num_prompts", 1, "2 or more"),
-        ("long_prompts", 1, "use 0"),
-        ("seconds", 5.0, "2 to 4"),
-        ("seconds", float("nan"), "2 to 4"),
-        ("long_seconds", float("inf"), "8 or more"),
+        ("seconds", 1.0, "1.5 or more"),
+        ("seconds", float("nan"), "1.5 or more"),
+        ("seconds", float("inf"), "1.5 or more"),
         ("batch_size", 0, "batch_size is 0: use 1"),
         ("seed", -1, "seed is -1: use 0"),
+        ("share", "3/2", "K/N with K up to N"),
     ],
 )
 def test_impossible_requests_are_refused(field: str, value: object, message: str) -> None:
     """One sentence before any work, with the value and what to use."""
     with pytest.raises(ValueError, match=message):
-        Evaluate(**{field: value})
-    with pytest.raises(ValueError, match="Did you mean chunk"):
-        evaluate(Evaluate(units=("chunks:2",)), lambda line: pytest.fail(line))
+        evaluate(Evaluate(**{field: value}), lambda line: pytest.fail(line))
 
 
 def test_an_impossible_step_count_fails_before_the_first_video(
     checkpoint: str, tmp_path: Path
 ) -> None:
-    """Arguments that only the pipeline knows are checked for all kinds before hours of work."""
-    config = Evaluate(checkpoint=checkpoint, num_inference_steps=0)
+    """Arguments that only the pipeline knows are checked for all kinds, and nothing is written."""
+    config = Evaluate(checkpoint=checkpoint, num_inference_steps=0, out=tmp_path / "out")
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
         evaluate(config, lambda line: pytest.fail(line))
+    assert not (tmp_path / "out").exists()

@@ -83,13 +83,12 @@ def test_an_interval_in_a_sentence_is_written_as_in_a_table() -> None:
 def test_intervals_hold_the_true_mean_as_often_as_they_say(
     rng: np.random.Generator, count: int
 ) -> None:
-    """Of 400 samples about 90 % of the 90 % intervals hold the truth; 3 deviations are allowed."""
+    """Of 400 samples about 95 % of the intervals hold the truth; 3 deviations are allowed."""
     intervals = [
-        bootstrap_interval(rng.normal(1.0, 2.0, count), confidence=0.9, resamples=400, seed=k)
-        for k in range(400)
+        bootstrap_interval(rng.normal(1.0, 2.0, count), resamples=400, seed=k) for k in range(400)
     ]
     share = np.mean([_holds(interval, 1.0) for interval in intervals])
-    assert share == pytest.approx(0.9, abs=3 * math.sqrt(0.9 * 0.1 / 400))
+    assert share == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 400))
 
 
 def test_an_interval_has_the_width_of_the_normal_one(rng: np.random.Generator) -> None:
@@ -125,10 +124,6 @@ def test_intervals_refuse_what_has_no_spread() -> None:
     """One prompt gives no interval, however often it is repeated."""
     with pytest.raises(ValueError, match="at least 2"):
         bootstrap_interval([1.0, 2.0], clusters=["a", "a"])
-    with pytest.raises(ValueError, match="2 values have 1 clusters"):
-        bootstrap_interval([1.0, 2.0], clusters=["a"])
-    with pytest.raises(ValueError, match=r"confidence is 95"):
-        bootstrap_interval([1.0, 2.0], confidence=95)
 
 
 def _grey(levels: Float[np.ndarray, " frames"]) -> UInt8[np.ndarray, "frames height width 3"]:
@@ -149,10 +144,10 @@ def test_drift_of_a_still_video_is_nothing() -> None:
     assert values["contrast"] == pytest.approx([10 / 255] * 4, abs=1e-5)
 
 
-def test_drift_measures_a_fade_per_minute() -> None:
-    """One level per frame at 8 frames per second is 480 / 255 per minute, and shows as flicker."""
+def test_drift_measures_a_fade_per_second() -> None:
+    """One level per frame at 8 frames per second is 8 / 255 per second, and shows as flicker."""
     values = properties(_grey(40 + np.arange(128.0)), fps=8, window_seconds=2.0)
-    assert slope(values["brightness"], window_seconds=2.0) == pytest.approx(480 / 255, rel=1e-3)
+    assert slope(values["brightness"], window_seconds=2.0) == pytest.approx(8 / 255, rel=1e-3)
     assert slope(values["contrast"], window_seconds=2.0) == pytest.approx(0, abs=1e-3)
     assert values["flicker"] == pytest.approx([1 / 255] * 8, rel=1e-3)
 
@@ -170,13 +165,6 @@ def test_drift_sees_blur_and_lost_colour(rng: np.random.Generator) -> None:
     for name in ("sharpness", "contrast", "colourfulness"):
         assert slope(values[name], window_seconds=1.0) < 0, name
         assert values[name][0] > 1.5 * values[name][-1], name
-
-
-def test_drift_needs_two_windows() -> None:
-    """A short video gives an error that says what would help, not a slope of one point."""
-    values = properties(_grey(np.full(30, 128.0)), fps=8, window_seconds=2.0)
-    with pytest.raises(ValueError, match=r"1 windows of 2.0 s have no slope"):
-        slope(values["change"], window_seconds=2.0)
 
 
 def test_xpsnr_falls_with_noise_and_is_infinite_without() -> None:

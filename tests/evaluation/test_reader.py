@@ -184,26 +184,28 @@ def test_a_trained_judge_is_asked_like_the_worlds(
     pipe.prompt_encoder = TinyPromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
     own, made_by = str(pipe.save_pretrained(tmp_path / "own")), str(run.out / "checkpoint")
     words = ["evaluate", own, "--units", "frame", "--num-prompts", "4", "--seconds", "2"]
-    words += ["--num-inference-steps", "1", "--out", str(tmp_path / "report.json")]
+    words += ["--num-inference-steps", "1"]
     asked = ["--judge", made_by, "--footage", str(footage)]
-    assert main([*words, *asked]) == 0
+    assert main([*words, *asked, "--out", str(tmp_path / "report")]) == 0
     said = capsys.readouterr().out
-    assert "| units | colour | side | action | lid | all right |" in said
-    assert "How it looks and moves beside real clips" in said
-    report = json.loads((tmp_path / "report.json").read_text())["entries"]
-    assert set(report) == {"real clips", "real clips through the codec", "frame"}
-    assert report["frame"]["videos"][0]["told"]["color"] in COLORS
-    assert np.mean([v["scores"]["all"] for v in report["real clips"]["videos"]]) > 0.5
+    assert "| videos of | colour | side | action | lid | all right | Fréchet |" in said
+    assert "| motion vectors, Fréchet |" in said
+    texts = [path.read_text() for path in (tmp_path / "report" / "figures").iterdir()]
+    rows = [json.loads(line) for text in texts for line in text.splitlines() if line]
+    found = {row["entry"]: [each for each in rows if each["entry"] == row["entry"]] for row in rows}
+    assert set(found) == {"real clips", "real clips through the codec", "frame #1"}
+    assert found["frame #1"][0]["told"]["color"] in COLORS
+    assert np.mean([video["scores"]["all"] for video in found["real clips"]]) > 0.5
     for missing, message in (
         (["--judge", made_by], "brings a judge of labelled videos: one takes --footage"),
         (["--judge", own, "--footage", str(footage)], "brings no judge of labelled videos"),
         ([*asked, "--num-prompts", "99"], "ask for fewer, or add videos"),
     ):
-        assert main([*words, *missing]) == 2
+        assert main([*words, *missing, "--out", str(tmp_path / "no")]) == 2
         assert message in capsys.readouterr().err
     # The judge of a checkpoint needs no name.
     shutil.copytree(Path(made_by) / "judge", Path(own) / "judge")
-    again = tmp_path / "again.json"
-    assert main([*words, "--footage", str(footage), "--out", str(again)]) == 0
-    again_said = capsys.readouterr().out
-    assert again_said[again_said.index("| units") :] == said[said.index("| units") :]
+    again = str(tmp_path / "again")
+    assert main([*words, "--footage", str(footage), "--out", again]) == 0
+    quality = [text.partition("## What it costs")[0] for text in (said, capsys.readouterr().out)]
+    assert quality[0][quality[0].index("## Qual") :] == quality[1][quality[1].index("## Qual") :]

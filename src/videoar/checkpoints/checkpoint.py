@@ -27,7 +27,7 @@ from torch import nn
 from videoar import __version__, weights
 from videoar.checkpoints import wan
 from videoar.checkpoints.lora import merge_lora, split_strength
-from videoar.checks import checked, hint, typed
+from videoar.checks import checked, explained, hint, typed
 from videoar.core.transformer import VideoTransformer
 from videoar.encoders import umt5
 from videoar.encoders.codec import Codec, PatchCodec
@@ -94,10 +94,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return {}
     meta = weights.read_json(file)
     version, parts = meta.get("format"), meta.get("parts", {})
-    try:
+    with explained(f"{file}: {{}}"):
         typed(_Meta, meta)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise ValueError(
             f"{file} gives format {version!r}, but VideoAR {__version__} reads integers up to "
@@ -217,12 +215,10 @@ class Checkpoint:
             return self.home
         name, inside = self.named[part], self.home / self.named[part]
         says = f"{self.home / META} takes its {part} from {name!r}, unless base names another"
-        try:
+        with explained(f"{says}: {{}}"):
             below = inside.is_dir() and inside.resolve().is_relative_to(self.home.resolve())
             folder = inside if below else _published(name)
             _read_meta(folder)
-        except ValueError as error:
-            raise ValueError(f"{says}: {error}") from error
         if not _holds(folder, part):
             raise ValueError(f"{says}: it has none of its own; name one that has it")
         return folder

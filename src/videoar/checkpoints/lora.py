@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from videoar.checkpoints.wan import INFIXES, PREFIXES, wan_names
+from videoar.checks import explained
 from videoar.weights import Weights, read_json, read_weights, split_entry
 
 PART = re.compile(
@@ -135,10 +136,9 @@ def _stated(source: Path) -> dict[str, dict[str, Any]]:
             kohya = any(".lora_down." in key for key in opened.keys())
         if (text := header.get("lora_adapter_metadata")) is not None:
             place = f"lora_adapter_metadata of {each.name}"
-            try:
+            says = f"{place} is no JSON object; use another file"
+            with explained(says, ValueError, AttributeError):
                 values = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{place} is no JSON object; use another file") from error
             found[place] = values
         # Without a number it is the rank. Under the names `lora_A` the file was converted:
         # musubi-tuner then multiplies the sides by it, and leaves the header as it was.
@@ -189,14 +189,11 @@ def _scale(name: str, update: Weights, stated: dict[str, dict[str, Any]], *, fil
 def _of_pattern(config: dict[str, Any], field: str, name: str, default: Any, place: str) -> Any:
     """Look a layer up as PEFT does: the first pattern that ends its name decides."""
     name = WRAPPED.sub("", name)
-    try:
+    says = f"{place} has no {field} that can be read ({{}}); correct it"
+    with explained(says, TypeError, ValueError, re.error):
         patterns = dict(config.get(field) or {})
         fits = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
         return next(fits, default)
-    except (TypeError, ValueError, re.error) as error:
-        raise ValueError(
-            f"{place} has no {field} that can be read ({error}); correct it"
-        ) from error
 
 
 def _number(value: Any, place: str, file: Path) -> float:

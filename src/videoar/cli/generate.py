@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from videoar.checks import explained
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.cli.prompts import Wanted, lines_of, read_text, wanted
@@ -195,13 +196,9 @@ def read_script(args: options.Generate) -> list[tuple[float, str]]:
         second, _, prompt = line.partition(" ")
         given.append((f"line {number} of {args.script}", second, prompt.strip()))
     for place, second, prompt in given:
-        try:
+        says = f"{place} begins with {second!r}: write the second from which on its prompt holds,"
+        with explained(f"{says} and the prompt, as `12.5 a red ball`"):
             found.append((float(second), prompt))
-        except ValueError as error:
-            raise ValueError(
-                f"{place} begins with {second!r}: write the second from which on its prompt holds,"
-                " and the prompt, as `12.5 a red ball`"
-            ) from error
     found.sort(key=lambda item: item[0])
     seconds = [second for second, _ in found]
     if twice := [one for one, other in itertools.pairwise(seconds) if one == other]:

@@ -91,6 +91,8 @@ def parse(argv: Sequence[str]) -> Callable[[], int | None]:
     kind, place = COMMANDS[name]
     if not issubclass(kind, options.Train) or not words or words[0].startswith("-"):
         args = arguments.read(kind, words, prog=f"videoar {name}")
+        if place.startswith("videoar.evaluation"):  # what measures returns its tables
+            return lambda: say(import_named(place)(args, say))
         return functools.partial(import_named(place), args)
     from videoar.training import recipes
 
@@ -111,13 +113,13 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "info": (options.Info, "videoar.cli.checkpoints:info"),
     "units": (PrintUnits, "videoar.cli.units:print_units"),
     "prepare": (Prepare, "videoar.cli.prepare:prepare"),
-    "bench": (Bench, "videoar.cli.evaluate:measure"),
-    "evaluate": (Evaluate, "videoar.cli.evaluate:measure"),
-    "evaluate heldout": (HeldOut, "videoar.cli.evaluate:measure"),
-    "study": (Study, "videoar.cli.evaluate:measure"),
+    "bench": (Bench, "videoar.evaluation.speed:run"),
+    "evaluate": (Evaluate, "videoar.evaluation.study:evaluate"),
+    "evaluate heldout": (HeldOut, "videoar.evaluation.heldout:run"),
+    "study": (Study, "videoar.evaluation.study:run"),
     "vbench prompts": (vbench.Suite, "videoar.cli.vbench:prompts"),
     "vbench generate": (options.VBenchGenerate, "videoar.cli.vbench:generate"),
-    "vbench score": (vbench.VBenchScore, "videoar.cli.vbench:score"),
+    "vbench score": (vbench.VBenchScore, "videoar.evaluation.vbench:score"),
     "vbench table": (vbench.VBenchTable, "videoar.cli.vbench:table"),
 }
 """The options of every command, and the name of its function: imported only when it runs."""

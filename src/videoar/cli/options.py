@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from videoar.checks import check_options, check_positive
-from videoar.data.options import ALL, turns
+from videoar.checks import Count, Finite, Limit, Options
+from videoar.data.options import ALL, Turn
 from videoar.evaluation.options import Checkpoint, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
+class CheckpointOptions(Options):
     """What may be said of a checkpoint beside its name: see docs/wan.md."""
 
     base: str | None = None
@@ -40,9 +40,9 @@ class Sampling(CheckpointOptions):
 
     units: str | None = None
     """Unit scheme, such as cube:1x2x2; this and others: the checkpoint's own by default."""
-    seconds: float | None = None
+    seconds: Finite | None = None
     """Length of the video, what is kept included; by default 4 more than that."""
-    num_frames: int | None = None
+    num_frames: Count | None = None
     """Length in frames, instead of seconds."""
     model: str = "toy"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
@@ -50,19 +50,19 @@ class Sampling(CheckpointOptions):
     """Another codec: a checkpoint, or a file such as taew2_1.pth."""
     codec_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the codec; with bfloat16 a third of the pixels differ by a few levels."""
-    height: int | None = None
+    height: Count | None = None
     """Rows of pixels."""
-    width: int | None = None
+    width: Count | None = None
     """Columns of pixels."""
     device: str = "cpu"
     """Where to compute, such as cuda."""
     offload: bool = False
     """Keep transformer and text encoder on the host, but for the layer that computes."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Count | None = None
     """Denoising steps per unit."""
     first_steps: tuple[int, ...] | None = None
     """Steps of the first units, if they need more: 4, or 4 3."""
-    shift: float | None = None
+    shift: Finite | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 for none, which is twice as fast."""
@@ -75,11 +75,11 @@ class Sampling(CheckpointOptions):
     lag: int | float | str | None = None
     """Steps between the starts of two units; the number of steps is one after the other. Or the
     name of a schedule, such as rolling: see docs/concepts/sampling.md."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads."""
     force: bool = False
     """Replace the file if it exists."""
-    share: str = ALL
+    share: Turn = ALL
     """K/N in the K-th of N processes that share a folder of videos: it makes every N-th of them."""
 
     def given(self) -> set[str]:
@@ -87,6 +87,7 @@ class Sampling(CheckpointOptions):
         return {f.name for f in fields(self) if getattr(self, f.name) != f.default}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.given()
         held = given - {"resume", "threads", "device", "offload"}
         for name, (why, others) in {
@@ -96,9 +97,6 @@ class Sampling(CheckpointOptions):
             if name in given and (clash := given & others):
                 names = ", ".join(sorted(clash)).replace("_", "-")
                 raise ValueError(f"--{name} {why}: leave out {names}")
-        names = ("seconds", "num_frames", "num_inference_steps", "shift", "threads")
-        check_positive(self, *names, "height", "width")
-        check_options(self, ("share", turns(self.share) != slice(0), "K/N with K up to N, as 2/8"))
         if isinstance(self.window, int) and self.sink is not None and self.sink >= self.window > 0:
             raise ValueError(
                 f"--sink {self.sink} leaves nothing of --window {self.window}, which holds them"
@@ -115,7 +113,7 @@ class Generate(Sampling):
     prompts: Path | None = None
     """Or a file of them, a line for each, but where # begins a remark: .txt; .jsonl or .csv with
     prompt, name and seed."""
-    num_videos_per_prompt: int = 1
+    num_videos_per_prompt: Count = 1
     """How many videos of each prompt, with seeds of their own."""
     prompt_at: UseAppendAction[tuple[tuple[str, str], ...]] = ()
     """Another prompt from a second on, SECONDS PROMPT; once for each."""
@@ -128,7 +126,7 @@ class Generate(Sampling):
     """Picture to begin with."""
     video: Path | None = None
     """Video to go on from; its frames come first in the result."""
-    keep: float | None = None
+    keep: Finite | None = None
     """Seconds of it to go on after; all by default."""
     fit: Literal["crop", "letterbox"] | None = None
     """How a picture or video of another shape is brought to the model's size; crop by default."""
@@ -151,7 +149,6 @@ class Generate(Sampling):
         for name, others in NEEDS.items():
             if name in given and not given & others:
                 raise ValueError(f"--{name} is of --{' or --'.join(sorted(others))}: name one too")
-        check_positive(self, "keep", "num_videos_per_prompt")
         if self.share != ALL and not self.several:
             raise ValueError(f"--share {self.share} parts many videos: give --prompts, or no share")
 
@@ -177,19 +174,14 @@ class Serve(CheckpointOptions):
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     host: str = "127.0.0.1"
     """Address to listen at; another than this machine's own prints a token that is asked for."""
-    port: int = 8000
+    port: Annotated[int, Limit(lambda port: 0 <= port < 2**16, f"0 to {2**16 - 1}")] = 8000
     """Port; 0 for any that is free."""
-    sessions: int = 8
+    sessions: Count = 8
     """Sessions at a time."""
     device: str = "cpu"
     """Where to compute, such as cuda."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "sessions", "threads")
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port is {self.port}: use 0 to {2**16 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,10 +221,7 @@ class Info(CheckpointOptions):
 
     checkpoint: Positional[Checkpoint]
     """A bundled name, a folder, a file, or a Hugging Face repository."""
-    seconds: float = 60.0
+    seconds: Finite = 60.0
     """Length of the video to forecast."""
-    window: int | None = None
+    window: Count | None = None
     """Latent frames that a unit may read; the checkpoint's own by default."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "seconds", "window")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import check_whole, hint
+from videoar.checks import check_whole, explained, hint
 from videoar.data.sources import name_problem
 from videoar.data.video import PICTURES, STREAMS
 
@@ -47,7 +47,7 @@ def listed(
     """Return what is to be made of rows, and the lines they stand in: see `wanted`."""
     found = dict[str, Wanted]()
     for row, (line, values) in enumerate(rows):
-        try:
+        with explained(f"{of}, line {line}: {{}}"):
             text, name, first = _read(values, default=f"{line:04d}", seed=seed + row * count)
             for k in range(count):
                 stem, suffix = os.path.splitext(name)
@@ -55,8 +55,6 @@ def listed(
                 if file.casefold() in found:  # the same file, on some systems
                     raise ValueError(f"{file} is the name of another video, too: change one")
                 found[file.casefold()] = Wanted(text, file, first + k)
-        except ValueError as error:
-            raise ValueError(f"{of}, line {line}: {error}") from error
     if not found:
         raise ValueError(f"{of} holds no prompt: write one in each line")
     return list(found.values())
@@ -65,22 +63,18 @@ def listed(
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a file, those of JSON as they are written, and the lines they end in."""
     kind, text = path.suffix.lower(), read_text(path)
-    try:
+    with explained(f"{path} cannot be read ({{}}): save it as CSV", csv.Error):
         if kind == ".csv":
             table = csv.DictReader(io.StringIO(text))
             yield from ((table.line_num, {k: v for k, v in row.items() if v}) for row in table)
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read ({error}): save it as CSV") from error
     for number, line in [] if kind == ".csv" else lines_of(text):
         yield number, line if kind == ".jsonl" else {"prompt": line}
 
 
 def read_text(path: Path) -> str:
     """Return what a file of text holds."""
-    try:
+    with explained(f"{path} cannot be read ({{}}): save it as UTF-8", UnicodeDecodeError):
         return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read ({error}): save it as UTF-8") from error
 
 
 def lines_of(text: str) -> list[tuple[int, str]]:

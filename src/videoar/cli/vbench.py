@@ -1,6 +1,5 @@
-"""`videoar vbench prompts`, `generate`, `score` and `table`."""
+"""`videoar vbench prompts`, `generate` and `table`."""
 
-import contextlib
 import json
 from dataclasses import fields
 
@@ -11,8 +10,8 @@ from videoar.cli.generate import begin, generate_several, load
 from videoar.cli.progress import say
 from videoar.cli.prompts import listed
 from videoar.evaluation import vbench
-from videoar.evaluation.options import Suite, VBenchScore, VBenchTable
-from videoar.files import check_folder, write_json
+from videoar.evaluation.options import Suite, VBenchTable
+from videoar.files import check_folder, first_written
 
 
 def prompts(args: Suite) -> None:
@@ -37,18 +36,9 @@ def generate(args: options.VBenchGenerate) -> int:
     told["size"] = f"{pipe.width} x {pipe.height} x {generation.num_frames} frames"
     told |= {k: str(v) for k, v in sampling.items() if v is not None or k == "window_frames"}
     folder.mkdir(exist_ok=True)
-    path = folder / vbench.PROTOCOL
-    with contextlib.suppress(FileNotFoundError):  # another share has written it just now
-        if not path.exists():
-            write_json(path, told)
-    held = json.loads(path.read_text("utf-8"))
+    held = first_written(folder / vbench.PROTOCOL, told)
     check_same(held, told, held=f"{folder} holds videos", other="folder")
     return generate_several(several, todo, pipe)
-
-
-def score(args: VBenchScore) -> None:
-    """Score the videos of a run."""
-    say(vbench.score(args, say))
 
 
 def table(args: VBenchTable) -> None:

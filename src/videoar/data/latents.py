@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from videoar.checks import typed
+from videoar.checks import explained, typed
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, StoredText, TextEncoder
 from videoar.files import write_json
@@ -109,11 +109,7 @@ class ShardWriter:
 
         `text` are the rows of the caption, as many for every clip of a folder.
         """
-        if latents.shape[1] != self.info.channels:
-            raise ValueError(
-                f"a clip has {latents.shape[1]} channels, but the folder holds clips of"
-                f" {self.info.channels}: encode it with the codec {self.info.codec}"
-            )
+        assert latents.shape[1] == self.info.channels, "they are of another codec"
         stored = latents.detach().to("cpu", self.dtype)
         if not torch.isfinite(stored).all():
             number = len(self._index) + sum(map(len, self._open.values()))
@@ -207,15 +203,9 @@ class LatentShards:
         """
         clips = [self.clips[index] for index in indices]
         places = [(self._shards[clip["shard"]], clip["row"]) for clip in clips]
-        rows = [shard["latents"][row] for shard, row in places]
-        sizes = {tuple(row.shape) for row in rows}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"a batch of {self.folder} mixes clips of {len(sizes)} sizes, as {min(sizes)} and"
-                f" {max(sizes)}: give the `kinds` of its clips to Batches"
-            )
         captions = [clip["captions"][rng.integers(len(clip["captions"]))] for clip in clips]
-        latents = torch.stack(rows).float()
+        # Of one size: Batches are told the `kinds` of the clips.
+        latents = torch.stack([shard["latents"][row] for shard, row in places]).float()
         if "text" in places[0][0]:
             text = torch.stack([shard["text"][row] for shard, row in places]).float()
             return {"latents": latents, "text": text}
@@ -253,29 +243,22 @@ class _Clip(TypedDict):
 def _read_index(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: prepare the latents again")
-    clips = []
+    clips, kinds = [], (ValueError, KeyError, IndexError, TypeError, RecursionError)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
+            says = f"line {number} of {path} does not describe a clip with shard, row and captions"
+            with explained(f"{says}: prepare the latents again", *kinds):
                 clips.append(json.loads(line))
                 typed(_Clip, {name: clips[-1][name] for name in _Clip.__annotations__})
                 _ = clips[-1]["captions"][0]
-            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"line {number} of {path} does not describe a clip with shard, row and"
-                    " captions: prepare the latents again"
-                ) from error
     return clips
 
 
 def _map_shard(path: Path) -> dict[str, Any]:
-    try:
+    says = f"{path} is missing, cut short or not a shard of latents ({{}}): prepare it again"
+    with explained(says, OSError, ValueError, SafetensorError):
         shard = safe_open(path, framework="pt")
         return {key: shard.get_slice(key) for key in {"latents", *shard.keys()}}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is missing, cut short or not a shard of latents ({error}): prepare it again"
-        ) from error
 
 
 def check_codec(latents: Path, info: LatentsInfo, codec: Codec, *, checkpoint: str | Path) -> None:

@@ -10,6 +10,18 @@ from tyro.conf import Positional, arg
 from videoar.checks import Count, Finite, Limit, Options, check_options
 
 ALL = "1/1"  # the whole share
+
+
+def turns(share: str) -> slice:
+    """Return which of all a share K/N takes; none if it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", share)
+    number, count = map(int, found.groups()) if found else (1, 0)
+    return slice(number - 1, None, count) if number <= count else slice(0)
+
+
+Turn = Annotated[
+    str, Limit(lambda share: turns(share) != slice(0), "K/N with K up to N, such as 2/8")
+]
 Rate = Annotated[float, Limit(lambda rate: 0 < rate <= 240, "a number above 0, up to 240")]
 Change = Annotated[float, Limit(lambda change: 0 < change < 1, "between 0 and 1")]
 TestShare = Annotated[float, Limit(lambda share: 0 < share <= 0.5, "a share above 0, up to 0.5")]
@@ -47,7 +59,7 @@ class Prepare(Options):
     """Processes; by default one per core."""
     device: str = "cpu"
     """Where to encode."""
-    share: str = ALL
+    share: Turn = ALL
     """K/N on the K-th of N machines that share the folders: every N-th video is made. When all are
     done, the command without it puts the shares together."""
 
@@ -57,7 +69,6 @@ class Prepare(Options):
             self,
             ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
             ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
-            ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8"),
         )
 
     @property
@@ -65,10 +76,3 @@ class Prepare(Options):
         """Return the sizes as numbers; None if one of them is none."""
         found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
         return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
-
-
-def turns(share: str) -> slice:
-    """Return which of all a share K/N takes; none if it is none."""
-    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", share)
-    number, count = map(int, found.groups()) if found else (1, 0)
-    return slice(number - 1, None, count) if number <= count else slice(0)

@@ -36,7 +36,7 @@ from videoar.data.video import Frames, contact_sheet
 from videoar.data.workers import Pool
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder
-from videoar.files import Json, write_json
+from videoar.files import Json, first_written, write_json
 
 WORK, HELD_OUT_FOLDER = ".work", "heldout"
 ABOUT, REJECTED, STATISTICS = "prepare.json", "rejected.jsonl", "statistics.json"
@@ -107,7 +107,7 @@ def _check_sizes(config: Prepare, codec: Codec) -> None:
 
 def _claim(path: Path, about: Json) -> None:
     """Write what a folder is made of and how, or raise if it is made otherwise."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+    old = first_written(path, about)
     if old.get("sources") != about.get("sources"):
         raise ValueError(
             f"{path} is of other videos, of which some were added, removed or changed since: name"
@@ -115,8 +115,6 @@ def _claim(path: Path, about: Json) -> None:
         )
     now = {key: old.get(key) for key in about}
     check_same(now, about, held=f"{path} is of latents", other="folder for them")
-    if old is about:  # of two machines that write, one would miss the hidden file
-        write_json(path, about)
 
 
 def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source]:

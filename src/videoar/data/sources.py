@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from videoar.checks import explained
 from videoar.data.containers import is_video
 
 # So named, a file is tried even where it does not look like a video; all others if they do.
@@ -267,18 +268,14 @@ def _printable(name: str) -> str:
 
 
 def _text(content: bytes) -> str:
-    try:
+    with explained("not UTF-8: save it in this encoding"):
         return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8: save it in this encoding") from error
 
 
 def _parse(text: str) -> dict[str, Any]:
-    try:
+    with explained("not JSON that can be read ({})", ValueError, RecursionError):
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()  # not so half a character
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON that can be read ({error})") from error
     return row if isinstance(row, dict) else {}
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from videoar.checks import check, check_types
+from videoar.checks import Count, Options
 
 Memory = list[Tensor]
 """What a network remembers of the frames before; None stands for the beginning of a clip. A step
@@ -156,16 +156,12 @@ class StreamDecoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchCodecConfig:
+class PatchCodecConfig(Options):
     """Shape of a `PatchCodec`."""
 
-    stride: tuple[int, int, int] = (4, 8, 8)
+    stride: tuple[Count, Count, Count] = (4, 8, 8)
     """Pixels per latent in time, height and width."""
     image_channels: int = 3
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check("stride", self.stride, min(self.stride) >= 1, "1 or more on each side")
 
 
 class PatchCodec(Codec):

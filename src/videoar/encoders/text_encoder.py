@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
-from videoar.checks import check, check_options, check_types
+from videoar.checks import Count, Natural, Options, check, explained
 from videoar.weights import load_component, save_component, usable
 
 PAD = 0
@@ -49,10 +49,8 @@ def words_of(texts: Iterable[str]) -> set[str]:
 
 def check_text(text: str) -> str:
     """Return a text; raise if it holds what is no character, as bytes of another encoding."""
-    try:
+    with explained(f"The prompt {text[:40]!a} is not UTF-8: encode it so."):
         text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The prompt {text[:40]!a} is not UTF-8: encode it so.") from error
     return text
 
 
@@ -67,21 +65,19 @@ def check_length(ids: list[int], prompt: str, *, limit: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
+class TextEncoderConfig(Options):
     """Shape of a `TextEncoder`."""
 
-    vocab_size: int = 512
-    hidden_size: int = 128
+    vocab_size: Count = 512
+    hidden_size: Count = 128
     """Channels of a row."""
-    num_layers: int = 2
-    num_heads: int = 4
-    max_tokens: int = 48
+    num_layers: Natural = 2
+    num_heads: Count = 4
+    max_tokens: Count = 48
     """Longest prompt, in tokens."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        sizes = ("vocab_size", "hidden_size", "num_heads", "max_tokens")
-        check_options(self, least=dict.fromkeys(sizes, 1) | {"num_layers": 0})
+        super().__post_init__()
         even = self.hidden_size % self.num_heads == 0
         check("hidden_size", self.hidden_size, even, f"a multiple of num_heads {self.num_heads}")
 

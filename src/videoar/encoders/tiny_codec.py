@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checks import check, check_options, check_types
+from videoar.checks import Count, Limit, Options, check
 from videoar.encoders.codec import Codec, Latents, Memory, Padded, Video
 from videoar.encoders.convolution import Convolution, one_kernel
 
@@ -242,21 +242,22 @@ def _mirrored(
 
 
 PerChannel = Float[Tensor, " latent_channels"]
+Width = Annotated[int, Limit(lambda width: width > 0 and width % 2 == 0, "even widths")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyCodecConfig:
+class TinyCodecConfig(Options):
     """Shape of a `TinyCodec`; the defaults are those of the public `taew2_1` weights."""
 
-    image_channels: int = 3
-    latent_channels: int = 16
-    encoder_channels: tuple[int, int, int] = (64, 64, 64)
+    image_channels: Count = 3
+    latent_channels: Count = 16
+    encoder_channels: tuple[Width, Width, Width] = (64, 64, 64)
     """Width of the encoder at strides 2, 4 and 8."""
-    decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 64)
+    decoder_channels: tuple[Width, Width, Width, Width] = (256, 128, 64, 64)
     """Width of the decoder at strides 8, 4, 2 and 1."""
-    num_blocks: int = 3
+    num_blocks: Count = 3
     """Memory blocks at each stride of 2 and more."""
-    patch_size: int = 1
+    patch_size: Count = 1
     """Side of the squares of pixels that enter and leave the network as channels."""
     pixel_range: Literal["unit", "signed"] = "unit"
     """Pixels inside the network: [0, 1] or [-1, 1]. Outside they are always [-1, 1]."""
@@ -269,12 +270,7 @@ class TinyCodecConfig:
     """Their standard deviation."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        sizes = ("image_channels", "latent_channels", "num_blocks", "patch_size")
-        check_options(self, least=dict.fromkeys(sizes, 1))
-        for name in ("encoder_channels", "decoder_channels"):
-            widths = getattr(self, name)
-            check(name, widths, all(w > 0 and w % 2 == 0 for w in widths), "even widths")
+        super().__post_init__()
         for name in ("latents_mean", "latents_std"):
             values, count = getattr(self, name), self.latent_channels
             fits = values is None or len(values) == count

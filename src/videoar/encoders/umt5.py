@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from videoar.checks import explained
 from videoar.encoders.text_encoder import Rows, check_length, check_text
 from videoar.files import contents, written_whole
 from videoar.weights import (
@@ -198,10 +199,8 @@ def _t5_config(weights: Weights, file: Path) -> dict[str, Any]:
     """Read the sizes of an encoder from its shapes."""
     layers = {key.split(".")[2] for key in weights if key.startswith("encoder.block")}
     parts = ("pos_embedding.embedding", "attn.q", "ffn.gate.0")
-    try:
+    with explained(f"{file} is no umT5 encoder: it lacks {{}}; use Wan's", KeyError):
         bias, query, gate = (weights[f"encoder.block.0.{_T5[part]}.weight"] for part in parts)
-    except KeyError as error:
-        raise ValueError(f"{file} is no umT5 encoder: it lacks {error}; use Wan's") from error
     return {
         "vocab_size": len(weights[TIED[1]]),
         "d_model": query.shape[1],

@@ -5,58 +5,64 @@ import json
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from videoar.checks import check_options, hint, import_extra, typed
+from videoar.checks import (
+    Count,
+    Limit,
+    Natural,
+    Options,
+    check_options,
+    explained,
+    hint,
+    import_extra,
+    typed,
+)
 from videoar.core.schemes import parse
-from videoar.evaluation.lengths import MIN_SECONDS
-from videoar.evaluation.options import Study, distinct
+from videoar.evaluation.judge import MIN_SECONDS
+from videoar.evaluation.options import Study
 from videoar.files import Json
+
+ONCE = Limit(lambda names: len(set(names)) == len(names), "each once, none twice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Design:
+class Design(Options):
     """What is compared, and on how many videos; where a field is empty, checkpoints say it."""
 
     about: str = ""
     """The question, for the report."""
-    checkpoints: tuple[str, ...] = ("toy",)
+    checkpoints: Annotated[tuple[str, ...], ONCE] = ("toy",)
     """As `NAME=CHECKPOINT,CHECKPOINT`, see `videoar study --help`."""
     at_least: int = 1
     """Fewer checkpoints make no such study."""
-    units: tuple[str, ...] = ()
+    units: Annotated[tuple[str, ...], ONCE] = ()
     """Kinds of unit; the first is what others are compared with."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[Count, ...] = ()
     """Denoising steps; kinds of unit are compared at each."""
     equal: tuple[Literal["passes", "seconds"], ...] = ()
     """What is made equal among kinds of unit by their number of steps."""
-    budget: int = 4
+    budget: Count = 4
     """Steps of the first kind of unit, whose cost the others get."""
-    windows: tuple[int | Literal["all"], ...] = ()
+    windows: Annotated[tuple[int | Literal["all"], ...], ONCE] = ()
     """Latent frames that a unit may read, the sinks included."""
     sinks: tuple[int, ...] = ()
     """First latent frames that stay readable for ever."""
-    num_prompts: int = 96
-    seeds: int = 2
+    num_prompts: Annotated[int, Limit(lambda n: n >= 2, "2 or more, as an interval needs")] = 96
+    seeds: Count = 2
     """Videos per prompt."""
     seconds: float = 1.8
     """Length of the videos."""
-    keep: int = 4
+    keep: Natural = 4
     """Prompts of which the videos are kept."""
 
     def __post_init__(self) -> None:
-        each = {"units": "kinds of unit", "checkpoints": "checkpoints", "windows": "windows"}
+        super().__post_init__()
         check_options(
             self,
-            *(
-                (name, _once(getattr(self, name)), f"{says}, none twice")
-                for name, says in each.items()
-            ),
             ("checkpoints", len(self.checkpoints) >= self.at_least, f"{self.at_least} or more"),
-            ("steps", min(self.steps, default=1) >= 1, "1 or more"),
             ("equal", not self.equal or bool(self.units), "units beside it, or leave it empty"),
             ("seconds", MIN_SECONDS <= self.seconds < 36000, "1.5 or more, as the judge needs"),
-            least={"num_prompts": 2, "seeds": 1, "budget": 1, "keep": 0},
         )
         for name in self.units:
             parse(name)
@@ -67,10 +73,6 @@ class Design:
         factors = {"units": self.units, "window_frames": windows, "sink_frames": self.sinks}
         named = {name: values for name, values in factors.items() if values}
         return [dict(zip(named, cell, strict=True)) for cell in itertools.product(*named.values())]
-
-
-def _once(values: tuple[Any, ...]) -> bool:
-    return not values or distinct(tuple(map(str, values)))
 
 
 QUICK: dict[str, Any] = {"num_prompts": 12, "seeds": 1, "seconds": 9.0, "keep": 2}
@@ -109,13 +111,11 @@ def find(config: Study) -> Design:
 
 def _read(path: Path) -> Json:
     text = path.read_text(encoding="utf-8")
-    try:
+    with explained(f"{path} cannot be read: {{}}", Exception):  # those of YAML are no ValueError
         if path.suffix == ".json":
             value = json.loads(text)
         else:
             value = import_extra("yaml", "YAML needs PyYAML ({}): install it.").safe_load(text)
-    except Exception as error:  # those of YAML are no ValueError
-        raise ValueError(f"{path} cannot be read: {error}") from error
     known = [field.name for field in fields(Design)]
     if not isinstance(value, dict) or value.keys() - set(known):
         raise ValueError(f"{path} holds no design: write some of {', '.join(known)}")

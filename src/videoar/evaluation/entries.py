@@ -22,8 +22,7 @@ from jaxtyping import Float
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import from_frames, to_frames
-from videoar.evaluation.judge import WORLD, Clips, Judge, windows
-from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.evaluation.judge import WINDOW_SECONDS, WORLD, Clips, Judge, windows
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
 from videoar.evaluation.options import Judged
@@ -134,7 +133,7 @@ def _whole(parts: Sequence[Json]) -> Json:
         "seen": {"first": parts[0]["seen"], "last": parts[-1]["seen"]},
         "curves": curves,
         "slopes": {
-            name: slope(each, window_seconds=apart[name]) / 60
+            name: slope(each, window_seconds=apart[name])
             for name, each in curves.items()
             if len(each) > 1
         },

@@ -10,9 +10,10 @@ from jaxtyping import Float, UInt8
 
 from videoar.data import world
 from videoar.data.world import COLORS, EXTENT, SHAPES, WORDS, Frames, Masks, Path, Series, wrap
-from videoar.evaluation.lengths import MIN_SECONDS
 from videoar.files import Json
 
+MIN_SECONDS = 1.5  # shorter clips do not tell a bounce from a drift
+WINDOW_SECONDS = 4.0  # in which long videos are judged
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
 """Slower (as a share), lower, tighter or weaker is called still: a generated thing trembles."""
 MAX_STRAY = 16.0  # variance, in square units, by which a track may miss its motion's law

@@ -1,6 +1,5 @@
 """The options of what is measured. No torch."""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +7,17 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_options, check_positive
+from videoar.checks import Count, Finite, Limit, Natural, Options, check_options, check_positive
 from videoar.core.schemes import KINDS
-from videoar.data.options import ALL, turns
-from videoar.evaluation.lengths import WINDOW_SECONDS
+from videoar.data.options import ALL, Turn
 
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
-def distinct(names: tuple[str, ...]) -> bool:
-    """Say whether there are names, and none twice."""
-    return 0 < len(names) == len(set(names))
+Names = Annotated[
+    tuple[str, ...],
+    Limit(lambda names: 0 < len(names) == len(set(names)), "one or more, none twice"),
+]
 
 
 SHAPE_KINDS = ("frame", "chunk:3", "cube:3x15x13", "cube:3x5x13", "cube:1x5x13")
@@ -60,55 +59,43 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What may be said of videos that are judged, whoever makes them."""
+class Judged(Options):
+    """What may be said of a study, whoever makes its videos."""
 
-    seed: int = 0
+    seed: Natural = 0
     """Of the scenes and of the noise; video i has the seed `seed + i`."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Videos that are generated side by side."""
     judge: str | None = None
     """Checkpoint of `videoar train judge`; by default the judge that the checkpoint brings along,
     or that of the procedural world."""
     footage: Path | None = None
     """Labelled videos of a judge that was trained; those held out are asked for."""
+    out: Path = Path("study")
+    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
+    share: Turn = ALL
+    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
+    says it by itself. Who is last writes the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Judged):
-    """Judge whether videos show what their prompts say, and go on to."""
+    """Judge whether videos show what their prompts say, and go on to: a study of one checkpoint."""
 
     checkpoint: Positional[Checkpoint] = "toy"
     """A bundled name or a folder."""
-    units: tuple[str, ...] | None = None
+    units: tuple[str, ...] = ()
     """Kinds of unit, by default those it was trained on; differences are taken to the first."""
     num_prompts: int = 200
     """Prompts per kind."""
     seconds: float = 3.0
-    """Length of the videos: 2 to 4."""
+    """Length of the videos; from 8 on, their last 4 s are compared with the first."""
     num_inference_steps: int | None = None
     """Denoising steps per unit; this and the next two: the checkpoint's own by default."""
     shift: float | None = None
     """Shift of the sigmas towards noise."""
     guidance_scale: float | None = None
     """Classifier-free guidance."""
-    long_prompts: int = 0
-    """Prompts for long videos, which show drift; 0: none."""
-    long_seconds: float = 60.0
-    """Length of the long videos."""
-    out: Path | None = None
-    """JSON file with all scores; what it holds is kept, and other settings are refused."""
-
-    def __post_init__(self) -> None:
-        check_options(
-            self,
-            ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
-            ("num_prompts", self.num_prompts >= 2, "2 or more, as an interval needs"),
-            ("seconds", 2 <= self.seconds <= WINDOW_SECONDS, "2 to 4, as the judge needs"),
-            ("long_prompts", self.long_prompts == 0 or self.long_prompts >= 2, "0, or 2 or more"),
-            ("long_seconds", 2 * WINDOW_SECONDS <= self.long_seconds < math.inf, "8 or more"),
-            least={"seed": 0, "batch_size": 1},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +108,6 @@ class Study(Judged):
     checkpoint: tuple[Annotated[str, arg(metavar="NAME=CHECKPOINT")], ...] = ()
     """What makes the videos, `toy` by default; fields of the sampling may follow, as in
     `toy?guidance_scale=1`; NAME=A,B,C are checkpoints that differ in their seed of training."""
-    out: Path = Path("study")
-    """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
     quick: bool = False
     """A small version of the design: few prompts, one video each, no more than 9 seconds."""
     units: tuple[str, ...] = ()
@@ -133,41 +118,26 @@ class Study(Judged):
     """Videos per prompt."""
     seconds: float | None = None
     """Length of the videos."""
-    share: str = ALL
-    """K/N in the K-th of N processes that share the folder, on one machine or several; torchrun
-    says it by itself. Who is last writes the report."""
-
-    def __post_init__(self) -> None:
-        share = ("share", turns(self.share) != slice(0), "K/N with K up to N, such as 2/8")
-        check_options(self, share, least={"seed": 0, "batch_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOut(Options):
     """Measure codec and generators, in pairs, on the clips that prepared videos hold out."""
 
-    checkpoints: Positional[tuple[Checkpoint, ...]] = ("toy",)
+    checkpoints: Positional[Annotated[Names, arg(metavar="CHECKPOINT ...")]] = ("toy",)
     """Bundled names or folders, one or more of one codec."""
     data: Path
     """Folder of prepared videos."""
-    units: tuple[str, ...] | None = None
+    units: Names | None = None
     """Kinds of unit, by default those it was trained on; differences are taken to the first."""
-    seed: int = 0
+    seed: Natural = 0
     """Of the noise."""
     out: Path | None = None
     """JSON file with the figures of every clip; it must not exist."""
 
-    def __post_init__(self) -> None:
-        check_options(
-            self,
-            ("units", self.units is None or distinct(self.units), "one or more kinds, none twice"),
-            ("checkpoints", distinct(self.checkpoints), "one or more, none twice"),
-            ("seed", self.seed >= 0, "0 or more"),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class VBench:
+class VBench(Options):
     """Where VBench is, and what of it is asked for."""
 
     python: Path = Path(sys.executable)
@@ -184,9 +154,9 @@ class Suite(VBench):
 
     extended: Path | None = None
     """Longer prompts to generate from: a line for each of the list, in its order."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first prompts of every dimension, so many, to try it."""
-    seed: int = 0
+    seed: Natural = 0
     """Video j of prompt i, both from 0, has the seed 100000 * i + j + this; VBench fixes none."""
 
 
@@ -198,7 +168,7 @@ class VBenchScore(VBench):
     """Folder of the run; its videos are in `videos`, named as VBench names them."""
     device: str = "cpu"
     """Where VBench computes, such as cuda."""
-    timeout: float = 21600.0
+    timeout: Finite = 21600.0
     """Seconds after which a dimension is given up."""
     static_filter: bool = False
     """Score temporal flickering on the first 5 still videos of a prompt, as published scores are;
@@ -216,7 +186,7 @@ class VBenchTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrintUnits:
+class PrintUnits(Options):
     """Print how schemes cut a lattice into units: how many, how large, and what they cost."""
 
     schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]] = ()
@@ -233,7 +203,7 @@ class PrintUnits:
     """Latent frames that a unit may read."""
     sink: int | None = None
     """First latent frames that stay readable for ever."""
-    steps: int | None = None
+    steps: Count | None = None
     """Denoising steps per unit."""
     first_steps: tuple[int, ...] | None = None
     """Steps of the first units, if they need more."""
@@ -242,14 +212,13 @@ class PrintUnits:
     search: Annotated[tuple[str, Path] | None, arg(metavar="CHECKPOINT CLIPS")] = None
     """Find the partitions of --frames that cost a checkpoint least on prepared videos, for every
     number of passes; the schemes, by default its own, are what they are made of."""
-    clips: int = 32
+    clips: Annotated[int, Limit(lambda count: count >= 4, "4 or more")] = 32
     """Clips that are searched on."""
-    draws: int = 4
+    draws: Annotated[int, Limit(lambda count: count >= 2, "2 or more")] = 4
     """Videos of every clip."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps")
-        check_options(self, least={"clips": 4, "draws": 2})
+        super().__post_init__()
         if not self.schemes and self.search is None:
             raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
 

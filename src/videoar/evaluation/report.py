@@ -5,6 +5,7 @@ Nothing is claimed without an interval; where nothing was found, it is said what
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -14,6 +15,8 @@ import numpy as np
 
 from videoar.core.units import Units
 from videoar.evaluation import plots, tables
+from videoar.evaluation.judge import WINDOW_SECONDS
+from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.statistics import CHIEF, LEVEL, Difference, Found, difference, holm
 from videoar.evaluation.tables import CLEAN, CODEC, spread
 from videoar.files import Json, written_whole
@@ -27,9 +30,11 @@ share a machine share its speed"""
 SEAMS = """Seams: how much more the luma changes across borders of units than elsewhere, beside \
 real clips through the codec at the same places; 0 is no seam"""
 DRIFT = "Drift: slopes per second, times 1000, beside those of real clips through the codec"
+ENDS = f"The last {WINDOW_SECONDS:g} s of the same videos minus the first, in points"
 NOTE = "\n\n"
 DRIFTING = {CHIEF, "brightness", "contrast", "sharpness", "colourfulness"}
-Tables = dict[str, list[dict[str, str]]]
+Rows = list[dict[str, str]]
+Tables = dict[str, Rows]
 """Rows by title; the first column names lines."""
 Compared = dict[tuple[str, str], Difference]
 LATTICE_FRAMES = 16  # of a long video, those that are drawn
@@ -60,7 +65,7 @@ def lattice(units: Units) -> Json:
 
 def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -> str:
     """Write the report as `report.html` and `report.md`, and return the latter."""
-    shown, pairs, drifts = Tables(), dict[str, Compared](), Compared()
+    shown, pairs, drifts, ends = Tables(), dict[str, Compared](), Compared(), Compared()
     for title, names in about["groups"].items():
         both = itertools.combinations(names, 2)
         pairs[title] = {(a, b): found.minus(a, b, CHIEF) for b, a in both}
@@ -68,7 +73,11 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     for line in found.lines:
         slopes = [name for name in found.sides(line, "slopes") if name in DRIFTING]
         drifts |= {(line, name): found.minus(line, CODEC, name, "slopes") for name in slopes}
+        first, last = (found.sides(line, end) for end in ("first", "last"))
+        both = tables.columns_of(first).items() if CHIEF in slopes else ()
+        ends |= {(line, column): difference(last[key], first[key]) for key, column in both}
     shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
+    shown |= _grid(ENDS, "videos of", ends)
     shown = {title: rows for title, rows in shown.items() if rows}
     text = [_what(found, about), _who(pairs), _price(found, drifts), ABOUT]
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
@@ -110,24 +119,29 @@ def _grid(title: str, head: str, compared: Compared, scale: float = 100) -> Tabl
 
 def _compared(found: Found, title: str, names: Sequence[str], pairs: Compared) -> Tables:
     """Return the tables of entries that are compared with each other."""
-    scores, real, quality = tables.columns_of(found.sides(CLEAN)), found.entries[CLEAN], []
+    scores, real = tables.columns_of(found.sides(CLEAN)), found.entries[CLEAN]
+    quality, shares = Rows(), Rows()
+    best = {key: side.mean() for key, side in found.sides(CODEC).items() if side.any()}
     for name in (CLEAN, CODEC, *names):
-        samples = found.samples(name)
-        means = tables.intervals(tables.by_prompt(samples), scores)
-        row = {"videos of": name} | {key: str(mean) for key, mean in means.items()}
+        samples, row, share = found.samples(name), {"videos of": name}, {"videos of": name}
+        for key, column in scores.items():
+            mean = bootstrap_interval(tables.by_prompt(samples)[key])
+            row[column] = str(mean)
+            share |= {column: str(mean.times(1 / best[key]))} if key in best else {}
         row["Fréchet"] = tables.distance(samples, real)
         row["diversity"] = tables.diversity(samples)
         quality.append(row | tables.looks(samples, real))
+        shares.append(share)
     first, *others = names
     minus = {(a, scores[key]): found.minus(a, first, key) for a in others for key in scores}
-    shown = {f"Quality, {title}": quality}
+    shown = {f"Quality, {title}": quality, f"In % of the scores of {CODEC}, {title}": shares}
     shown |= _grid(f"Differences, {title}", f"minus {first}", minus)
     if len(names) > 2:
         shown |= _grid(f"Every pair, {scores[CHIEF]}, {title}", "row minus column", pairs)
     return shown
 
 
-def _cost(found: Found) -> list[dict[str, str]]:
+def _cost(found: Found) -> Rows:
     rows = []
     for line in found.lines:
         settings = found.samples(line)[0]["settings"]
@@ -143,21 +157,14 @@ def _cost(found: Found) -> list[dict[str, str]]:
     return rows
 
 
-def _seams(found: Found) -> list[dict[str, str]]:
+def _seams(found: Found) -> Rows:
     rows = []
     for line in found.lines:
-        samples, row = found.samples(line), {"videos of": line}
-        kind, count = samples[0]["settings"]["units"], samples[0]["settings"]["num_prompts"]
-        for name in ("space", "time"):
-            own, codec = (
-                [[video["seams"][kind][name] for video in sample["videos"]] for sample in each]
-                for each in (samples, found.samples(CODEC))
-            )
-            row[name] = ""
-            if None not in itertools.chain(*own, *codec):
-                sides = [np.array(x).reshape(len(x), -1, count).mean(1) for x in (own, codec)]
-                row[name] = f"{difference(sides[0], sides[1]).change:.2f}"
-        rows.append(row)
+        kind = found.samples(line)[0]["settings"]["units"]
+        rows.append({"videos of": line})
+        for side in ("space", "time"):
+            minus = found.minus(line, CODEC, side, "seams", kind).change
+            rows[-1][side] = "" if math.isnan(minus.mean) else f"{minus:.2f}"
     return rows
 
 

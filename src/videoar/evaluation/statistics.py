@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from videoar.evaluation.metrics import Interval, student
-from videoar.evaluation.tables import CLEAN, by_prompt, columns_of
+from videoar.evaluation.tables import by_prompt
 from videoar.files import Json
 
 Side = Float[np.ndarray, "_ prompts"]
@@ -108,17 +108,13 @@ class Found:
     def samples(self, line: str) -> list[Json]:
         return [self.entries[name] for name in self.lines.get(line, [line])]
 
-    def sides(self, line: str, key: str = "scores") -> dict[str, Side]:
+    def sides(self, line: str, *keys: str) -> dict[str, Side]:
         """Return the values of a line: trainings x prompts, each the mean over noise."""
-        each = [by_prompt([sample], key) for sample in self.samples(line)]
+        each = [by_prompt([sample], *keys) for sample in self.samples(line)]
         return {name: np.stack([one[name] for one in each]) for name in each[0]}
 
-    def minus(self, line: str, other: str, name: str, key: str = "scores") -> Difference:
-        return difference(self.sides(line, key)[name], self.sides(other, key)[name])
+    def minus(self, line: str, other: str, name: str, *keys: str) -> Difference:
+        return difference(self.sides(line, *keys)[name], self.sides(other, *keys)[name])
 
     def cost(self, line: str, name: str) -> list[float]:
         return [run[name] for sample in self.samples(line) for run in sample["runs"]]
-
-    def shown(self) -> dict[str, str]:
-        """Return the scores and their columns."""
-        return columns_of(self.sides(CLEAN))

@@ -5,7 +5,6 @@ each share of the work; `videos/`, those of the first prompts; and the report. W
 computed again, so a study goes on where it was killed, and processes may share it.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from videoar import machine
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_same
+from videoar.core.schemes import KINDS
 from videoar.data.options import ALL, turns
 from videoar.evaluation import designs, report
 from videoar.evaluation.designs import Design
@@ -43,10 +43,10 @@ from videoar.evaluation.entries import (
 )
 from videoar.evaluation.judge import Judge
 from videoar.evaluation.metrics import PixelUnits
-from videoar.evaluation.options import Study
+from videoar.evaluation.options import Evaluate, Judged, Study
 from videoar.evaluation.statistics import Found
 from videoar.evaluation.tables import CLEAN, CODEC
-from videoar.files import Json, check_folder, to_json, write_json
+from videoar.files import Json, check_folder, first_written, to_json
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
@@ -59,12 +59,32 @@ WORDS["num_inference_steps"] = "steps {}"
 
 
 def run(config: Study, say: Report) -> str:
+    """Do a share of a study by a design that has a name, or is a file: see `compare`."""
+    return compare(designs.find(config), config, say)
+
+
+def evaluate(config: Evaluate, say: Report) -> str:
+    """Do a share of a study of one checkpoint under kinds of unit: see `compare`."""
+    names = ("num_inference_steps", "shift", "guidance_scale")
+    given = [f"{k}={getattr(config, k)}" for k in names if getattr(config, k) is not None]
+    design = Design(
+        about=f"Do the videos of {config.checkpoint} show what their prompts say?",
+        checkpoints=(f"videos={config.checkpoint}?{'&'.join(given)}",),
+        units=config.units or tuple(Checkpoint.find(config.checkpoint).meta.get("units", KINDS)),
+        num_prompts=config.num_prompts,
+        seeds=1,
+        seconds=config.seconds,
+    )
+    return compare(design, config, say)
+
+
+def compare(design: Design, config: Judged, say: Report) -> str:
     """Do a share of a study, and return the report if it was the last one.
 
     Raises:
         ValueError: it is none, or the folder holds another one.
     """
-    design, folder = designs.find(config), config.out
+    folder = config.out
     lines = dict(map(read_line, design.checkpoints))
     if len(lines) < len(design.checkpoints):
         raise ValueError("two checkpoints have one name: write NAME=CHECKPOINT with other names")
@@ -75,16 +95,14 @@ def run(config: Study, say: Report) -> str:
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
     asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
     check_folder(folder)
-    if not (path := folder / "study.json").exists():
+    path, settled = folder / "study.json", Json()
+    if not path.exists():
         if any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} holds other files, and no study: name another folder")
+        settled = _settled(design, lines, say)
+        plan(_entries(settled["entries"], design, paths[0]), lambda line: None, about)  # may raise
         folder.mkdir(exist_ok=True)
-        partial = folder / f".study-{os.getpid()}.json"
-        write_json(partial, {"asked": asked} | _settled(design, lines, say))
-        with contextlib.suppress(FileExistsError):  # another process was first, and settled it
-            os.link(partial, path)
-        partial.unlink()
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = first_written(path, {"asked": asked} | settled)
     check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
     jobs = plan(_entries(held["entries"], design, paths[0]), say, about)
     _work(config, design, jobs, judge, say)
@@ -159,7 +177,7 @@ def _entries(asked: Json, design: Design, first: str) -> list[Entry]:
     return entries
 
 
-def _work(config: Study, design: Design, jobs: Sequence[Job], judge: Judge, say: Report) -> None:
+def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say: Report) -> None:
     """Make this process's share of the videos, those apart that are there."""
     share = config.share
     if share == ALL and "WORLD_SIZE" in os.environ:  # as torchrun says it

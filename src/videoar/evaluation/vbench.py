@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import check, check_options, check_positive, hint
+from videoar.checks import check, explained, hint
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.options import Suite, VBench, VBenchScore, VBenchTable
 from videoar.evaluation.tables import cells, markdown
@@ -49,7 +49,6 @@ def suite(config: Suite) -> tuple[list[Json], Json]:
     Names are `{prompt}-{index}.mp4`. Of prompts that differ in case alone or not at all the last
     one is made: with the team its videos overwrote those before (issue 58 of Vchitect/VBench).
     """
-    check_options(config, least={"limit": 1, "seed": 0})
     entries, path = _listed(config)
     prompts, told = [entry["prompt_en"] for entry in entries], "as they are"
     if config.extended is not None:
@@ -77,7 +76,6 @@ def score(config: VBenchScore, report: Callable[[str], None]) -> str:
 
     What is scored already is kept, unless its videos are others by now.
     """
-    check_positive(config, "timeout")
     folder = config.folder.expanduser().absolute()
     (_, version), (entries, info) = _package(config.python), _listed(config)
     (folder / SCORES).mkdir(exist_ok=True)
@@ -228,11 +226,10 @@ def _listed(config: VBench) -> tuple[list[Json], Path]:
         right = f"{', '.join(DIMENSIONS)}{hint(name, DIMENSIONS)}"
         check("a dimension", name, name in DIMENSIONS, right)
     path = config.info or Path(_package(config.python)[0], "VBench_full_info.json")
-    try:
+    says = f"{path} holds no prompts of VBench: name its full info"
+    with explained(says, ValueError, KeyError, TypeError, AssertionError):
         entries = json.loads(path.read_text("utf-8"))
         assert all(isinstance(entry["prompt_en"], str) and entry["dimension"] for entry in entries)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} holds no prompts of VBench: name its full info") from error
     return entries, path
 
 

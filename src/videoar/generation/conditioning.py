@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from videoar.checks import check
+from videoar.checks import check, explained
 from videoar.data.containers import Unusable, check_size
 from videoar.data.decode import Fit, read, readable, upright
 from videoar.data.sources import Source, list_sources
@@ -22,11 +22,9 @@ def read_image(path: str | Path) -> Picture:
     """Read a picture file: upright, without transparency; of an animation the first frame."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; give the path of a picture")
-    try:
-        with readable("no picture: convert it to PNG or JPEG"), Image.open(path) as image:
-            return upright(image)
-    except Unusable as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+    reading = readable("no picture: convert it to PNG or JPEG")
+    with explained(f"{path} cannot be used: {{}}", Unusable), reading, Image.open(path) as image:
+        return upright(image)
 
 
 def read_clip(
@@ -48,10 +46,8 @@ def read_clip(
         raise ValueError(f"there is no file {path} or folder of pictures; give the path of one")
     count = None if seconds is None else max(1, round(seconds * fps))
     shown = read(source, fps=fps, sizes=[(width, height)], fit=fit)
-    try:
+    with explained(f"{path} cannot be used: {{}}", Unusable):
         frames = [frame.picture for frame in itertools.islice(shown, count)]
-    except Unusable as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
     if count is not None and len(frames) < count:
         raise ValueError(
             f"keep is {seconds:g} s, but {path} lasts {len(frames) / fps:.2f} s: keep less of it"

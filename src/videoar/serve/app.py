@@ -122,8 +122,12 @@ def make_app(engine: Engine, *, token: str = "") -> FastAPI:
         app.get(path, include_in_schema=False)(partial(_file, name))
 
     @app.exception_handler(RequestValidationError)
-    async def refused(_: Request, error: RequestValidationError) -> Response:
-        return JSONResponse({"detail": sentence(error.errors())}, status_code=422)
+    @app.exception_handler(ValueError)
+    async def refused(_: Request, error: Exception) -> Response:
+        """Answer what a request cannot have with the reason, be it of its form or its values."""
+        wrong = isinstance(error, RequestValidationError)
+        says = sentence(error.errors()) if wrong else str(error)
+        return JSONResponse({"detail": says}, status_code=422)
 
     _add_sessions(app, engine)
     app.websocket("/api/sessions/{session}")(partial(_watched, engine))
@@ -137,11 +141,8 @@ def _file(name: str) -> Response:
 
 
 async def _called(engine: Engine, function: Any, *args: Any) -> Any:
-    """Call a function in the thread of the engine; what it refuses is an answer."""
-    try:
-        return await asyncio.wrap_future(engine.call(function, *args))
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+    """Call a function in the thread of the engine."""
+    return await asyncio.wrap_future(engine.call(function, *args))
 
 
 def _add_sessions(app: FastAPI, engine: Engine) -> None:
@@ -163,13 +164,10 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
             if len(data) > MAX_UPLOAD:
                 raise HTTPException(413, f"the file is larger than {MAX_UPLOAD >> 20} MiB: cut it")
         pipe = engine.pipe
-        try:
-            async with decoding:
-                frames = await asyncio.to_thread(
-                    decoded, bytes(data), pipe.height, pipe.width, float(pipe.sampling.fps)
-                )
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+        async with decoding:
+            frames = await asyncio.to_thread(
+                decoded, bytes(data), pipe.height, pipe.width, float(pipe.sampling.fps)
+            )
         live.given = {"video": frames}
         return {"frames": len(frames)}
 

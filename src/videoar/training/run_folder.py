@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from videoar.checks import check_same
+from videoar.checks import check_same, explained
 from videoar.data.video import Frames, contact_sheet
 from videoar.files import Json, write_json, written_whole
 from videoar.machine import git_commit, hardware
@@ -161,14 +161,11 @@ def write_checkpoint(
     ranks.wait()
 
 
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Say in one sentence that a checkpoint is damaged."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException) as e:
-        message = f"{folder} cannot be read ({e}): remove that folder to go on without it"
-        raise ValueError(message) from e
+    says = f"{folder} cannot be read ({{}}): remove that folder to go on without it"
+    kinds = OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException
+    return explained(says, *kinds)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -27,19 +27,8 @@ from videoar.training.low_rank import save_trained, trainable
 from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
 from videoar.training.run_folder import Report
 
-SIZES = {
-    name: ModelConfig(
-        num_layers=layers,
-        num_heads=heads,
-        head_dim=32,
-        ffn_dim=4 * 32 * heads,
-        freq_dim=64,
-        rope_theta=100.0,
-        prediction="clean",
-    )
-    for name, layers, heads in (("tiny", 6, 4), ("small", 6, 5), ("medium", 8, 8))
-}
-"""Transformers of 1.8, 2.7 and 8.9 million parameters."""
+SIZES = {"tiny": (6, 4), "small": (6, 5), "medium": (8, 8)}
+"""Layers and heads of transformers of 1.8, 2.7 and 8.9 million parameters."""
 MAX_WORDS, MAX_PROMPTS = 10_000, 12
 """A checkpoint lists no more words and examples of prompts than that."""
 
@@ -135,7 +124,10 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     captions = map(text_encoder.as_read, shards.captions)
     tokenizer = text_encoder.train_tokenizer(captions, vocab_size=text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
-    model = task.model or SIZES[task.size or "small"]
+    layers, heads = SIZES[task.size or "small"]
+    shape: dict[str, Any] = {"num_layers": layers, "num_heads": heads, "ffn_dim": 4 * 32 * heads}
+    shape |= {"head_dim": 32, "freq_dim": 64, "rope_theta": 100.0, "prediction": "clean"}
+    model = task.model or ModelConfig(**shape)
     sizes = {"latent_channels": codec.latent_channels, "text_dim": text.hidden_size}
     sampling = GenerationConfig(num_inference_steps=8, guidance_scale=2.0)
     transformer, known = VideoTransformer(replace(model, **sizes)), {"words": ()}

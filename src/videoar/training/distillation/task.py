@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from videoar.checks import Count
+from videoar.checks import Count, explained
 from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
@@ -54,10 +54,8 @@ class StudentConfig(GeneratorConfig):
 
 def load_role(name: str, role: str) -> VideoPipeline:
     """Load who takes a role, or say which checkpoint is missing."""
-    try:
+    with explained(f"the {role}: {{}}"):
         return VideoPipeline.from_pretrained(name)
-    except ValueError as error:
-        raise ValueError(f"the {role}: {error}") from error
 
 
 def check_roles(
