@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from videoar.checks import check_options, hint, import_extra, typed
-from videoar.core.schemes import parse
 from videoar.evaluation.lengths import MIN_SECONDS
 from videoar.evaluation.options import Study, distinct
 from videoar.files import Json
+from videoar.generation.config import scheme_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Design:
             least={"num_prompts": 2, "seeds": 1, "budget": 1, "keep": 0},
         )
         for name in self.units:
-            parse(name)
+            scheme_of(name)
 
     def cells(self) -> list[Json]:
         """Return what is overridden in each cell of the design but for the steps."""

@@ -148,7 +148,7 @@ def _seams(found: Found) -> list[dict[str, str]]:
     for line in found.lines:
         samples, row = found.samples(line), {"videos of": line}
         kind, count = samples[0]["settings"]["units"], samples[0]["settings"]["num_prompts"]
-        for name in ("space", "time"):
+        for name in ("space", "time") if kind in samples[0]["videos"][0]["seams"] else ():
             own, codec = (
                 [[video["seams"][kind][name] for video in sample["videos"]] for sample in each]
                 for each in (samples, found.samples(CODEC))
