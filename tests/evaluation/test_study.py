@@ -23,6 +23,8 @@ from videoar.evaluation.metrics import frechet_distance, frechet_interval, seams
 from videoar.evaluation.options import Study
 from videoar.evaluation.statistics import difference, holm
 from videoar.generation.config import GenerationConfig
+from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.router import Router, RouterConfig
 
 Lines = list[str]
 
@@ -123,6 +125,30 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.data += data if self.open[-1:] == ["data"] and not self.data else ""
+
+
+def test_units_that_are_chosen_are_made_one_by_one(checkpoints: Lines, tmp_path: Path) -> None:
+    """No video has those of another; beside kinds of unit that stay, and without a lattice."""
+    pipe = VideoPipeline.from_pretrained(checkpoints[0])
+    pipe.router = Router(
+        RouterConfig(menu=("frame", "chunk:2"), latent_channels=4, text_channels=24)
+    )
+    folder, out = pipe.save_pretrained(tmp_path / "routed"), tmp_path / "study"
+    words = [
+        "study",
+        "units",
+        "--quick",
+        "--num-prompts",
+        "3",
+        "--seconds",
+        "1.5",
+        "--out",
+        str(out),
+    ]
+    assert main([*words, "--units", "frame", "auto", "--checkpoint", str(folder)]) == 0
+    report = (out / "report.md").read_text()
+    assert "| auto steps " in report
+    assert {name for name, _ in rows(out)} > {"frame steps 4", "auto steps 4"}
 
 
 def test_the_report_opens_offline(done: Path) -> None:

@@ -14,6 +14,7 @@ from videoar.checks import check_options
 from videoar.core.schemes import names, parse
 from videoar.core.tokens import Latents
 from videoar.core.transformer import TextContext
+from videoar.weights import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,11 @@ class Router(nn.Module):
             self.register_buffer(name, torch.full((given,), value))
         layers = nn.Linear(given, size), nn.GELU(), nn.Linear(size, size), nn.GELU()
         self.layers = nn.Sequential(*layers, nn.Linear(size, len(config.menu)))
+
+    @property
+    def mark(self) -> str:
+        """Name the weights, and what they choose from."""
+        return f"{fingerprint(self)} of {', '.join(self.config.menu)}"
 
     def features(self, latents: Latents, text: TextContext) -> Float[Tensor, "batch features"]:
         """Describe the end of clips, which may be empty, and their words.

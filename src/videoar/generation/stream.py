@@ -296,7 +296,7 @@ class Generation:
             "width": units.width * width,
             "num_frames": self.num_frames,
             "begun": self.begun.to_json(),
-        } | ({} if router is None else {"router": weights.fingerprint(router)})
+        } | ({} if router is None else {"router": router.mark})
 
     def state_dict(self) -> State:
         """Everything that is needed to go on with the stream later, and what it is of."""
