@@ -134,21 +134,16 @@ def test_units_that_are_chosen_are_made_one_by_one(checkpoints: Lines, tmp_path:
         RouterConfig(menu=("frame", "chunk:2"), latent_channels=4, text_channels=24)
     )
     folder, out = pipe.save_pretrained(tmp_path / "routed"), tmp_path / "study"
-    words = [
-        "study",
-        "units",
-        "--quick",
-        "--num-prompts",
-        "3",
-        "--seconds",
-        "1.5",
-        "--out",
-        str(out),
-    ]
-    assert main([*words, "--units", "frame", "auto", "--checkpoint", str(folder)]) == 0
-    report = (out / "report.md").read_text()
-    assert "| auto steps " in report
-    assert {name for name, _ in rows(out)} > {"frame steps 4", "auto steps 4"}
+    design: dict[str, Any] = {
+        "units": ["frame", "auto"],
+        "steps": [1],
+        "num_prompts": 2,
+        "seeds": 1,
+    }
+    (file := tmp_path / "design.json").write_text(json.dumps(design | {"seconds": 1.5, "keep": 1}))
+    assert main(["study", str(file), "--checkpoint", str(folder), "--out", str(out)]) == 0
+    assert "| auto steps 1 |" in (out / "report.md").read_text()
+    assert {name.split()[0] for name, _ in rows(out)} >= {"frame", "auto"}
 
 
 def test_the_report_opens_offline(done: Path) -> None:

@@ -147,12 +147,15 @@ class RoutingTask:
         steps = task.num_inference_steps
         how |= {} if steps is None else {"num_inference_steps": steps}
         clips, module = clips_of(pipe, task.latents, **how), Router(router)
-        count, rest = (size := len(clips.latents)), max(2, size // TESTED)
+        rest = max(2, (count := len(clips.latents)) // TESTED)
         # Those to test on are measured twice: what is best by one measurement is not by another.
         latents, words = (torch.cat([x, x[-rest:]]) for x in (clips.latents, clips.words))
         clips = replace(clips, latents=latents, words=words)
         features, values = self._features(module, clips), self._values(clips, config.out / COSTS)
         self.known = Measured(features[: count - rest], values[: count - rest])
+        std, mean = torch.std_mean(self.known.features, dim=(0, 1))
+        module.mean.copy_(mean)
+        module.std.copy_(torch.where(std > 1e-6, std, 1.0))
         self.apart, self.twice = features[count:], values[count - rest :].unflatten(0, (2, rest))
         self.objective = Routing(module, self.sizes)
         self.batches = Batches(self.known, batch_size=config.batch_size, seed=config.seed)
@@ -163,15 +166,10 @@ class RoutingTask:
         return latents | fingerprints(task.checkpoint)
 
     def _features(self, router: Router, clips: Clips) -> Float[Tensor, "clips starts features"]:
-        """Return what the router reads before every frame, and have it know their spread."""
-        text = self.pipe.encode([], before=clips.words)
-        starts = range(self.task.frames)
+        """Return what the router reads before every frame."""
+        text, starts = self.pipe.encode([], before=clips.words), range(self.task.frames)
         found = [router.features(clips.latents[:, :start], text) for start in starts]
-        features = torch.stack(found, dim=1)
-        std, mean = torch.std_mean(features, dim=(0, 1))
-        router.mean.copy_(mean)
-        router.std.copy_(torch.where(std > 1e-6, std, 1.0))
-        return features
+        return torch.stack(found, dim=1)
 
     @torch.inference_mode()
     def _values(self, clips: Clips, folder: Path) -> Values:
@@ -231,8 +229,7 @@ class RoutingTask:
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         assert isinstance(module, Router)
-        about = self.pipe.meta | {"router": meta}
-        whole = replace(self.pipe, router=module.cpu(), meta=about)
+        whole = replace(self.pipe, router=module.cpu(), meta=self.pipe.meta | {"router": meta})
         whole.save_pretrained(folder, overwrite=True)
         self.report(self.table(module))
 
