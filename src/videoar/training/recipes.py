@@ -124,7 +124,7 @@ def router() -> TrainConfig:
     rates = OptimizerConfig(
         learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, decay_fraction=0.5
     )
-    how = {"steps": 400, "batch_size": 64, "optimizer": rates, "precision": "float32"}
+    how = {"steps": 200, "batch_size": 64, "optimizer": rates, "precision": "float32"}
     return _named("router", judge(), task=task, **how)
 
 
