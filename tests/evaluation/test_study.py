@@ -23,6 +23,8 @@ from videoar.evaluation.metrics import frechet_distance, frechet_interval, seams
 from videoar.evaluation.options import Study
 from videoar.evaluation.statistics import difference, holm
 from videoar.generation.config import GenerationConfig
+from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.router import Router, RouterConfig
 
 Lines = list[str]
 
@@ -123,6 +125,25 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.data += data if self.open[-1:] == ["data"] and not self.data else ""
+
+
+def test_units_that_are_chosen_are_made_one_by_one(checkpoints: Lines, tmp_path: Path) -> None:
+    """No video has those of another; beside kinds of unit that stay, and without a lattice."""
+    pipe = VideoPipeline.from_pretrained(checkpoints[0])
+    pipe.router = Router(
+        RouterConfig(menu=("frame", "chunk:2"), latent_channels=4, text_channels=24)
+    )
+    folder, out = pipe.save_pretrained(tmp_path / "routed"), tmp_path / "study"
+    design: dict[str, Any] = {
+        "units": ["frame", "auto"],
+        "steps": [1],
+        "num_prompts": 2,
+        "seeds": 1,
+    }
+    (file := tmp_path / "design.json").write_text(json.dumps(design | {"seconds": 1.5, "keep": 1}))
+    assert main(["study", str(file), "--checkpoint", str(folder), "--out", str(out)]) == 0
+    assert "| auto steps 1 |" in (out / "report.md").read_text()
+    assert {name.split()[0] for name, _ in rows(out)} >= {"frame", "auto"}
 
 
 def test_the_report_opens_offline(done: Path) -> None:

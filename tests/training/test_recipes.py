@@ -23,6 +23,7 @@ from videoar.training.distillation.task import StudentConfig
 from videoar.training.loop import TrainConfig, train
 from videoar.training.reader import JudgeConfig
 from videoar.training.recipes import RECIPES, find
+from videoar.training.router import RoutingConfig
 from videoar.training.run_folder import read_log
 from videoar.training.text_to_video import TextToVideoConfig, learned
 
@@ -58,6 +59,11 @@ def _tiny(config: TrainConfig, folder: Path) -> TrainConfig:
         (footage / LABELS).write_text("\n".join(rows))
         reader = replace(task.reader, size=16, num_frames=4, channels=(8,), width=8)
         small = replace(task, footage=footage, reader=reader, held_out=0.5)
+    elif isinstance(task, RoutingConfig):
+        toy = _tiny(find("toy"), folder)
+        small = {"checkpoint": str(toy.out / "checkpoint"), "latents": toy.task.latents}
+        small |= {"units": ("frame", "chunk:2"), "frames": 2, "draws": 2, "num_videos": 0}
+        small = replace(task, **small)
     elif isinstance(task, TextToVideoConfig) and task.size is None:  # those of `init`
         toy = _tiny(find("toy"), folder)
         small = replace(task, latents=toy.task.latents, init=toy.out / "checkpoint")

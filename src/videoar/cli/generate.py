@@ -15,7 +15,6 @@ from videoar.checks import explained
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.cli.prompts import Wanted, lines_of, read_text, wanted
-from videoar.core.schemes import names, parse
 from videoar.data.options import ALL, turns
 from videoar.data.video import PICTURES, STREAMS
 from videoar.files import check_folder, to_json, written_whole
@@ -115,14 +114,15 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         check_streamed(target)
     (_, prompt), *script = read_script(args)
     image = None if args.image is None else conditioning.read_image(args.image)
-    from videoar.generation import stream
+    from videoar.generation.config import scheme_of
+    from videoar.generation.state import unpacked
 
     if args.units is not None:
-        parse(args.units)  # what is wrong with it is said before weights are loaded
+        scheme_of(args.units)  # what is wrong with it is said before weights are loaded
     pipe = pipe or load(args)
     if state:
         generation = pipe.resume(state).generation
-        file = stream.unpacked(state, "file") | {"pending": state["pending"].numpy()}
+        file = unpacked(state, "file") | {"pending": state["pending"].numpy()}
         writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
     else:
         generation = begin(args, pipe, prompt, image)
@@ -134,7 +134,10 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
         for line in doubts(args, pipe, [prompt, *(prompt for _, prompt in script)]):
             say(line)
         writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
-    return _write(pipe, generation, writer, args), names([generation.plan.options.units])[0], target
+    timing = _write(pipe, generation, writer, args)
+    chosen = ", ".join(f"{count} of {name}" for name, count in sorted(timing.chosen.items()))
+    units = generation.plan.units
+    return timing, f"{units} (segments: {chosen})" if chosen else units, target
 
 
 def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> Timing:
@@ -216,7 +219,7 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
     import numpy as np
     import torch
 
-    from videoar.generation.stream import packed
+    from videoar.generation.state import packed
     from videoar.weights import write_safetensors
 
     if args.save_state is None or (file := writer.state_dict()) is None:
@@ -231,7 +234,7 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
 
 def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:
     """Read a state, and the options it was made with."""
-    from videoar.generation.stream import unpacked
+    from videoar.generation.state import unpacked
     from videoar.weights import read_safetensors
 
     assert args.resume is not None

@@ -18,10 +18,10 @@ from videoar.checks import (
     import_extra,
     typed,
 )
-from videoar.core.schemes import parse
 from videoar.evaluation.judge import MIN_SECONDS
 from videoar.evaluation.options import Study
 from videoar.files import Json
+from videoar.generation.config import scheme_of
 
 ONCE = Limit(lambda names: len(set(names)) == len(names), "each once, none twice")
 
@@ -65,7 +65,7 @@ class Design(Options):
             ("seconds", MIN_SECONDS <= self.seconds < 36000, "1.5 or more, as the judge needs"),
         )
         for name in self.units:
-            parse(name)
+            scheme_of(name)
 
     def cells(self) -> list[Json]:
         """Return what is overridden in each cell of the design but for the steps."""

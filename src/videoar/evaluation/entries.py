@@ -28,7 +28,7 @@ from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, sl
 from videoar.evaluation.options import Judged
 from videoar.evaluation.reader import FOOTAGE, TrainedJudge
 from videoar.files import Json, to_json
-from videoar.generation.config import GenerationConfig
+from videoar.generation.config import AUTO, GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
 Report, Asked, Made = Callable[[str], None], list[Json], Iterator[Clips]
@@ -215,6 +215,11 @@ class Job:
     entry: Entry
     sampling: GenerationConfig
     settings: Json
+
+    @property
+    def routed(self) -> bool:
+        """Whether units are chosen for each video on its own: none has those of another."""
+        return self.entry.make is generated and self.sampling.units == AUTO
 
     @property
     def num_videos(self) -> int:

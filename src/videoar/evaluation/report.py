@@ -160,9 +160,10 @@ def _cost(found: Found) -> Rows:
 def _seams(found: Found) -> Rows:
     rows = []
     for line in found.lines:
-        kind = found.samples(line)[0]["settings"]["units"]
-        rows.append({"videos of": line})
-        for side in ("space", "time"):
+        sample = found.samples(line)[0]
+        kind = sample["settings"]["units"]
+        rows.append({"videos of": line, "space": "", "time": ""})
+        for side in ("space", "time") if kind in sample["videos"][0]["seams"] else ():
             minus = found.minus(line, CODEC, side, "seams", kind).change
             rows[-1][side] = "" if math.isnan(minus.mean) else f"{minus:.2f}"
     return rows

@@ -11,6 +11,8 @@ with the root of the number of values: times that root, the parts add up.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from videoar.generation.latents import Assembler, known_tokens
 from videoar.generation.pipeline import VideoPipeline
 
 MANY = 4  # times the steps
+TOGETHER = 16  # clips
 Costs = dict[tuple[int, str], Float[np.ndarray, " clips"]]
 """Of the segments of a scheme, by their first frame and its name."""
 
@@ -92,37 +95,66 @@ class Clips:
         options = replace(options, units=units, window_frames=None)
         lattice = self.pipe.lattice(units, 1)  # of a whole segment
         patch = self.pipe.transformer.config.patch
-        for k, (clip, words) in enumerate(zip(self.latents, self.words, strict=True)):
-            seeds = tuple(range(k * self.draws, (k + 1) * self.draws))
-            plan = Plan(prompts=("",) * self.draws, seeds=seeds, options=options)
-            given = clip[:start].expand(self.draws, -1, -1, -1, -1)
-            how = {"known": known_tokens(given, lattice, patch=patch) if start else {}}
-            text = self.pipe.text(plan, before=words.expand(self.draws, -1, -1))
-            assembler = Assembler(lattice, patch=patch)
+        for first in range(0, len(self.latents), TOGETHER):
+            clips, words = (
+                x[first : first + TOGETHER].repeat_interleave(self.draws, 0)
+                for x in (self.latents, self.words)
+            )
+            seeds = tuple(range(first * self.draws, first * self.draws + len(clips)))
+            plan = Plan(prompts=("",) * len(clips), seeds=seeds, options=options)
+            how = {"known": known_tokens(clips[:, :start], lattice, patch=patch) if start else {}}
+            text, assembler = self.pipe.text(plan, before=words), Assembler(lattice, patch=patch)
             sampler = self.pipe.sampler(plan, lattice.frames, text=text, **how)
             parts = [assembler.add(each.unit, each.tokens) for each in sampler]
             made.append(torch.cat([part for part in parts if part is not None], dim=1)[:, start:])
-        return torch.stack(made)
+        return torch.cat(made).unflatten(0, (-1, self.draws))
 
-    def costs(self, menu: dict[str, int], frames: int, report: Callable[[str], None]) -> Costs:
-        """Measure every segment of the schemes of a menu, given with their frames."""
+    def waves(self, menu: Iterable[str]) -> dict[str, int]:
+        """Return the waves of a segment of each scheme."""
+        return {name: int(self.pipe.lattice(name, 1).waves[-1]) + 1 for name in menu}
+
+    def costs(
+        self, menu: dict[str, int], frames: int, start: int, report: Callable[[str], None]
+    ) -> Costs:
+        """Measure the segments from a frame on, of the schemes of a menu, given with their frames.
+
+        What none of them reaches is not measured.
+        """
         found: Costs = {}
         many = self.options.replaced(num_inference_steps=MANY * (len(self.options.schedule) - 1))
-        for start in range(frames):
-            here = {name: size for name, size in menu.items() if start + size <= frames}
-            one_by_one = "+".join(["frame"] * max(here.values(), default=1))
-            best = self.continued(start, one_by_one, many)
-            for name, size in here.items():
-                sets = (
-                    self.continued(start, name, self.options),
-                    best,
-                    self.latents[:, None, start:],
-                )
-                made, many_steps, real = (x[:, :, :size].flatten(2) for x in sets)
-                found[start, name] = energy_score(made, real) - energy_score(many_steps, real)
-                mean = found[start, name].mean()
-                report(f"frames {start} to {start + size - 1} as {name}: {mean:.4g}")
+        here = {name: size for name, size in menu.items() if start + size <= frames}
+        best = self.continued(start, "+".join(["frame"] * max(here.values(), default=1)), many)
+        for name, size in here.items():
+            sets = self.continued(start, name, self.options), best, self.latents[:, None, start:]
+            made, many_steps, real = (x[:, :, :size].flatten(2) for x in sets)
+            found[start, name] = energy_score(made, real) - energy_score(many_steps, real)
+            mean = found[start, name].mean()
+            report(f"frames {start} to {start + size - 1} as {name}: {mean:.4g}")
         return found
+
+
+def clips_of(
+    pipe: VideoPipeline, folder: Path, *, frames: int, count: int, draws: int, **changes: Any
+) -> Clips:
+    """Return the first clips of a folder that are long enough, to be continued with changes.
+
+    Raises:
+        ValueError: there are too few, or they are of another codec.
+    """
+    shards = LatentShards(folder, tokenize=pipe.prompt_encoder.tokenize)
+    check_codec(folder, shards.info, pipe.codec, checkpoint="the one that is searched")
+    long = [k for k, clip in enumerate(shards.clips) if clip["frames"] >= frames][:count]
+    if len(long) < 4:
+        raise ValueError(
+            f"{folder} has {len(long)} clips of {frames} latent frames: give 4 or more"
+        )
+    batch = shards.get(long, np.random.default_rng(0))
+    clips, words = batch["latents"][:, :frames], batch["text"]
+    _, *stride = pipe.codec.stride
+    height, width = (side * each for side, each in zip(clips.shape[3:], stride, strict=True))
+    options = replace(pipe.sampling.replaced(**changes), guidance_scale=1.0, unit_steps={})
+    words = text_module(pipe.prompt_encoder, folder)(words)
+    return Clips(replace(pipe, height=height, width=width), options, clips, words, draws)
 
 
 @torch.inference_mode()
@@ -133,23 +165,13 @@ def run(config: PrintUnits, report: Callable[[str], None]) -> str:
     pipe, frames = VideoPipeline.from_pretrained(checkpoint), config.frames
     known = names(config.schemes or pipe.meta.get("units", KINDS))
     menu = {name: parse(name).frames or frames for name in known}
-    shards = LatentShards(folder, tokenize=pipe.prompt_encoder.tokenize)
-    check_codec(folder, shards.info, pipe.codec, checkpoint=checkpoint)
-    long = [k for k, clip in enumerate(shards.clips) if clip["frames"] >= frames][: config.clips]
-    if len(long) < 4:
-        raise ValueError(
-            f"{folder} has {len(long)} clips of {frames} latent frames: give 4 or more"
-        )
-    batch = shards.get(long, np.random.default_rng(0))
-    clips, words = batch["latents"][:, :frames], batch["text"]
-    _, *stride = pipe.codec.stride
-    pipe.height, pipe.width = clips.shape[3] * stride[0], clips.shape[4] * stride[1]
-    options = replace(pipe.sampling.replaced(**config.changes), guidance_scale=1.0, unit_steps={})
-    words = text_module(pipe.prompt_encoder, folder)(words)
-    costs = Clips(pipe, options, clips, words, config.draws).costs(menu, frames, report)
+    how = {"frames": frames, "count": config.clips, "draws": config.draws, **config.changes}
+    clips, costs = clips_of(pipe, folder, **how), Costs()
+    for start in range(frames):
+        costs |= clips.costs(menu, frames, start, report)
     if np.mean(list(costs.values())) < 0:
         report("many steps are worse than few: search with what the checkpoint was distilled from")
-    waves = {name: int(pipe.lattice(name, 1).waves[-1]) + 1 for name in menu}
+    waves, steps = clips.waves(menu), len(clips.options.schedule) - 1
     segments = [
         Segment(start, name, menu[name], waves[name], float(found[::2].mean()))
         for (start, name), found in costs.items()
@@ -162,7 +184,7 @@ def run(config: PrintUnits, report: Callable[[str], None]) -> str:
         ours, theirs = (
             np.sum([costs[s.start, s.name][1::2] for s in each], axis=0) for each in (parts, single)
         )
-        row = {"passes": count * (len(options.schedule) - 1)}
+        row = {"passes": count * steps}
         row |= {"cost": f"{bootstrap_interval(ours):.4g}", "of one scheme": single[0].name}
         row |= {"minus that": f"{bootstrap_interval(ours - theirs):.4g}"}
         rows.append(row | {"partition": "+".join(part.name for part in parts)})

@@ -113,7 +113,7 @@ def compare(design: Design, config: Judged, say: Report) -> str:
     lines = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
     said |= {"hardware": machine.hardware("cpu"), "lattices": {}}
-    for job in {str(job.sampling.units): job for job in jobs}.values():
+    for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():
         units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
         said["lattices"][str(job.sampling.units)] = report.lattice(units)
     return report.write(folder, Found(entries=found, lines=lines), said, say)
@@ -182,9 +182,9 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
     share = config.share
     if share == ALL and "WORLD_SIZE" in os.environ:  # as torchrun says it
         share = f"{int(os.environ['RANK']) + 1}/{os.environ['WORLD_SIZE']}"
-    size, work = config.batch_size, list[tuple[Job, range]]()
+    work = list[tuple[Job, range]]()
     for job in jobs:
-        numbers = _numbers(job)
+        numbers, size = _numbers(job), 1 if job.routed else config.batch_size
         starts = range(0, job.num_videos, size)
         work += [(job, numbers[k : min(k + size, job.num_videos)]) for k in starts]
         work += [(job, numbers[job.num_videos :])] if job.num_videos < len(numbers) else []
@@ -192,7 +192,7 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
     left = [(job, own) for job, own in work[turns(share)] if _new(job, own, there)]
     for name in ("figures", "videos"):
         (config.out / name).mkdir(exist_ok=True)
-    kinds = tuple(dict.fromkeys(str(job.sampling.units) for job in jobs))
+    kinds = tuple(dict.fromkeys(str(job.sampling.units) for job in jobs if not job.routed))
     path, paced = config.out / "figures" / f"{share.replace('/', '-of-')}.jsonl", Paced(say)
     started = time.perf_counter()
     for number, (job, rows) in enumerate(left, start=1):
@@ -204,7 +204,8 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
             files = {i: config.out / report.video_of(name, i) for i in rows if i < design.keep}
             blocks = job.entry.make(pipe, asked, judge, num_frames=frames)
             blocks = written(blocks, files, first=rows[0], fps=job.sampling.fps)
-            own = [str(job.sampling.units)] if job.entry.make is generated else kinds
+            own = [k for k in kinds if k == str(job.sampling.units)]
+            own = own if job.entry.make is generated else kinds
             how: Json = {"labels": _labels(pipe, own, frames), "fps": job.sampling.fps}
             found = measured(blocks, asked, judge=judge, **how)
         with path.open("a", encoding="utf-8") as file:

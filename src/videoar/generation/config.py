@@ -18,6 +18,8 @@ from videoar.files import Json
 from videoar.generation.schedules import OF_CLIPS, SCHEDULES
 from videoar.generation.unipc import GRIDS, grid, timestep, unipc_step
 
+AUTO = "auto"
+"""The name of units that a router chooses, segment by segment."""
 # Of `SamplerConfig`; others are Euler steps, on one grid or another.
 STEPS: dict[str, dict[str, Any]] = {
     "renoise": {"step": renoise_step},
@@ -25,12 +27,17 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
+def scheme_of(units: str | Scheme) -> Scheme | None:
+    """Return a scheme, or that of a name; None if it is yet to be chosen."""
+    return (None if units == AUTO else parse(units)) if isinstance(units, str) else units
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
     units: Annotated[str | Scheme, arg(constructor=str)] = "cube:1x2x2"
-    """Unit scheme, or its name: see `videoar.core.schemes.parse`."""
+    """Unit scheme, or its name: see `videoar.core.schemes.parse`; or `auto`."""
     num_inference_steps: int = 4
     """Denoising steps per unit."""
     unit_steps: Mapping[str, int] = field(default_factory=dict)
@@ -81,9 +88,8 @@ class GenerationConfig:
     @property
     def steps(self) -> int:
         """Denoising steps of the kind of unit."""
-        scheme = parse(self.units) if isinstance(self.units, str) else self.units
-        stated = {parse(name): steps for name, steps in self.unit_steps.items()}
-        return stated.get(scheme, self.num_inference_steps)
+        stated = {scheme_of(name): steps for name, steps in self.unit_steps.items()}
+        return stated.get(scheme_of(self.units), self.num_inference_steps)
 
     def replaced(self, **changes: Any) -> "GenerationConfig":
         """Return it with other fields; sigmas go with the steps or the shift that they replace.
@@ -161,6 +167,8 @@ class Plan:
     """One per video, as are the seeds."""
     seeds: tuple[int, ...]
     options: GenerationConfig
+    routed: bool = False
+    """Whether a router changes the units of the options with every segment."""
     stretch: int = 0
     """How often it has begun anew from its own last frames."""
     before: tuple[str, ...] = ()
@@ -169,6 +177,18 @@ class Plan:
     """Units that this takes."""
     left: int = 0
     """Those of them that are not yet begun."""
+
+    @property
+    def units(self) -> str:
+        """The name of the units that are asked for."""
+        return AUTO if self.routed else names([self.options.units])[0]
+
+    def replaced(self, **changes: Any) -> "Plan":
+        """Return it with other options; units to be chosen begin as those of now."""
+        routed = changes.get("units", AUTO if self.routed else "") == AUTO
+        if changes.get("units") == AUTO:
+            changes["units"] = self.options.units
+        return replace(self, options=self.options.replaced(**changes), routed=routed)
 
     @property
     def noise_seeds(self) -> tuple[int, ...]:

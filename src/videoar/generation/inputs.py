@@ -1,11 +1,11 @@
 """What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
 
-import itertools
 import math
 import numbers
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar.checks import check, check_whole
+from videoar.checks import check, check_names, check_whole
+from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
-from videoar.generation.config import GenerationConfig
+from videoar.generation.config import AUTO, GenerationConfig
 from videoar.generation.latents import known_tokens
 from videoar.generation.stream import Generation
 
@@ -55,22 +56,42 @@ def hearing(
     pipe: Any, generation: Generation, callback: OnStepEnd | None, show: Callable[[object], None]
 ) -> Callable[[int, int, Tensor], Tensor]:
     """Return what a sampler calls after a step of a unit: it says how far it is, and asks."""
-    units, rows = generation.sampler.units, generation.sampler.rows
-    waves = map(units.wave_of, range(units.count or 0))
-    first, usual = itertools.takewhile(lambda wave: wave < len(rows.sigmas), waves), rows.sigmas[-1]
-    total = (units.count or 0) * (len(usual) - 1)
-    total += sum(len(rows.of(wave)) - len(usual) for wave in first)
-    count = itertools.count(1)
+    sampler, done = generation.sampler, 0
+    total = _steps(sampler)
 
     def on_step(unit: int, step: int, tokens: Tensor) -> Tensor:
-        done, seconds = next(count), time.perf_counter() - generation.started
+        nonlocal sampler, done, total
+        if generation.sampler is not sampler:  # the units are others from here on
+            total = done + _steps(sampler := generation.sampler)
+        done, seconds = done + 1, time.perf_counter() - generation.started
         show(f"{done} of {total} steps, {seconds * (total / done - 1):.0f} s left")
         values: Any = {"latents": tokens, "unit": unit}
-        sigma = generation.sampler.rows.of(generation.sampler.units.wave_of(unit))[step]
+        sigma = sampler.rows.of(sampler.units.wave_of(unit))[step]
         changed = callback(pipe, step, 1000 * sigma, values) if callback else None
         return (changed or values).get("latents", tokens)
 
     return on_step
+
+
+def _steps(sampler: Sampler) -> int:
+    """Return how many steps there are to take, of all units but those that are known."""
+    units, rows = sampler.units, sampler.rows
+    unknown = (index for index in range(units.count or 0) if index not in sampler.known_units)
+    return sum(len(rows.of(units.wave_of(index))) - 1 for index in unknown)
+
+
+def menu_of(pipe: Any, units: str | Scheme) -> tuple[str | Scheme, ...]:
+    """Return the schemes that a video may be made of: of `auto` those that a router chooses from.
+
+    Raises:
+        ValueError: there is no router.
+    """
+    if units == AUTO and pipe.router is None:
+        raise ValueError(
+            f"the units {AUTO} are chosen by a router, and the checkpoint has none: name units,"
+            " such as cube:1x2x2, or train one with `videoar train router`"
+        )
+    return pipe.router.config.menu if units == AUTO else (units,)
 
 
 def check_inputs(
@@ -102,6 +123,33 @@ def check_inputs(
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
         )
+
+
+def options_of(
+    pipe: Any,
+    sampling: Mapping[str, Any],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_frames: int | None,
+    *,
+    encoded: bool,
+) -> GenerationConfig:
+    """Return how to generate: what is asked for by fields of `GenerationConfig`, or the default.
+
+    Raises:
+        TypeError: there is no such keyword.
+        ValueError: no video can be made so.
+    """
+    calls = [*signature(pipe.generate).parameters, *signature(pipe.__call__).parameters]
+    check_names(sampling, [*vars(pipe.sampling), *calls])
+    options = pipe.sampling.replaced(**sampling)
+    check_inputs(prompts, seeds, num_frames, options, encoded=encoded)
+    if sampling.get("negative_prompt") and options.guidance_scale == 1:
+        raise ValueError(
+            "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
+            " is none: raise it, or leave the negative prompt out."
+        )
+    return options
 
 
 def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:

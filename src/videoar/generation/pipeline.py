@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check, check_names, check_types, check_whole, checked
+from videoar.checks import check, check_types, check_whole, checked
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
@@ -26,11 +25,13 @@ from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation import inputs
 from videoar.generation.conditioning import beginning
-from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.config import AUTO, GenerationConfig, Plan
 from videoar.generation.guidance import Guided
 from videoar.generation.progress import Progress
-from videoar.generation.session import Session
-from videoar.generation.stream import Generation, State, unpacked
+from videoar.generation.router import Router
+from videoar.generation.session import Session, resumed
+from videoar.generation.state import State
+from videoar.generation.stream import Generation
 from videoar.machine import check_device
 
 
@@ -49,6 +50,8 @@ class VideoPipeline:
     height: int = 64
     """Pixels of a frame."""
     width: int = 64
+    router: Router | None = None
+    """Chooses units, if they are `auto`."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself."""
     progress: bool = True
@@ -103,12 +106,15 @@ class VideoPipeline:
         checkpoint.check_preset(found, preset)
         prompts = checkpoint.text_encoder(dtype=wanted, device=host)
         transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
+        folder = checkpoint.source / "router"
+        router = weights.load_component(folder, Router, device=device) if folder.is_dir() else None
         if offload:
             weights.offload(transformer, transformer.blocks, device)
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=decoding.codec(dtype=weights.as_dtype(codec_dtype), device=device),
+            router=router,
             sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
             **size,
@@ -119,6 +125,7 @@ class VideoPipeline:
         units = self.sampling.units
         sampling = vars(self.sampling) | {"units": units if isinstance(units, str) else units.name}
         parts = {"transformer": self.transformer, "text": self.prompt_encoder, "codec": self.codec}
+        parts |= {} if self.router is None else {"router": self.router}
         size = {"height": self.height, "width": self.width}
         meta = {**self.meta, **size, "sampling": sampling}
         return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
@@ -132,6 +139,7 @@ class VideoPipeline:
         if device is not None:
             check_device(str(device))
             self.codec.to(device)
+            _ = self.router and self.router.to(device)
         self.transformer.to(device, weights.as_dtype(dtype))
         self.prompt_encoder.to(device, weights.as_dtype(dtype))
         return self
@@ -246,16 +254,7 @@ class VideoPipeline:
         Raises:
             ValueError: it is none, or one of another model.
         """
-        if not isinstance(source, dict):
-            source = weights.read_safetensors(Path(source).expanduser())
-        about = unpacked(source)["about"]
-        plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
-        pipe = replace(self, height=about["height"], width=about["width"])
-        sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
-        given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
-        generation = Generation(pipe, plan, sampler, **given)
-        generation.load_state_dict(source)
-        return Session(generation, self.resume)
+        return resumed(self, source)
 
     @checked
     def generate(
@@ -296,19 +295,17 @@ class VideoPipeline:
             TypeError: there is no such keyword.
         """
         started, batch = time.perf_counter(), len(prompts)
-        known = [*vars(self.sampling), *signature(self.generate).parameters]
-        check_names(sampling, [*known, *signature(self.__call__).parameters])
-        options = self.sampling.replaced(**sampling)
-        encoded = prompt_embeds is not None
-        inputs.check_inputs(prompts, seeds, num_frames, options, encoded=encoded)
-        if sampling.get("negative_prompt") and options.guidance_scale == 1:
-            raise ValueError(
-                "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
-                " is none: raise it, or leave the negative prompt out."
-            )
+        encoded = {"encoded": prompt_embeds is not None}
+        options = inputs.options_of(self, sampling, prompts, seeds, num_frames, **encoded)
+        first, *others = inputs.menu_of(self, options.units)
+        own = {"options": options.replaced(units=first), "routed": bool(others)}
+        plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), **own)
         given = {"height": height, "width": width}
         pipe = replace(self, **{side: n for side, n in given.items() if n is not None})
-        lattice = pipe.lattice(options.units, num_frames)
+        lattice = pipe.lattice(first, num_frames)
+        if plan.routed:
+            pipe.check(plan, **encoded)
+            check("latents", "given", latents is None, f"none with the units {AUTO}")
         size = {"height": pipe.height, "width": pipe.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
         kept = 0 if conditioning is None else conditioning.shape[1]
@@ -316,7 +313,6 @@ class VideoPipeline:
             raise ValueError(
                 f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
             )
-        plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), options=options)
         begun = {
             "known": inputs.known_of(self, conditioning, batch, lattice),
             "noise": None if latents is None else inputs.noise_of(self, latents, lattice, batch),
@@ -342,10 +338,13 @@ class VideoPipeline:
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, *, encoded: bool = False) -> None:
         """Raise unless a stream can go on so."""
-        inputs.check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=False)
-        self.settings(plan.options, None)
+        inputs.check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=encoded)
+        alone = not plan.routed or len(plan.prompts) == 1
+        check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
+        for units in inputs.menu_of(self, plan.units):
+            self.settings(plan.options.replaced(units=units), None)
 
     def settings(self, how: GenerationConfig, frames: int | None) -> tuple[Units, SamplerConfig]:
         """Return the units over so many latent frames, or of an endless stream; how to sample."""
@@ -386,7 +385,8 @@ class VideoPipeline:
     def untrained(self, units: Iterable[str | Scheme]) -> str:
         """Say which units a checkpoint that states its own never learned; nothing if none is."""
         known = self.meta.get("units", ())
-        new = [name for name in names(units) if known and name not in known]
+        asked = names(scheme for each in units for scheme in inputs.menu_of(self, each))
+        new = [name for name in asked if known and name not in known]
         return f"not trained on {', '.join(new)}, but on {', '.join(known)}" if new else ""
 
     def unknown_words(self, prompt: str) -> list[str]:

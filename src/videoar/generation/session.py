@@ -1,7 +1,9 @@
 """A stream that its user is in: told something else, taken back, branched, put away and resumed."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from videoar.core.sampler import Finished
 from videoar.core.units import Unit
 from videoar.files import written_whole
 from videoar.generation.config import GenerationConfig, Plan
-from videoar.generation.stream import HOW, Batch, Generation, State
-from videoar.weights import write_safetensors
+from videoar.generation.state import State, unpacked
+from videoar.generation.stream import HOW, Batch, Generation
+from videoar.weights import read_safetensors, write_safetensors
 
 KEPT_BYTES = 2**28
 
@@ -130,6 +133,20 @@ class Session:
         held = sum(t.nbytes for _, state in self._kept for t in state.values())
         while held > self.kept_bytes:
             held -= sum(tensor.nbytes for tensor in self._kept.popleft()[1].values())
+
+
+def resumed(pipe: Any, source: State | str | Path) -> Session:
+    """Return a session of a pipeline that goes on from a state, or a file of one."""
+    if not isinstance(source, dict):
+        source = read_safetensors(Path(source).expanduser())
+    about = unpacked(source)["about"]
+    plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
+    pipe = replace(pipe, height=about["height"], width=about["width"])
+    sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
+    given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
+    generation = Generation(pipe, plan, sampler, **given)
+    generation.load_state_dict(source)
+    return Session(generation, pipe.resume)
 
 
 def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:

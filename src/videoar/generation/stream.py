@@ -1,8 +1,8 @@
 """A video in the making: units are sampled, decoded and written as they come."""
 
-import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -17,17 +17,18 @@ from videoar import weights
 from videoar.checks import check, check_same
 from videoar.core.sampler import Finished, Sampler
 from videoar.core.tokens import Known, Latents, Tokens
+from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import to_frames
 from videoar.files import Json
 from videoar.generation.config import Plan
 from videoar.generation.latents import Assembler, known_tokens
+from videoar.generation.state import State, packed, unpacked
 from videoar.generation.timing import Timing
 from videoar.generation.together import side_by_side
 from videoar.machine import peak_bytes, process_seconds
 
-State = dict[str, Tensor]
 Batch = UInt8[np.ndarray, "batch frames height width 3"]
 STATE_FORMAT = 1
 MAX_OVER = 1000
@@ -116,18 +117,18 @@ class Generation:
         check("over", over, 1 <= over <= MAX_OVER, f"1 to {MAX_OVER} units")
         if tuple(prompts) != plan.prompts:
             plan = replace(plan, before=self.plan.prompts, over=over, left=over - 1)
-        options = plan.options.replaced(**changes)
-        check("fps", options.fps, options.fps == plan.options.fps, "the rate that it began with")
-        plan = replace(plan, prompts=tuple(prompts), seeds=tuple(seeds), options=options)
+        plan = replace(plan.replaced(**changes), prompts=tuple(prompts), seeds=tuple(seeds))
+        fps = plan.options.fps
+        check("fps", fps, fps == self.plan.options.fps, "the rate that it began with")
         self._pipe.check(plan)
         return plan
 
     def _change(self, wanted: Plan) -> None:
         """Begin with what is asked for, as far as it can begin between these two units."""
-        before = self.plan
-        later = bool(self._open) and wanted.options.units != before.options.units
+        before, given = self.plan, self._given
+        later = given or (bool(self._open) and wanted.options.units != before.options.units)
         self.plan = replace(wanted, options=before.options if later else wanted.options)
-        if self._anew or self.plan.options != before.options:
+        if (self._anew and not given) or self.plan.options != before.options:
             self.plan = replace(self.plan, stretch=self.plan.stretch + 1)
             self._begin_again()
         elif self.plan != before:
@@ -135,10 +136,29 @@ class Generation:
                 self._pipe.text(self.plan),
                 self.plan.noise_seeds,
             )
-        self._anew = False
+        self._anew &= given
         self.wanted = replace(wanted, stretch=self.plan.stretch) if later else None
 
-    def _begin_again(self) -> None:
+    @property
+    def _given(self) -> bool:
+        """Whether the next unit is known beforehand, in part at least: a new sampler would not."""
+        return self.sampler.delivered in self.sampler.known
+
+    def _route(self) -> None:
+        """Begin a segment with the units that the router chooses, if that is asked for."""
+        if not self.plan.routed or self._open or self._given:
+            return
+        text, end, router = self.sampler.text, self._whole, self._pipe.router
+        near = [self._past[t] for t in range(end - router.config.frames, end) if t in self._past]
+        chosen = router.choose(near, text)
+        self.stats.chosen[chosen] += 1
+        if chosen != self.plan.options.units:
+            stretch = self.plan.stretch + bool(near)
+            options = self.plan.options.replaced(units=chosen)
+            self.plan = replace(self.plan, options=options, stretch=stretch)
+            self._begin_again(text)
+
+    def _begin_again(self, text: TextContext | None = None) -> None:
         """Go on with a new sampler, for which the frames that a unit reads are known."""
         options = self.plan.options
         units, _ = self._pipe.settings(options, None)
@@ -151,7 +171,7 @@ class Generation:
         kept = [t for t in whole if t < first or t >= self._whole - last]
         kept = kept[len(kept) % units.segment_frames :]
         rest = None if self._frames is None else len(kept) + self._frames - self._whole
-        sampler = self._pipe.sampler(self.plan, rest)
+        sampler = self._pipe.sampler(self.plan, rest, text=text)
         sampler.on_step = self.sampler.on_step
         self._take(sampler)
         self.kept = kept
@@ -167,20 +187,28 @@ class Generation:
             sampler.delivered += 1
         sampler.hold(known)
 
-    def _remember(self, unit: Unit, tokens: Tokens, latents: Latents | None) -> None:
-        """Keep what a unit may yet read."""
+    def _added(self, finished: Finished) -> Latents | None:
+        """Return the frames that a unit completes, if any; keep what later ones may read."""
+        unit, tokens = finished.unit, finished.tokens
+        latents = self._assembler.add(unit, tokens)
         self._open.append(tokens)
         if latents is not None:
+            if not latents.isfinite().all():
+                raise FloatingPointError(
+                    f"latents of unit {unit.index} are not finite: the weights are damaged, or the"
+                    " dtype is too narrow; try float32, or another copy"
+                )
             start = max(self._past, default=-1) + 1
             self._past |= dict(enumerate(latents.split(1, dim=1), start))
         if (unit.index + 1) % self.sampler.units.units_per_segment:
-            return
+            return latents
         self._whole, self._open = max(self._past) + 1, []
         options = self.plan.options
         if options.window_frames is not None:
             oldest = self._whole - options.window_frames
             for t in [t for t in self._past if options.sink_frames <= t < oldest]:
                 del self._past[t]
+        return latents
 
     def __iter__(self) -> Iterator[Batch]:
         while (done := self.step()) is not None:
@@ -197,6 +225,7 @@ class Generation:
         with torch.inference_mode():
             if self.wanted is not None:
                 self._change(self.wanted)
+            self._route()
         return self.sampler
 
     def step(self, finished: Finished | None = None) -> tuple[Unit, Batch | None] | None:
@@ -219,13 +248,7 @@ class Generation:
                 self.plan = replace(self.plan, left=self.plan.left - 1)
                 self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
                 sampler.text = self._pipe.text(self.plan)
-            latents = self._assembler.add(finished.unit, finished.tokens)
-            if latents is not None and not latents.isfinite().all():
-                raise FloatingPointError(
-                    f"latents of unit {finished.unit.index} are not finite: the weights are"
-                    " damaged, or the dtype is too narrow; try float32, or another copy"
-                )
-            self._remember(finished.unit, finished.tokens, latents)
+            latents = self._added(finished)
             frames = None if latents is None else to_frames(self._decoder(latents))
         before = time.perf_counter()
         stats.decode_seconds += before - computed
@@ -248,10 +271,12 @@ class Generation:
     @torch.inference_mode()
     def latents(self) -> Float[Tensor, "batch frames channels height width"]:
         """Generate a clip to its end, and return what would be decoded to its frames."""
-        parts = (self._assembler.add(each.unit, each.tokens) for each in self.sampler)
-        latents = torch.cat([part for part in parts if part is not None], dim=1)
         assert self.num_frames is not None, "an endless stream has no end"
-        return latents[:, : 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0])]
+        count, parts = 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0]), list[Latents]()
+        while sum(part.shape[1] for part in parts) < count and (sampler := self.due()) is not None:
+            done = [self._added(each) for each in side_by_side([sampler]) if each is not None]
+            parts += [part for part in done if part is not None]
+        return torch.cat(parts, dim=1)[:, :count]
 
     def _parts(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "decoder": self._decoder, "assembler": self._assembler}
@@ -259,8 +284,8 @@ class Generation:
     @cached_property
     def about(self) -> Json:
         """Say what this is a generation of: a state goes on in one that says the same."""
-        network: Any = self.sampler.network
-        model = getattr(network, "network", network)  # without guidance around it
+        network, router = self.sampler.network, self._pipe.router
+        model: Any = getattr(network, "network", network)  # without guidance around it
         units, (_, *strides) = self.sampler.units, self._codec.stride
         height, width = (stride * network.config.patch for stride in strides)
         return {
@@ -271,7 +296,7 @@ class Generation:
             "width": units.width * width,
             "num_frames": self.num_frames,
             "begun": self.begun.to_json(),
-        }
+        } | ({} if router is None else {"router": router.mark})
 
     def state_dict(self) -> State:
         """Everything that is needed to go on with the stream later, and what it is of."""
@@ -285,6 +310,7 @@ class Generation:
             "frames": self.stats.frames,
             "whole": self._whole,
             "kept": self.kept,
+            "chosen": self.stats.chosen,
         }
         state = {"json": packed({"about": self.about, "now": now})}
         for name, part in self._parts().items():
@@ -315,6 +341,7 @@ class Generation:
         self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
         self._anew, self._whole, self.kept = (now[k] for k in ("anew", "whole", "kept"))
         self.script = [(frame, changes) for frame, changes in now["script"]]
+        self.stats.chosen = Counter(now["chosen"])
         self.stats.frames = now["frames"]
         for name, part in self._parts().items():
             part.load_state_dict(weights.part_of(state, name, device=device))
@@ -330,23 +357,6 @@ class Generation:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def packed(value: Any) -> Tensor:
-    """Return what can be JSON as a tensor, for a file of such."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def unpacked(state: State, name: str = "json") -> Any:
-    """Return what was packed into a state.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return json.loads(state[name].cpu().numpy().tobytes())
-    except (KeyError, ValueError) as error:
-        raise ValueError("this is no state of a generation: give what `save` wrote") from error
 
 
 def write(

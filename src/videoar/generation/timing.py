@@ -1,6 +1,7 @@
 """What was done for a video, and what it took. No torch."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
@@ -16,6 +17,8 @@ class Timing:
     """Length of the written video."""
     units: int = 0
     """Finished units."""
+    chosen: Counter[str] = field(default_factory=Counter)
+    """Segments by the units that a router chose for them."""
     passes: int = 0
     """Forward passes of the transformer."""
     cache_tokens: int = 0

@@ -19,6 +19,7 @@ from videoar.training.loop import TrainConfig
 from videoar.training.objectives import StageConfig
 from videoar.training.optimizer import OptimizerConfig
 from videoar.training.reader import JudgeConfig
+from videoar.training.router import RoutingConfig
 from videoar.training.text_to_video import TextToVideoConfig
 
 TOY_UNITS = (
@@ -115,6 +116,16 @@ def judge() -> TrainConfig:
     rates = OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay_fraction=0.5)
     how = {"steps": 2000, "batch_size": 16, "optimizer": rates, "sample_every": 200}
     return _named("judge", codec_toy(), task=task, **how)
+
+
+def router() -> TrainConfig:
+    """Who chooses the units of every segment: `videoar train router --task.checkpoint toy-base`."""
+    task = RoutingConfig(latents=Path("runs/world-router"), num_videos=256)
+    rates = OptimizerConfig(
+        learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, decay_fraction=0.5
+    )
+    how = {"steps": 200, "batch_size": 64, "optimizer": rates, "precision": "float32"}
+    return _named("router", judge(), task=task, **how)
 
 
 def toy() -> TrainConfig:
@@ -296,7 +307,7 @@ def distils(config: TrainConfig) -> bool:
 
 ALL = (
     *(codec_toy, codec_toy_decoder, codec, judge),
-    *(toy, toy_teacher, video, finetune),
+    *(toy, router, toy_teacher, video, finetune),
     *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}

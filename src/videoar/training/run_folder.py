@@ -10,6 +10,7 @@ out/tensorboard/         the same, if TensorBoard is installed
 out/checkpoints/step-N/  everything needed to go on from step N, exactly
 out/checkpoint/          what the task exports at the end
 out/footage/             decoded videos, if it is a codec that is trained
+out/costs/               of segments, if it is a router of units
 out/samples/             pictures of validations
 
 A checkpoint appears under its name only when it is complete, so a run may be killed at any moment.
@@ -51,7 +52,7 @@ LogLine = dict[str, int | float]
 FREE_FIELDS = {"out", "steps", "log_every", "save_every", "sample_every", "keep", "num_threads"}
 FREE_FIELDS |= {"task.num_validation"}
 LOSS_CURVE_POINTS = 100
-FOOTAGE, SOURCES, LOCK = "footage", "sources.json", ".lock"
+FOOTAGE, COSTS, SOURCES, LOCK = "footage", "costs", "sources.json", ".lock"
 
 
 def _begun(out: Path) -> bool:
@@ -66,7 +67,7 @@ def check_owner(out: Path, config: Json) -> None:
     owner = out / "run.json"
     known = {"run.json", ".run.json.partial", LOCK}
     if owner.is_file():  # footage may have been read before it failed, which takes long
-        known |= {FOOTAGE, f"{FOOTAGE}.codec", SOURCES}
+        known |= {FOOTAGE, f"{FOOTAGE}.codec", COSTS, SOURCES}
     if owner.is_file() and _begun(out):
         old, held = json.loads(owner.read_text(encoding="utf-8")), f"{out} holds a run"
         check_same(old, config, held=held, other="folder", free=FREE_FIELDS)

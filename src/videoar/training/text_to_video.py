@@ -208,7 +208,10 @@ class GeneratorTask:
         """Return the pipeline with what was trained of it."""
         assert isinstance(module, TextToVideo)
         prompts = self.pipe.prompt_encoder.with_trained(module.text)
-        return replace(self.pipe, transformer=module.transformer, prompt_encoder=prompts)
+        # A router reads, and is right for, the transformer that it was trained beside.
+        return replace(
+            self.pipe, transformer=module.transformer, prompt_encoder=prompts, router=None
+        )
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         said = learned(self.units, self.shards.captions, self.pipe.meta.get("words"))
