@@ -219,7 +219,7 @@ def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:
 
 
 def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
-    """A model is not judged by what it never learned, unless it is asked for, and said."""
+    """A model is not judged by what it never learned, unless asked for; the report says so."""
     pipe = tiny.tiny_pipeline()
     pipe.meta = {"units": ["chunk:2", "key-detail:2"]}
     pipe.prompt_encoder = replace(
@@ -228,10 +228,11 @@ def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
     folder, lines = pipe.save_pretrained(tmp_path / "two"), []
     short = {"num_prompts": 2, "seconds": 2.0, "num_inference_steps": 1}
     config = Evaluate(checkpoint=str(folder), out=tmp_path / "out", **short)
-    evaluate(config, lines.append)
+    assert "not trained" not in evaluate(config, lines.append)
     assert set(_kept(tmp_path / "out")) == {CLEAN, CODEC, "chunk:2", "key-detail:2"}
     assert not any("not trained" in line for line in lines)
-    evaluate(replace(config, units=("chunk:2", "frame"), out=tmp_path / "more"), lines.append)
+    more = replace(config, units=("chunk:2", "frame"), out=tmp_path / "more")
+    assert "is not trained on frame, but on chunk:2, key-detail:2." in evaluate(more, lines.append)
     (line,) = (line for line in lines if "not trained" in line)
     assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2")
 

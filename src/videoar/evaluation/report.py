@@ -79,7 +79,7 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
     shown |= _grid(ENDS, "videos of", ends)
     shown = {title: rows for title, rows in shown.items() if rows}
-    text = [_what(found, about), _who(pairs), _price(found, drifts), ABOUT]
+    text = [_what(found, about), _who(pairs), _price(found, drifts), *about["untrained"], ABOUT]
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
     told = [f"# {title}", *text]
     for name, rows in shown.items():

@@ -112,7 +112,12 @@ def compare(design: Design, config: Judged, say: Report) -> str:
     entries = held["entries"].items()
     lines = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
-    said |= {"hardware": machine.hardware("cpu"), "lattices": {}}
+    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "untrained": []}
+    for checkpoint in dict.fromkeys(job.entry.checkpoint for job in jobs):
+        made = [job for job in jobs if job.entry.make is generated]
+        units = [job.sampling.units for job in made if job.entry.checkpoint == checkpoint]
+        if new := load_pipeline(checkpoint)[0].untrained(units):
+            said["untrained"].append(f"{checkpoint} is {new}.")
     for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():
         units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
         said["lattices"][str(job.sampling.units)] = report.lattice(units)
