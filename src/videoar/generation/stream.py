@@ -220,13 +220,16 @@ class Generation:
                 self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
                 sampler.text = self._pipe.text(self.plan)
             latents = self._assembler.add(finished.unit, finished.tokens)
-            if latents is not None and not latents.isfinite().all():
-                raise FloatingPointError(
-                    f"latents of unit {finished.unit.index} are not finite: the weights are"
-                    " damaged, or the dtype is too narrow; try float32, or another copy"
-                )
             self._remember(finished.unit, finished.tokens, latents)
-            frames = None if latents is None else to_frames(self._decoder(latents))
+            frames = None
+            if latents is not None:
+                finite = latents.isfinite().all()
+                frames = to_frames(self._decoder(latents))
+                if not finite:  # asked behind the frames: a card is waited for once
+                    raise FloatingPointError(
+                        f"latents of unit {finished.unit.index} are not finite: the weights are"
+                        " damaged, or the dtype is too narrow; try float32, or another copy"
+                    )
         before = time.perf_counter()
         stats.decode_seconds += before - computed
         return finished.unit, None if frames is None else self._shown(frames, before)
