@@ -27,10 +27,11 @@ from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation import inputs
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.graphs import Recorded
 from videoar.generation.guidance import Guided
 from videoar.generation.progress import Progress
 from videoar.generation.session import Session
-from videoar.generation.stream import Generation, State, unpacked
+from videoar.generation.stream import Generation, State, resumed
 from videoar.machine import check_device
 
 
@@ -51,6 +52,8 @@ class VideoPipeline:
     width: int = 64
     meta: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself."""
+    graphs: bool = False
+    """Whether a pass that comes again is recorded: see `graphs.Recorded`."""
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 
@@ -72,6 +75,7 @@ class VideoPipeline:
         codec_dtype: str | torch.dtype | None = None,
         device: str = "cpu",
         offload: bool = False,
+        graphs: bool = False,
     ) -> "VideoPipeline":
         """Load a bundled checkpoint, a folder, a file of weights, or a Hugging Face repository.
 
@@ -88,6 +92,7 @@ class VideoPipeline:
             device: where to compute.
             offload: keep the transformer on the host, but for the layer that computes, and run the
                 text encoder there.
+            graphs: record the passes that come again as CUDA graphs, once the window is full.
 
         Raises:
             ValueError: nothing of that name, or something is wrong with the files.
@@ -97,6 +102,7 @@ class VideoPipeline:
         defaults = checkpoint.sampling(preset)
         size = {side: defaults.pop(side) for side in ("height", "width")}
         check_device(device)
+        check("graphs", graphs, not (graphs and offload), "it or offload, whose weights move")
         wanted, host = weights.as_dtype(dtype or torch_dtype), "cpu" if offload else device
         decoding = checkpoint if codec is None else Checkpoint.find(codec)
         found = checkpoint.transformer()
@@ -111,6 +117,7 @@ class VideoPipeline:
             codec=decoding.codec(dtype=weights.as_dtype(codec_dtype), device=device),
             sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
+            graphs=graphs,
             **size,
         )
 
@@ -246,16 +253,7 @@ class VideoPipeline:
         Raises:
             ValueError: it is none, or one of another model.
         """
-        if not isinstance(source, dict):
-            source = weights.read_safetensors(Path(source).expanduser())
-        about = unpacked(source)["about"]
-        plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
-        pipe = replace(self, height=about["height"], width=about["width"])
-        sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
-        given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
-        generation = Generation(pipe, plan, sampler, **given)
-        generation.load_state_dict(source)
-        return Session(generation, self.resume)
+        return Session(resumed(self, source), self.resume)
 
     @checked
     def generate(
@@ -339,6 +337,7 @@ class VideoPipeline:
         (lattice, config), network = self.settings(plan.options, frames), self.transformer
         if plan.options.guidance_scale != 1:
             network = Guided(network, plan.options.guidance_scale)
+        network = Recorded(network) if self.graphs else network
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
 

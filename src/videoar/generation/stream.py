@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,8 +263,9 @@ class Generation:
     @cached_property
     def about(self) -> Json:
         """Say what this is a generation of: a state goes on in one that says the same."""
-        network: Any = self.sampler.network
-        model = getattr(network, "network", network)  # without guidance around it
+        network = model = self.sampler.network
+        while not isinstance(model, torch.nn.Module):  # without guidance and recordings around it
+            model = model.network
         units, (_, *strides) = self.sampler.units, self._codec.stride
         height, width = (stride * network.config.patch for stride in strides)
         return {
@@ -350,6 +352,20 @@ def unpacked(state: State, name: str = "json") -> Any:
         return json.loads(state[name].cpu().numpy().tobytes())
     except (KeyError, ValueError) as error:
         raise ValueError("this is no state of a generation: give what `save` wrote") from error
+
+
+def resumed(pipe: Any, source: State | str | Path) -> Generation:
+    """Go on with a generation that was saved: see `VideoPipeline.resume`."""
+    if not isinstance(source, dict):
+        source = weights.read_safetensors(Path(source).expanduser())
+    about = unpacked(source)["about"]
+    plan, num_frames = Plan.from_json(about["begun"]), about["num_frames"]
+    pipe = replace(pipe, height=about["height"], width=about["width"])
+    sampler = pipe.sampler(plan, pipe.lattice(plan.options.units, num_frames).frames)
+    given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
+    generation = Generation(pipe, plan, sampler, **given)
+    generation.load_state_dict(source)
+    return generation
 
 
 def write(
