@@ -115,12 +115,6 @@ def test_the_number_of_recordings_is_bounded(pipe, monkeypatch) -> None:
     assert len(_replays(sessions[0])) == 1
 
 
-def test_graphs_and_offload_exclude_each_other() -> None:
-    """Weights that visit the card have another address at every visit."""
-    with pytest.raises(ValueError, match="graphs is True: use it or offload"):
-        VideoPipeline.from_pretrained("toy", graphs=True, offload=True)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("units", KINDS)
 def test_a_card_replays_what_it_would_compute(units: str) -> None:

@@ -132,10 +132,8 @@ def attend(
             return attend(query.float(), key.float(), value.float(), mask)
     if not isinstance(mask, Spans):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    parts = []
-    for rows, spans in zip(mask.queries, mask.keys, strict=True):
-        parts.append(attend(query[:, :, rows], _at(key, spans), _at(value, spans)))
-    return torch.cat(parts, dim=2)
+    each = zip(mask.queries, mask.keys, strict=True)
+    return torch.cat([attend(query[:, :, q], _at(key, k), _at(value, k)) for q, k in each], dim=2)
 
 
 def _at(x: Tensor, spans: tuple[slice, ...]) -> Tensor:

@@ -122,10 +122,9 @@ class Recorded:
         self, stable: Stable, mask: Mask | None, inputs: dict[str, Any]
     ) -> Callable[[Mask | None], Tensor]:
         """Return what computes the velocity of a pass that was brought to its place."""
-        dense, tokens = isinstance(mask, Tensor), stable.tokens_of_pass
-        own = mask.clone() if isinstance(mask, Tensor) else mask
-        given = inputs | {"tokens": tokens, "mask": own, "cache": stable}
-        run, launch, out = self.network, None, None
+        run, tokens, launch = self.network, stable.tokens_of_pass, None
+        own, out = mask.clone() if isinstance(mask, Tensor) else None, tokens
+        given = inputs | {"tokens": tokens, "mask": mask if own is None else own, "cache": stable}
         if tokens.is_cuda:
             side, now = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(now)
@@ -139,7 +138,7 @@ class Recorded:
                 out = run(**given).velocity
 
         def replay(mask: Mask | None) -> Tensor:
-            if dense:
+            if own is not None and isinstance(mask, Tensor):
                 own.copy_(mask)
             if launch is None:
                 return run(**given).velocity

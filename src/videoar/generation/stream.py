@@ -263,7 +263,8 @@ class Generation:
     @cached_property
     def about(self) -> Json:
         """Say what this is a generation of: a state goes on in one that says the same."""
-        network = model = self.sampler.network
+        network = self.sampler.network
+        model: Any = network
         while not isinstance(model, torch.nn.Module):  # without guidance and recordings around it
             model = model.network
         units, (_, *strides) = self.sampler.units, self._codec.stride
