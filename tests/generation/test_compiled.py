@@ -39,12 +39,13 @@ for graphs in (False, True):
 def test_a_compiled_stream_is_the_stream_within_rounding(tmp_path: Path) -> None:
     """A block is compiled twice for each of two shapes: alone, and with what the cache is due.
 
-    However much is cached, for all layers, and beside recordings; another process finds all four.
-    Latents differ by 2e-7 of the largest, so 1e-5 is a fault.
+    However much is cached and for all layers; once more for recordings, whose tensors have other
+    strides. Another process finds all that was compiled. Latents differ by 2e-7 of the largest, so
+    1e-5 is a fault.
     """
     paths = [str(Path(__file__).parents[k]) for k in (1, 2)]
     places = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": f"{paths[0]}:{paths[1]}/src"}
-    for hits in (0, 4):
+    for again in (False, True):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM],
             env={k: v for k, v in os.environ.items() if "INDUCTOR" not in k} | places,
@@ -55,10 +56,11 @@ def test_a_compiled_stream_is_the_stream_within_rounding(tmp_path: Path) -> None
         if "compile needs" in done.stderr:
             pytest.skip(done.stderr.splitlines()[-1])
         assert not done.returncode, done.stderr
-        for line in done.stdout.splitlines():
-            difference, compiled, found = json.loads(line)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        for (difference, compiled, found), most in zip(lines, (4, 8), strict=True):
             assert difference < 1e-5
-            assert (compiled, found) == (4, hits)
+            assert 4 <= compiled <= most
+            assert found == (compiled if again else 0)
 
 
 def test_a_missing_compiler_is_named(monkeypatch) -> None:
