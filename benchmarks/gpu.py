@@ -1,15 +1,17 @@
 """What a card makes of the sampler: ten minutes on any CUDA device, one JSON and one table.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --tiny --device cpu
+    python benchmarks/gpu.py --tiny --device cpu --how plain graphs
 
 Random weights in the shape of Self-Forcing (Wan 1.3B at 832x480): speed does not depend on values.
 A stream runs until its window is full; then segments are timed, ours and those of a plain eager
 loop in turn: a pass for every step and one for the cache, with positions and sigmas made anew for
-each. `e2e` is ours with decoding by the tiny codec, and frames as uint8 on the host. Text and
-loading are not included.
+each. A case has a row for each way in which ours computes: as it is, with passes recorded as
+graphs, with compiled blocks, and with both. `e2e` is ours with decoding by the tiny codec, and
+frames as uint8 on the host. Text, loading, recording and compilation are not included.
 """
 
+import copy
 import itertools
 import statistics
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +34,21 @@ from videoar.cli.progress import say
 from videoar.core.flow import Sigmas, sigma_steps
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import parse
-from videoar.core.transformer import ModelConfig, TextContext, VideoTransformer
+from videoar.core.transformer import ModelConfig, Network, TextContext, VideoTransformer
 from videoar.core.units import Unit, Units, Visible
 from videoar.encoders.codec import to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.beside import plain_loop
 from videoar.evaluation.tables import cells, markdown
 from videoar.files import Json, write_json
+from videoar.generation.compiled import Compiled, compile_blocks
+from videoar.generation.graphs import Recorded
 from videoar.generation.latents import Assembler
 
 # Cubes of as many tokens as chunk:3 and frame, and smaller ones.
 UNITS = ("chunk:3", "cube:6x15x52", "frame", "cube:2x15x52", "cube:3x10x13")
 TINY_UNITS = ("chunk:3", "cube:6x2x4", "frame", "cube:2x2x4")
+HOW = ("plain", "graphs", "compile", "compile+graphs")
 TESTS = Path(__file__).parents[1] / "tests"
 
 
@@ -60,6 +66,8 @@ class BenchGpu:
     """Latent frames that a unit may read."""
     num_inference_steps: tuple[int, ...] = (4, 2, 1)
     """Denoising steps per unit; the pass that writes the cache comes on top."""
+    how: tuple[str, ...] = HOW
+    """Ways in which ours computes: plain, graphs, compile, compile+graphs."""
     repeats: int = 3
     """Segments that are timed, of each side."""
     minutes: float = 10.0
@@ -68,7 +76,8 @@ class BenchGpu:
     """File of the figures."""
 
     def __post_init__(self) -> None:
-        check_options(self, ("minutes", self.minutes > 0, "above 0"), least={"repeats": 1})
+        known = ("how", set(self.how) <= set(HOW), f"some of {', '.join(HOW)}")
+        check_options(self, ("minutes", self.minutes > 0, "above 0"), known, least={"repeats": 1})
         machine.check_device(self.device)
 
 
@@ -79,6 +88,7 @@ class Case:
     units: str
     window: int
     steps: int
+    how: str
 
 
 class Shape:
@@ -99,6 +109,18 @@ class Shape:
             words = torch.randn(1, 8 if config.tiny else 512, model.text_dim, dtype=self.dtype)
         self.text: TextContext = self.model.encode_text(words)
 
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The model again, compiled: the plain loop stays as it is."""
+        model = copy.deepcopy(self.model)
+        compile_blocks(model, self.device)
+        return Compiled(model)
+
+    def network(self, how: str) -> Network:
+        """Return the model that computes in a way."""
+        network = self.compiled if "compile" in how else self.model
+        return Recorded(network) if "graphs" in how else network
+
     def units(self, name: str) -> Units:
         return Units(parse(name), None, self.height, self.width)
 
@@ -108,32 +130,38 @@ class Shape:
             torch.cuda.synchronize(self.device)
 
 
-def sampler(shape: Shape, units: Units, visible: Visible, sigmas: Sigmas) -> Sampler:
+def sampler(
+    network: Network, shape: Shape, units: Units, visible: Visible, sigmas: Sigmas
+) -> Sampler:
     """Return a sampler at its beginning."""
     config = SamplerConfig(sigmas=sigmas, visible=visible, moving_sinks=False)
     how: dict[str, Any] = {"seeds": (0,), "device": shape.device}
-    return Sampler(shape.model, units, shape.text, config, **how)
+    return Sampler(network, units, shape.text, config, **how)
 
 
-def eager(*case: Any) -> Iterator[tuple[Unit, Tensor]]:
+def eager(
+    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas, _: str
+) -> Iterator[tuple[Unit, Tensor]]:
     """Do what a sampler does by a plain loop."""
-    for unit, tokens, _ in plain_loop(sampler(*case)):
+    for unit, tokens, _ in plain_loop(sampler(shape.model, shape, units, visible, sigmas)):
         yield unit, tokens
 
 
-def ours(*case: Any) -> Iterator[tuple[Unit, Tensor]]:
+def ours(
+    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas, how: str
+) -> Iterator[tuple[Unit, Tensor]]:
     """Sample by the sampler."""
-    for finished in sampler(*case):
+    for finished in sampler(shape.network(how), shape, units, visible, sigmas):
         yield finished.unit, finished.tokens
 
 
 def decoded(
-    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas
+    shape: Shape, units: Units, visible: Visible, sigmas: Sigmas, how: str
 ) -> Iterator[tuple[Unit, Tensor]]:
     """Sample, decode, and bring the frames to the host."""
     assembler = Assembler(units, patch=shape.model.config.patch)
     decoder = shape.codec.stream_decoder()
-    for unit, tokens in ours(shape, units, visible, sigmas):
+    for unit, tokens in ours(shape, units, visible, sigmas, how):
         latents = assembler.add(unit, tokens)
         if latents is not None:
             to_frames(decoder(latents.to(shape.dtype)).float())
@@ -156,9 +184,9 @@ def measure(shape: Shape, case: Case, *, repeats: int) -> Json:
     sigmas = sigma_steps(case.steps, shift=5.0)
     if shape.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(shape.device)
-    runs = {name: side(shape, units, visible, sigmas) for name, side in SIDES.items()}
+    runs = {name: side(shape, units, visible, sigmas, case.how) for name, side in SIDES.items()}
     kept, times = dict[str, list[Tensor]](), dict[str, list[float]]()
-    for _ in range(case.window // units.segment_frames + 1):  # and one more, all being warm
+    for _ in range(case.window // units.segment_frames + 3):  # and until all is recorded
         for name, run in runs.items():
             kept[name] = [tokens for _, tokens in itertools.islice(run, segment)]
     pairs = zip(kept["ours"], kept["eager"], strict=True)
@@ -194,6 +222,7 @@ def line(row: Json) -> dict[str, str]:
         "tokens": str(row["tokens"]),
         "window": str(row["window"]),
         "passes": f"{row['steps']}+1",
+        "how": row["how"],
         "ms/unit pass": f"{1000 * middle['ours'] / row['passes']:.2f}",
         "frames/s": f"{row['frames'] / middle['ours']:.1f}",
         "e2e frames/s": f"{row['frames'] / middle['e2e']:.1f}",
@@ -215,7 +244,7 @@ def run(config: BenchGpu, report: Callable[[str], None] = say) -> str:
     shape, rows, left = Shape(config), list[Json](), list[Case]()
     names = config.units or (TINY_UNITS if config.tiny else UNITS)
     for case in itertools.starmap(
-        Case, itertools.product(names, config.windows, config.num_inference_steps)
+        Case, itertools.product(names, config.windows, config.num_inference_steps, config.how)
     ):
         if time.perf_counter() - began > 60 * config.minutes:
             left.append(case)

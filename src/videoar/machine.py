@@ -100,6 +100,15 @@ def measure_matmul_rate(device: str | torch.device, *, precision: str) -> float:
     return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
+def sent(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what the host has made on a device; neither waits for the other.
+
+    From memory that is not pinned a copy waits for all that a card has still to do.
+    """
+    pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, dtype, non_blocking=True)
+
+
 def check_device(device: str) -> None:
     """Raise unless tensors can be made on a device."""
     try:

@@ -39,13 +39,13 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)
 
 SAMPLING = (
     "base lora preset dtype units seconds num_frames model codec codec_dtype height width device "
-    "offload num_inference_steps first_steps shift guidance_scale negative_prompt window sink lag "
-    "threads force share"
+    "offload graphs compile num_inference_steps first_steps shift guidance_scale negative_prompt "
+    "window sink lag threads force share"
 )
 FROZEN = {
     "generate": f"{SAMPLING} prompt prompts num_videos_per_prompt prompt_at script recompute image "
     "video keep fit seed out save_state resume",
-    "serve": "base lora preset dtype model host port sessions device threads",
+    "serve": "base lora preset dtype model host port sessions device graphs compile threads",
     "train": "recipe list export",
     "distill": "recipe list export",
     "convert": "base lora preset dtype source target format force",

@@ -1,13 +1,22 @@
 """Rotary positions are relative, split as in Wan, and exact far away; `attend` is softmax."""
 
+import contextlib
 import importlib.util
 from types import ModuleType, NoneType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import attention, turned
 from tiny import SCHEMES
 from torch import Tensor
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    list_flash_attention_impls,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.nn.attention.flex_attention import create_mask
 
 from videoar.core import attention as seam
@@ -168,3 +177,51 @@ def test_the_form_of_a_mask_follows_its_units() -> None:
         visible = Visible().matrix(torch.arange(len(units.sizes)), units.waves)
         mask = attention_mask(visible, units.unit, units.unit, device="cpu")
         assert isinstance(mask, form)
+
+
+KERNELS = {
+    "math": (SDPBackend.MATH, "cpu"),
+    "flash of the processor": (SDPBackend.FLASH_ATTENTION, "cpu"),
+    "flash": (SDPBackend.FLASH_ATTENTION, "cuda"),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, "cuda"),
+    "cuDNN": (SDPBackend.CUDNN_ATTENTION, "cuda"),
+    "FA3": (SDPBackend.FLASH_ATTENTION, "cuda"),
+    "FA4": (SDPBackend.FLASH_ATTENTION, "cuda"),
+    "flex": (None, "cuda"),
+}
+"""By which backend of SDPA a kernel comes, and where it runs."""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_behind_the_seam_gives_the_same(name: str) -> None:
+    """`attend` is the one seam: torch chooses among these, and a user among what is installed."""
+    backend, device = KERNELS[name]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"{name} needs a CUDA device")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    query, key, value = (_random(1, 2, n, 64, seed=n).to(device, dtype) for n in (128, 256, 257))
+    value = value[:, :, 1:]
+    seen = torch.tensor([[True, True, False], [True, True, True]])
+    reader = torch.arange(2).repeat_interleave(64)
+    read = torch.arange(3).repeat_interleave(torch.tensor([64, 64, 128]))
+    masks = {"none": None, "spans": Spans.of(seen, reader, read)}
+    if backend is None:
+        masks = {"blocks": seam.block_mask(seen, reader, read, device=device)}
+    if name in list_flash_attention_impls():
+        try:
+            activate_flash_attention_impl(name)
+        except ImportError as error:
+            pytest.skip(f"{name} is not installed: {error}")
+    try:
+        for form, mask in masks.items():
+            dense = None if form == "none" else token_mask(seen, reader, read).to(device)
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                found = attend(query, key, value, mask).float()
+            with sdpa_kernel(SDPBackend.MATH):
+                given = (x.float() for x in (query, key, value))
+                expected = F.scaled_dot_product_attention(*given, attn_mask=dense)
+            error = 1e-6 if device == "cpu" else 2e-2
+            torch.testing.assert_close(found, expected, atol=error, rtol=error)
+    finally:
+        if name in list_flash_attention_impls():
+            restore_flash_attention_impl()

@@ -20,6 +20,7 @@ def _tiny(out: Path, **options: object) -> BenchGpu:
         "units": ("chunk:3", "cube:6x2x4/wavefront"),
         "windows": (6,),
         "num_inference_steps": (2,),
+        "how": ("plain", "graphs"),  # compilation takes a minute
     }
     return BenchGpu(device="cpu", tiny=True, repeats=1, out=out, **{**stated, **options})
 
@@ -28,18 +29,20 @@ def test_the_benchmark_of_a_card_times_what_gives_the_same_latents(tmp_path: Pat
     """A ratio of speeds says nothing if one side computes something else."""
     table = run(_tiny(tmp_path / "gpu.json"), lambda line: None)
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["units"] for row in found["rows"]] == ["chunk:3", "cube:6x2x4/wavefront"]
-    assert [row["tokens"] for row in found["rows"]] == [48, 48]
+    cube = "cube:6x2x4/wavefront"
+    assert [row["units"] for row in found["rows"]] == ["chunk:3"] * 2 + [cube] * 2
+    assert [row["how"] for row in found["rows"]] == ["plain", "graphs"] * 2
+    assert [row["tokens"] for row in found["rows"]] == [48] * 4
     assert all(0 < row["difference"] < 1e-5 or not row["difference"] for row in found["rows"])
     assert found["tests"].startswith("not run")
-    assert len(table.splitlines()) == 6
+    assert len(table.splitlines()) == 8
 
 
 def test_the_benchmark_of_a_card_says_what_it_left_out(tmp_path: Path) -> None:
     """It ends in time, and a table that is short must not look whole."""
     table = run(_tiny(tmp_path / "gpu.json", minutes=1e-9), lambda line: None)
-    assert "2 cases left out" in table
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["left_out"]) == 2
+    assert "4 cases left out" in table
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["left_out"]) == 4
 
 
 @pytest.mark.gpu

@@ -90,7 +90,9 @@ def load(args: options.Sampling) -> Any:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in (*LOAD, "device", "offload")}
+    given = {name: getattr(args, name) for name in (*LOAD, *options.MACHINE)}
+    if args.graphs and not args.device.startswith("cuda"):
+        say(f"--graphs changes nothing on {args.device}: passes are recorded on a CUDA device")
     pipe = VideoPipeline.from_pretrained(args.model, **given)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     return pipe

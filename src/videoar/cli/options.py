@@ -31,6 +31,8 @@ CLASHES = {
     "seconds": ("is the length", {"num_frames"}),
     "image": ("is how the video begins", {"video"}),
 }
+MACHINE = ("device", "offload", "graphs", "compile")
+"""How a machine computes, whatever the video."""
 NEEDS = {"keep": {"video"}, "fit": {"image", "video"}}
 
 
@@ -58,6 +60,10 @@ class Sampling(CheckpointOptions):
     """Where to compute, such as cuda."""
     offload: bool = False
     """Keep transformer and text encoder on the host, but for the layer that computes."""
+    graphs: bool = False
+    """Record the passes that come again as CUDA graphs."""
+    compile: bool = False
+    """Compile the transformer by torch.compile: seconds more at the first frames."""
     num_inference_steps: Count | None = None
     """Denoising steps per unit."""
     first_steps: tuple[int, ...] | None = None
@@ -89,7 +95,7 @@ class Sampling(CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.given()
-        held = given - {"resume", "threads", "device", "offload"}
+        held = given - {"resume", "threads", *MACHINE}
         for name, (why, others) in {
             "resume": ("goes on with what it holds", held),
             **CLASHES,
@@ -139,7 +145,8 @@ class Generate(Sampling):
     save_state: Path | None = None
     """File that is kept up to date while it lasts: what --resume needs if the process is killed."""
     resume: Path | None = None
-    """Such a file, to go on with; all options are in it but --threads, --device and --offload."""
+    """Such a file, to go on with; all options are in it but --threads, --device, --offload,
+    --graphs and --compile."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +187,10 @@ class Serve(CheckpointOptions):
     """Sessions at a time."""
     device: str = "cpu"
     """Where to compute, such as cuda."""
+    graphs: bool = False
+    """Record the passes that come again as CUDA graphs."""
+    compile: bool = False
+    """Compile the transformer by torch.compile."""
     threads: Count | None = None
     """CPU threads."""
 

@@ -31,7 +31,7 @@ def serve(args: options.Serve) -> None:
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        names = ("base", "lora", "preset", "dtype", "device")
+        names = ("base", "lora", "preset", "dtype", "device", "graphs", "compile")
         load = {name: getattr(args, name) for name in names}
         pipe = VideoPipeline.from_pretrained(args.model, **load)
         token = "" if args.host in LOOPBACK else secrets.token_urlsafe(24)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from videoar.core.units import Keys, Queries, UnitMask, token_mask
+from videoar.machine import sent
 
 
 @cache
@@ -89,7 +90,7 @@ def attention_mask(
         return Spans.of(visible, reader, read)
     if len(reader) * len(read) > LARGEST_DENSE and device.type == "cuda":
         return block_mask(visible, reader, read, device=device)
-    return token_mask(visible, reader, read).to(device)
+    return sent(token_mask(visible, reader, read), device)
 
 
 def runs(unit: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], list[slice]]:
@@ -103,7 +104,7 @@ def block_mask(
     visible: UnitMask, reader: Queries, read: Keys, *, device: torch.device | str
 ) -> BlockMask:
     """The block-sparse form of `token_mask(visible, reader, read)` for FlexAttention."""
-    visible, reader, read = (part.to(device) for part in (visible, reader, read))
+    visible, reader, read = (sent(part, device) for part in (visible, reader, read))
 
     def mask_mod(batch, head, query, key):
         return visible[reader[query], read[key]]
@@ -131,11 +132,8 @@ def attend(
             return attend(query.float(), key.float(), value.float(), mask)
     if not isinstance(mask, Spans):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    parts = []
-    for rows, spans in zip(mask.queries, mask.keys, strict=True):
-        seen = _at(key, spans), _at(value, spans)
-        parts.append(F.scaled_dot_product_attention(query[:, :, rows], seen[0], seen[1]))
-    return torch.cat(parts, dim=2)
+    each = zip(mask.queries, mask.keys, strict=True)
+    return torch.cat([attend(query[:, :, q], _at(key, k), _at(value, k)) for q, k in each], dim=2)
 
 
 def _at(x: Tensor, spans: tuple[slice, ...]) -> Tensor:

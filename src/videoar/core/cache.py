@@ -43,7 +43,8 @@ class KVCache:
         """Counts changes of what is cached."""
         self.capacity = capacity
         self._kv: Float[Tensor, "layers two batch heads capacity head_dim"] | None = None
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[KeyValue] = []
+        """Keys and values of every layer, with room; another list once they lie elsewhere."""
         self._sink: Tensor | None = None
         self._placed = (0, 0.0)
         self._kept: dict[tuple, Any] = {}
@@ -70,7 +71,7 @@ class KVCache:
 
         With gradients the result is a copy; without, a view whose tail the next pass overwrites.
         """
-        keys, values = self._layers[layer]
+        keys, values = self.layers[layer]
         end = self.tokens + key.shape[2]
         keys[:, :, self.tokens : end] = key.detach()
         values[:, :, self.tokens : end] = value.detach()
@@ -101,7 +102,7 @@ class KVCache:
         """Use other storage, with what is cached."""
         if self._kv is not None:
             storage[..., : self.tokens, :] = self._kv[..., : self.tokens, :]
-        self._kv, self._layers = storage, [(kv[0], kv[1]) for kv in storage]
+        self._kv, self.layers = storage, [(kv[0], kv[1]) for kv in storage]
 
     def commit(self, units: list[tuple[int, int]]) -> None:
         """Keep the first tokens of the last pass: units, and how many tokens each has."""
@@ -116,7 +117,7 @@ class KVCache:
             gap, end = self.blocks.pop(unit), self.tokens
             size = gap.stop - gap.start
             start = end - size if slice(end - size, end) in self.blocks.values() else gap.stop
-            for part in chain.from_iterable(self._layers):  # one by one: copies take little memory
+            for part in chain.from_iterable(self.layers):  # one by one: copies take little memory
                 part[:, :, gap.start : gap.start + end - start] = part[:, :, start:end].clone()
             by = start - gap.start
             for u, at in self.blocks.items():
@@ -139,8 +140,8 @@ class KVCache:
             fresh = self._kv[:, 0, :, :, kept:count].clone()
             self._sink = fresh if self._sink is None else torch.cat([self._sink, fresh], dim=-2)
         if self._sink is not None:
-            coords = torch.tensor([[shift, 0.0, 0.0, 0.0]], device=self._kv.device)
-            table = rope_table(coords, head_dim=head_dim, theta=theta)
+            moved = shift * torch.eye(1, 4, device=self._kv.device)  # no copy from the host
+            table = rope_table(moved, head_dim=head_dim, theta=theta)
             self._kv[:, 0, :, :, :count] = rotate(self._sink, table)
             self._placed = count, shift
 
@@ -158,7 +159,7 @@ class KVCache:
         """Go on like the cache that gave `state`."""
         self.blocks = {unit: slice(*ends) for unit, *ends in state["blocks"].tolist()}
         self.tokens = sum(at.stop - at.start for at in self.blocks.values())
-        self._kv, self._layers, self._placed = None, [], (0, 0.0)
+        self._kv, self.layers, self._placed = None, [], (0, 0.0)
         if state["kv"].numel():
             self._store(state["kv"].clone())
         self._sink = state["sink"].clone() if state["sink"].numel() else None

@@ -30,6 +30,7 @@ from videoar.core.noise import unit_noise
 from videoar.core.tokens import Known, Tokens
 from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Unit, Units, Visible
+from videoar.machine import sent
 from videoar.weights import part_of
 
 Step = Callable[[Tensor, Tensor, Sigmas, Memory, Callable[[], Tensor]], tuple[Tensor, Memory]]
@@ -236,7 +237,7 @@ class Sampler:
     def _fresh(self, index: int, draw: int = 0) -> Tensor:
         """Draw noise for a unit."""
         shape = (self._unit(index).size, self.network.config.token_dim)
-        return unit_noise(self.seeds, index, shape, draw=draw).to(self.device, self.dtype)
+        return sent(unit_noise(self.seeds, index, shape, draw=draw), self.device, self.dtype)
 
     def _hold(self, index: int, tokens: Tensor) -> Tensor:
         """Put in what is known of a unit."""
@@ -284,7 +285,7 @@ class Sampler:
 
     def _coords(self, *indices: int) -> Tensor:
         """Return the positions of a pass over some units."""
-        return torch.cat([self._unit(index).coords for index in indices]).to(self.device)
+        return sent(torch.cat([self._unit(index).coords for index in indices]), self.device)
 
     def _mask(self, _: int, *indices: int) -> Mask | None:
         """Say what tokens of a pass may read: cached ones, then each other; None: everything."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from videoar.core.transformer import Output, VideoTransformer
+from videoar.core.transformer import Network, Output
 
 
 class Guided:
@@ -12,7 +12,7 @@ class Guided:
     The cache and the text hold the conditional batch followed by the unconditional one.
     """
 
-    def __init__(self, network: VideoTransformer, scale: float):
+    def __init__(self, network: Network, scale: float):
         self.network, self.scale, self.config = network, scale, network.config
 
     def __eq__(self, other: object) -> bool:

@@ -13,14 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from videoar import weights
 from videoar.checks import check, check_names, check_whole
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
+from videoar.core.transformer import Network, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
 from videoar.generation.config import AUTO, GenerationConfig
+from videoar.generation.graphs import Recorded
+from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
 from videoar.generation.stream import Generation
 
@@ -150,6 +154,27 @@ def options_of(
             " is none: raise it, or leave the negative prompt out."
         )
     return options
+
+
+def place(transformer: VideoTransformer, device: str, *, offload: bool, compile: bool) -> None:
+    """Let a transformer compute on a device: by weights that visit it, or by compiled blocks."""
+    if offload:
+        weights.offload(transformer, transformer.blocks, device)
+    if compile:
+        from videoar.generation import compiled  # takes seconds
+
+        compiled.compile_blocks(transformer, device)
+
+
+def network_of(pipe: Any, guidance_scale: float) -> Network:
+    """Return what a sampler calls: the transformer of a pipeline, in what is to be around it."""
+    network = pipe.transformer
+    if pipe.compiled:
+        from videoar.generation.compiled import Compiled
+
+        network = Compiled(network)
+    network = network if guidance_scale == 1 else Guided(network, guidance_scale)
+    return Recorded(network) if pipe.graphs else network
 
 
 def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from videoar.core.tokens import Known, Latents, Tokens, gather
 from videoar.core.units import Unit, Units
+from videoar.machine import sent
 
 
 def known_tokens(latents: Latents, units: Units, *, patch: int = 2) -> dict[int, Known]:
@@ -40,9 +41,10 @@ class Assembler:
         area = height * width
         if self._open is None:
             self._open = tokens.new_zeros(len(tokens), area * segment, tokens.shape[2])
-        t, h, w, level = unit.grid_index.to(tokens.device).unbind(1)
-        finest, places = level == 0, (t % segment * height + h) * width + w
-        self._open[:, places[finest]] = tokens[:, finest]
+        t, h, w, level = unit.grid_index.unbind(1)
+        places = torch.stack([torch.arange(unit.size), (t % segment * height + h) * width + w])
+        rows, cells = sent(places[:, level == 0], tokens.device)
+        self._open[:, cells] = tokens[:, rows]
         start, count = self.done % segment, unit.complete_frames - self.done
         if not count:
             return None

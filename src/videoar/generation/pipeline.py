@@ -26,7 +26,6 @@ from videoar.encoders.text_encoder import PromptEncoder, words_of
 from videoar.generation import inputs
 from videoar.generation.conditioning import beginning
 from videoar.generation.config import AUTO, GenerationConfig, Plan
-from videoar.generation.guidance import Guided
 from videoar.generation.progress import Progress
 from videoar.generation.router import Router
 from videoar.generation.session import Session, resumed
@@ -54,6 +53,10 @@ class VideoPipeline:
     """Chooses units, if they are `auto`."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself."""
+    graphs: bool = False
+    """Whether a pass that comes again is recorded: see `graphs.Recorded`."""
+    compiled: bool = False
+    """Whether the blocks of the transformer are: see `compiled.compile_blocks`."""
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 
@@ -75,6 +78,8 @@ class VideoPipeline:
         codec_dtype: str | torch.dtype | None = None,
         device: str = "cpu",
         offload: bool = False,
+        graphs: bool = False,
+        compile: bool = False,
     ) -> "VideoPipeline":
         """Load a bundled checkpoint, a folder, a file of weights, or a Hugging Face repository.
 
@@ -91,6 +96,8 @@ class VideoPipeline:
             device: where to compute.
             offload: keep the transformer on the host, but for the layer that computes, and run the
                 text encoder there.
+            graphs: record the passes that come again as CUDA graphs, once the window is full.
+            compile: compile the transformer's blocks by `torch.compile`; pixels may move a little.
 
         Raises:
             ValueError: nothing of that name, or something is wrong with the files.
@@ -98,8 +105,12 @@ class VideoPipeline:
         checkpoint = Checkpoint.find(name_or_path, base=base, lora=lora)
         check("torch_dtype", torch_dtype, None in (dtype, torch_dtype), "it or dtype, not both")
         defaults = checkpoint.sampling(preset)
-        size = {side: defaults.pop(side) for side in ("height", "width")}
+        own = {side: defaults.pop(side) for side in ("height", "width")}
+        own |= {"graphs": graphs, "compiled": compile}
         check_device(device)
+        check(
+            "offload", offload, not (offload and (graphs or compile)), "it, or graphs and compile"
+        )
         wanted, host = weights.as_dtype(dtype or torch_dtype), "cpu" if offload else device
         decoding = checkpoint if codec is None else Checkpoint.find(codec)
         found = checkpoint.transformer()
@@ -108,8 +119,7 @@ class VideoPipeline:
         transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
         folder = checkpoint.source / "router"
         router = weights.load_component(folder, Router, device=device) if folder.is_dir() else None
-        if offload:
-            weights.offload(transformer, transformer.blocks, device)
+        inputs.place(transformer, device, offload=offload, compile=compile)
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
@@ -117,7 +127,7 @@ class VideoPipeline:
             router=router,
             sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
-            **size,
+            **own,
         )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -332,9 +342,8 @@ class VideoPipeline:
         text: TextContext | None = None,
     ) -> Sampler:
         """Return the sampler of a plan over so many latent frames, or of an endless stream."""
-        (lattice, config), network = self.settings(plan.options, frames), self.transformer
-        if plan.options.guidance_scale != 1:
-            network = Guided(network, plan.options.guidance_scale)
+        lattice, config = self.settings(plan.options, frames)
+        network = inputs.network_of(self, plan.options.guidance_scale)
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
 

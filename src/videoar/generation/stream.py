@@ -193,11 +193,6 @@ class Generation:
         latents = self._assembler.add(unit, tokens)
         self._open.append(tokens)
         if latents is not None:
-            if not latents.isfinite().all():
-                raise FloatingPointError(
-                    f"latents of unit {unit.index} are not finite: the weights are damaged, or the"
-                    " dtype is too narrow; try float32, or another copy"
-                )
             start = max(self._past, default=-1) + 1
             self._past |= dict(enumerate(latents.split(1, dim=1), start))
         if (unit.index + 1) % self.sampler.units.units_per_segment:
@@ -248,8 +243,15 @@ class Generation:
                 self.plan = replace(self.plan, left=self.plan.left - 1)
                 self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
                 sampler.text = self._pipe.text(self.plan)
-            latents = self._added(finished)
-            frames = None if latents is None else to_frames(self._decoder(latents))
+            latents, frames = self._added(finished), None
+            if latents is not None:
+                finite = latents.isfinite().all()
+                frames = to_frames(self._decoder(latents))
+                if not finite:  # asked behind the frames: a card is waited for once
+                    raise FloatingPointError(
+                        f"latents of unit {finished.unit.index} are not finite: the weights are"
+                        " damaged, or the dtype is too narrow; try float32, or another copy"
+                    )
         before = time.perf_counter()
         stats.decode_seconds += before - computed
         return finished.unit, None if frames is None else self._shown(frames, before)
@@ -285,7 +287,9 @@ class Generation:
     def about(self) -> Json:
         """Say what this is a generation of: a state goes on in one that says the same."""
         network, router = self.sampler.network, self._pipe.router
-        model: Any = getattr(network, "network", network)  # without guidance around it
+        model: Any = network
+        while not isinstance(model, torch.nn.Module):  # without guidance and recordings around it
+            model = model.network
         units, (_, *strides) = self.sampler.units, self._codec.stride
         height, width = (stride * network.config.patch for stride in strides)
         return {
