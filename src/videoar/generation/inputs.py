@@ -1,11 +1,13 @@
 """What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
 
+import itertools
 import math
 import numbers
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,11 @@ from videoar.core.transformer import Network, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
-from videoar.generation.config import AUTO, GenerationConfig
+from videoar.generation.config import AUTO, GenerationConfig, Plan
 from videoar.generation.graphs import Recorded
 from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
+from videoar.generation.router import Router
 from videoar.generation.stream import Generation
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -80,8 +83,11 @@ def hearing(
 def _steps(sampler: Sampler) -> int:
     """Return how many steps there are to take, of all units but those that are known."""
     units, rows = sampler.units, sampler.rows
-    unknown = (index for index in range(units.count or 0) if index not in sampler.known_units)
-    return sum(len(rows.of(units.wave_of(index))) - 1 for index in unknown)
+    usual, waves = len(rows.sigmas[-1]) - 1, map(units.wave_of, range(units.count or 0))
+    first = itertools.takewhile(lambda wave: wave < len(rows.sigmas) - 1, waves)  # not a day's
+    known = map(units.wave_of, sampler.known_units)
+    more = sum(len(rows.of(wave)) - 1 - usual for wave in first)
+    return more + (units.count or 0) * usual - sum(len(rows.of(wave)) - 1 for wave in known)
 
 
 def menu_of(pipe: Any, units: str | Scheme) -> tuple[str | Scheme, ...]:
@@ -127,6 +133,21 @@ def check_inputs(
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
         )
+
+
+def check_plan(pipe: Any, plan: Plan, *, encoded: bool) -> None:
+    """Raise a ValueError unless a stream can go on so: see `VideoPipeline.check`."""
+    check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=encoded)
+    alone = not plan.routed or len(plan.prompts) == 1
+    check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
+    for units in menu_of(pipe, plan.units):
+        pipe.settings(plan.options.replaced(units=units), None)
+
+
+def router_of(folder: Path, device: str) -> Router | None:
+    """Load the router of a checkpoint, if it has one."""
+    part = folder / "router"
+    return weights.load_component(part, Router, device=device) if part.is_dir() else None
 
 
 def options_of(

@@ -94,8 +94,7 @@ class VideoPipeline:
             codec_dtype: of the codec; bfloat16 takes half the memory, and less time where the
                 processor has it, and changes a third of the pixels by a few levels.
             device: where to compute.
-            offload: keep the transformer on the host, but for the layer that computes, and run the
-                text encoder there.
+            offload: keep text encoder and transformer on the host, but for the layer that computes.
             graphs: record the passes that come again as CUDA graphs, once the window is full.
             compile: compile the transformer's blocks by `torch.compile`; pixels may move a little.
 
@@ -108,23 +107,20 @@ class VideoPipeline:
         own = {side: defaults.pop(side) for side in ("height", "width")}
         own |= {"graphs": graphs, "compiled": compile}
         check_device(device)
-        check(
-            "offload", offload, not (offload and (graphs or compile)), "it, or graphs and compile"
-        )
+        alone = not (offload and (graphs or compile))
+        check("offload", offload, alone, "it, or graphs and compile")
         wanted, host = weights.as_dtype(dtype or torch_dtype), "cpu" if offload else device
         decoding = checkpoint if codec is None else Checkpoint.find(codec)
         found = checkpoint.transformer()
         checkpoint.check_preset(found, preset)
         prompts = checkpoint.text_encoder(dtype=wanted, device=host)
         transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
-        folder = checkpoint.source / "router"
-        router = weights.load_component(folder, Router, device=device) if folder.is_dir() else None
         inputs.place(transformer, device, offload=offload, compile=compile)
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=decoding.codec(dtype=weights.as_dtype(codec_dtype), device=device),
-            router=router,
+            router=inputs.router_of(checkpoint.source, device),
             sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
             **own,
@@ -349,11 +345,7 @@ class VideoPipeline:
 
     def check(self, plan: Plan, *, encoded: bool = False) -> None:
         """Raise unless a stream can go on so."""
-        inputs.check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=encoded)
-        alone = not plan.routed or len(plan.prompts) == 1
-        check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
-        for units in inputs.menu_of(self, plan.units):
-            self.settings(plan.options.replaced(units=units), None)
+        inputs.check_plan(self, plan, encoded=encoded)
 
     def settings(self, how: GenerationConfig, frames: int | None) -> tuple[Units, SamplerConfig]:
         """Return the units over so many latent frames, or of an endless stream; how to sample."""

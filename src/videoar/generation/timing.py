@@ -17,7 +17,7 @@ class Timing:
     """Length of the written video."""
     units: int = 0
     """Finished units."""
-    chosen: Counter[str] = field(default_factory=Counter)
+    chosen: dict[str, int] = field(default_factory=Counter)
     """Segments by the units that a router chose for them."""
     passes: int = 0
     """Forward passes of the transformer."""
