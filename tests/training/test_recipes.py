@@ -283,7 +283,7 @@ def test_what_is_not_said_needs_a_checkpoint_that_says_it(tmp_path: Path) -> Non
         TextToVideoConfig(latents=tmp_path, units=("frame",), size="small", init=tmp_path)
     task = replace(find("finetune").task, latents=tmp_path / "none")
     run = replace(find("finetune"), task=task, out=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"there is no folder .*make it of your videos"):
+    with pytest.raises(ValueError, match=r"there is no folder .*make latents of your videos"):
         train(run)
 
 

@@ -218,9 +218,10 @@ def read_info(folder: Path) -> LatentsInfo:
     """Return what a folder of latents says of itself."""
     path = folder / INFO_NAME
     if not path.is_file():
+        what = f"prepare {folder} LATENTS" if folder.is_dir() else f"prepare VIDEOS {folder}"
         raise ValueError(
-            f"there is no folder {folder} with {INFO_NAME}: make it of your videos, with `videoar"
-            f" prepare VIDEOS {folder}`, or name another one (data.path)"
+            f"there is no folder {folder} with {INFO_NAME}: make latents of your videos, with"
+            f" `videoar {what}`, or name another one (data.path)"
         )
     values = read_json(path)
     version = values.pop("format", None)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,7 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
 REPEATS, MAX_STEPS = 3, 64
+LINE = 1, 4  # steps: what more cost is on the straight line through these
 TIMED = -1
 """The number of a line that holds no video, but what one costs."""
 TRIED_FRAMES = 45  # twelve latent ones, which are whole segments of most kinds of unit
@@ -152,15 +154,18 @@ def _steps(
     for steps in design.steps:
         yield f"{steps} steps", dict.fromkeys(kinds, steps)
     path, _, text = next(iter(lines.values()))[0].partition("?")
-    pipe, costs = load_pipeline(path)[0], {}
-    for kind in kinds if design.equal else ():  # it is a straight line through 1 and 4 steps
-        runs = []
-        for steps in (1, 4):
+    pipe, tries, costs = load_pipeline(path)[0], defaultdict[Any, list[Json]](list), {}
+    if design.equal:
+        say(f"measuring what each of {len(kinds)} kinds of unit costs, in turn, {REPEATS} times")
+    for _ in range(REPEATS if design.equal else 0):  # in turn: the machine is as busy for all
+        for kind, steps in itertools.product(kinds, LINE):
             own = read_overrides(text) | {"units": kind, "num_inference_steps": steps}
             tried = replace(pipe, sampling=pipe.sampling.replaced(**own))
-            tries = [speed(tried, num_frames=TRIED_FRAMES) for _ in range(REPEATS)]
-            runs.append({name: min(each[name] for each in tries) for name in tries[0]})
-        costs[kind] = {name: np.polyfit((1, 4), [one[name] for one in runs], 1) for name in runs[0]}
+            tries[kind, steps].append(speed(tried, num_frames=TRIED_FRAMES))
+    for kind in kinds if design.equal else ():
+        both = [tries[kind, steps] for steps in LINE]
+        runs = [{name: min(each[name] for each in own) for name in own[0]} for own in both]
+        costs[kind] = {name: np.polyfit(LINE, [one[name] for one in runs], 1) for name in runs[0]}
     for what in design.equal:
         budget = np.polyval(costs[kinds[0]][what], design.budget)
         ideal = {kind: (budget - line[what][1]) / line[what][0] for kind, line in costs.items()}
