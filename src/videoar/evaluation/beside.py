@@ -101,7 +101,7 @@ def alone(model: VideoTransformer, unit: Unit, words: Tensor) -> dict[str, Calla
     theirs.load_state_dict(weights)
 
     x = unit_noise((0,), unit.index, (unit.size, config.token_dim))
-    where = dict(zip("thw", sides, strict=True), p=config.patch, q=config.patch)
+    where = dict(zip(("t", "h", "w"), sides, strict=True), p=config.patch, q=config.patch)
     latents = rearrange(x, "b (t h w) (c p q) -> b c t (h p) (w q)", **where).to(words)
     given = {"coords": unit.coords, "sigma": torch.ones(1, 1), "text": model.encode_text(words)}
     given |= {"unit": torch.zeros(unit.size, dtype=torch.long), "cache": KVCache()}
