@@ -366,12 +366,12 @@ class Buffer(KVCache):
     def __init__(self, *, size: int, sink: int):
         super().__init__()
         self.size, self.sink, self.start = size, sink, 0
-        self.layers: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self.passed: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple:
         """Put in the keys and values of a pass, and return all that it reads."""
         new, nothing = key.shape[2], key[:, :, :0]
-        end, keys, values = self.layers.get(layer, (0, nothing, nothing))
+        end, keys, values = self.passed.get(layer, (0, nothing, nothing))
         if self.start + new > end:  # the first pass of a unit
             gone = slice(self.sink, self.sink + max(0, keys.shape[2] + new - self.size))
             keys, values = (
@@ -381,7 +381,7 @@ class Buffer(KVCache):
         else:
             keys, values = keys[:, :, :-new], values[:, :, :-new]
         keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        self.layers[layer] = self.start + new, keys, values
+        self.passed[layer] = self.start + new, keys, values
         return keys, values
 
 
