@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from PIL import Image
 from tiny import SCHEMES, TEXT, tiny_pipeline
 from torch import nn
 
-from videoar.cli.generate import generate, make
+from videoar.cli import options
+from videoar.cli.generate import generate, loaded, make
 from videoar.cli.main import COMMANDS, main, parse
 from videoar.core import cache
 from videoar.data.batches import Batches
@@ -268,6 +270,17 @@ def test_all_of_the_past_can_be_read(run: Run, checkpoint: str) -> None:
         assert code == 0
         cached.append(int(re.search(r"up to (\d+) tokens", out)[1]))
     assert cached == [5 * 16, 10 * 16]
+
+
+@pytest.mark.parametrize("kind", [options.Generate, options.Serve])
+def test_what_changes_nothing_is_said(
+    kind: type[Any], checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Graphs are of a card; whichever command asks for them elsewhere is told so."""
+    given = {"prompt": "a ball"} if kind is options.Generate else {}
+    pipe = loaded(kind(model=checkpoint, graphs=True, **given), "device", "graphs")
+    assert pipe.graphs
+    assert "--graphs changes nothing on cpu" in capsys.readouterr().out
 
 
 def test_an_existing_file_is_replaced_only_by_force(run: Run, checkpoint: str) -> None:

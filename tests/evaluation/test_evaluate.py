@@ -225,7 +225,7 @@ def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
     pipe.prompt_encoder = replace(
         pipe.prompt_encoder, encoder=TextEncoder(replace(tiny.TEXT, max_tokens=256)).eval()
     )
-    folder, lines = pipe.save_pretrained(tmp_path / "two"), []
+    folder, lines = pipe.save_pretrained(tmp_path / "two, of one name"), []
     short = {"num_prompts": 2, "seconds": 2.0, "num_inference_steps": 1}
     config = Evaluate(checkpoint=str(folder), out=tmp_path / "out", **short)
     assert "not trained" not in evaluate(config, lines.append)

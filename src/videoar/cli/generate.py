@@ -82,18 +82,24 @@ def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = Non
     return 0
 
 
-def load(args: options.Sampling) -> Any:
-    """Load the pipeline."""
+def loaded(args: options.Sampling | options.Serve, *names: str) -> Any:
+    """Load a pipeline as these options say; say which of them changes nothing."""
     import torch
 
     from videoar.generation.pipeline import VideoPipeline
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in (*LOAD, *options.MACHINE)}
     if args.graphs and not args.device.startswith("cuda"):
         say(f"--graphs changes nothing on {args.device}: passes are recorded on a CUDA device")
-    pipe = VideoPipeline.from_pretrained(args.model, **given)
+    return VideoPipeline.from_pretrained(
+        args.model, **{name: getattr(args, name) for name in names}
+    )
+
+
+def load(args: options.Sampling) -> Any:
+    """Load the pipeline of a generation."""
+    pipe = loaded(args, *LOAD, *options.MACHINE)
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     return pipe
 

@@ -5,6 +5,7 @@ import socket
 
 from videoar.checks import import_extra
 from videoar.cli import options
+from videoar.cli.generate import loaded
 from videoar.cli.progress import say
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -23,17 +24,10 @@ def serve(args: options.Serve) -> None:
             " another --port, or --host"
         ) from error
     with bound:
-        import torch
-
-        from videoar.generation.pipeline import VideoPipeline
         from videoar.serve.app import SOCKETS, make_app
         from videoar.serve.engine import Engine
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        names = ("base", "lora", "preset", "dtype", "device", "graphs", "compile")
-        load = {name: getattr(args, name) for name in names}
-        pipe = VideoPipeline.from_pretrained(args.model, **load)
+        pipe = loaded(args, "base", "lora", "preset", "dtype", "device", "graphs", "compile")
         token = "" if args.host in LOOPBACK else secrets.token_urlsafe(24)
         app = make_app(Engine(pipe, limit=args.sessions), token=token)
         host = f"[{args.host}]" if ":" in args.host else args.host

@@ -62,34 +62,42 @@ WORDS["num_inference_steps"] = "steps {}"
 
 def run(config: Study, say: Report) -> str:
     """Do a share of a study by a design that has a name, or is a file: see `compare`."""
-    return compare(designs.find(config), config, say)
+    design = designs.find(config)
+    lines = dict(map(read_line, design.checkpoints))
+    if len(lines) < len(design.checkpoints):
+        raise ValueError("two checkpoints have one name: write NAME=CHECKPOINT with other names")
+    return compare(design, lines, config, say)
 
 
 def evaluate(config: Evaluate, say: Report) -> str:
     """Do a share of a study of one checkpoint under kinds of unit: see `compare`."""
     names = ("num_inference_steps", "shift", "guidance_scale")
     given = [f"{k}={getattr(config, k)}" for k in names if getattr(config, k) is not None]
+    line = f"{config.checkpoint}?{'&'.join(given)}"
     design = Design(
         about=f"Do the videos of {config.checkpoint} show what their prompts say?",
-        checkpoints=(f"videos={config.checkpoint}?{'&'.join(given)}",),
+        checkpoints=(line,),
         units=config.units or tuple(Checkpoint.find(config.checkpoint).meta.get("units", KINDS)),
         num_prompts=config.num_prompts,
         seeds=1,
         seconds=config.seconds,
     )
-    return compare(design, config, say)
+    return compare(design, {"videos": (line,)}, config, say)
 
 
-def compare(design: Design, config: Judged, say: Report) -> str:
+def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, say: Report) -> str:
     """Do a share of a study, and return the report if it was the last one.
+
+    Args:
+        design: what is compared, and on how many videos.
+        lines: its checkpoints by name, and what each overrides, as `toy?shift=3`.
+        config: who judges, and where to.
+        say: is told how far it is.
 
     Raises:
         ValueError: it is none, or the folder holds another one.
     """
     folder = config.out
-    lines = dict(map(read_line, design.checkpoints))
-    if len(lines) < len(design.checkpoints):
-        raise ValueError("two checkpoints have one name: write NAME=CHECKPOINT with other names")
     paths = [path.partition("?")[0] for several in lines.values() for path in several]
     judge, mark = find_judge(config, paths[0])
     judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
@@ -112,7 +120,7 @@ def compare(design: Design, config: Judged, say: Report) -> str:
     if missing:
         return f"{missing} videos are missing: other shares make them, or this command again\n"
     entries = held["entries"].items()
-    lines = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
+    members = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
     said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "untrained": []}
     for checkpoint in dict.fromkeys(job.entry.checkpoint for job in jobs):
@@ -123,7 +131,7 @@ def compare(design: Design, config: Judged, say: Report) -> str:
     for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():
         units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
         said["lattices"][str(job.sampling.units)] = report.lattice(units)
-    return report.write(folder, Found(entries=found, lines=lines), said, say)
+    return report.write(folder, Found(entries=found, lines=members), said, say)
 
 
 def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) -> Json:

@@ -1,5 +1,6 @@
 """Training a generator, by flow matching on latents that were encoded once."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,7 +159,7 @@ def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str
     """
     said: dict[str, Any] = {"units": list(dict.fromkeys(units))}
     some = list(dict.fromkeys(filter(None, captions)))
-    said["prompts"] = some[:: -(-len(some) // MAX_PROMPTS) or 1]
+    said["prompts"] = some[:: max(1, math.ceil(len(some) / MAX_PROMPTS))]
     if words is not None:
         words = sorted({*words, *text_encoder.words_of(captions)})
     return said if words is None or len(words) > MAX_WORDS else said | {"words": words}

@@ -192,7 +192,7 @@ call("GET", "model").then((model) => {
   if (!chosen("unit")) select(model.units);
   model.prompts.forEach((prompt) => $("prompts").append(new Option(prompt)));
   $("prompt").value ||= model.prompts[0] ?? "";
-  if (!$("steps").dataset.set) $("steps").value = model.num_inference_steps;
+  $("steps").value ||= model.num_inference_steps; // a session that goes on may have said its own
 }).catch((error) => tell(error.message, true));
 $("start").onclick = start;
 $("ask").onsubmit = (event) => { event.preventDefault(); send(); };
