@@ -103,19 +103,24 @@ def measured(
     """
     size, start = round(WINDOW_SECONDS * fps), 0
     parts: list[list[Json]] = [[] for _ in prompts]
+    last: tuple[range, Clips] | None = None
     for window in windows(blocks, size=size):
         if start == 0 or window.shape[1] == size:
-            looked, described = judge.look(window, prompts, fps=fps), pictures(window)
-            here = range(start, start + window.shape[1])
-            for i, (clip, place) in enumerate(zip(window, features(window), strict=True)):
-                more: Json = {"features": place.round(5).tolist(), "motion": motion(clip)}
-                if described is not None:
-                    more["pictures"] = described[i].round(3).tolist()
-                more["seams"] = {k: seams(clip, own(here)) for k, own in (labels or {}).items()}
+            last = range(start, start + window.shape[1]), window
+            looked = judge.look(window, prompts, fps=fps)
+            for i, clip in enumerate(window):
                 slices = min(SLICE_SECONDS, len(clip) / fps)
-                more["slices"] = properties(clip, fps=fps, window_seconds=slices)
-                parts[i].append(more | looked[i])
+                looked[i]["slices"] = properties(clip, fps=fps, window_seconds=slices)
+                parts[i].append(looked[i])
         start += window.shape[1]
+    assert last is not None, "a video has frames"
+    here, window = last
+    described, places = pictures(window), features(window).round(5).tolist()
+    for i, (clip, own) in enumerate(zip(window, parts, strict=True)):
+        own[-1] |= {"features": places[i], "motion": motion(clip)}
+        own[-1]["seams"] = {k: seams(clip, units(here)) for k, units in (labels or {}).items()}
+        if described is not None:
+            own[-1]["pictures"] = described[i].round(3).tolist()
     return [prompt | _whole(own) for prompt, own in zip(prompts, parts, strict=True)]
 
 
