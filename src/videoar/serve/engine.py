@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from videoar.core.sampler import Finished, Sampler
-from videoar.core.schemes import KINDS, Cells
+from videoar.core.schemes import KINDS
 from videoar.core.units import Unit, Units
 from videoar.data.fragments import encode
 from videoar.generation.pipeline import VideoPipeline
@@ -71,6 +71,7 @@ class Live:
         self._asked: list[tuple[int, float]] = []
         self._shows = False
         """Whether what was asked for has begun."""
+        self._bytes = peak_bytes()
         self._took: deque[tuple[float, int]] = deque(maxlen=RECENT)
         black = np.zeros((1, self.height, self.width, 3), dtype=np.uint8)
         head = encode(black, fps=session.fps, first=0, index=0, lossless=False).head
@@ -120,6 +121,7 @@ class Live:
         (unit, batch), took = done, time.perf_counter() - self._begun
         self._took.append((took, 0 if batch is None else batch.shape[1]))
         if batch is not None:
+            self._bytes = peak_bytes()
             place = {"first": self.frames, "index": self.fragments}
             part = encode(batch[0], fps=self.session.fps, lossless=False, **place)
             if self._asked and self._shows:
@@ -134,18 +136,18 @@ class Live:
         generation = self.session.generation
         sampler, kept = generation.sampler, generation.kept
         busy, made = (sum(values) for values in zip(*self._took, strict=True))
-        find = functools.partial(cells, sampler.units)
+        find = functools.partial(_runs, sampler.units, kept)
         return messages.Computed(
             index=generation.stats.units,
-            cells=runs([find(unit.index)], kept),
-            next=runs([find(sampler.delivered)], kept),
-            cached=runs(map(find, sampler.cache.blocks), kept),
+            cells=find([unit.index]),
+            next=find([sampler.delivered]),
+            cached=find(sampler.cache.blocks),
             seconds=self.session.seconds,
             unit_ms=1000 * took,
             fps=made / busy,
             units=str(generation.plan.options.units),
             cache_bytes=generation.stats.cache_bytes,
-            process_bytes=peak_bytes(),
+            process_bytes=self._bytes,
         )
 
     def obey(self, message: Change | messages.Pause | messages.Seek | messages.Seen) -> None:
@@ -165,22 +167,22 @@ class Live:
 
 
 @functools.lru_cache(maxsize=1024)  # every message says what is cached
-def cells(units: Units, index: int) -> Cells:
-    """Return the cells of a unit."""
-    return units.at(index).cells
-
-
-def runs(units: Iterable[Cells], kept: Sequence[int]) -> list[list[int]]:
-    """Return cells as (frame, row, first column, last column, level); the first frames are kept."""
+def _runs_of(units: Units, index: int) -> list[list[int]]:
+    """Return the cells of a unit as (frame, row, first column, last column, level)."""
     found: list[list[int]] = []
-    later = 1 + kept[-1] - len(kept) if kept else 0
-    for t, h, w, level in itertools.chain.from_iterable(units):
-        frame = kept[t] if t < len(kept) else t + later
-        if found and found[-1][:2] + found[-1][3:] == [frame, h, w - 1, level]:
+    for t, h, w, level in units.at(index).cells:
+        if found and found[-1][:2] + found[-1][3:] == [t, h, w - 1, level]:
             found[-1][3] = w
         else:
-            found.append([frame, h, w, w, level])
+            found.append([t, h, w, w, level])
     return found
+
+
+def _runs(units: Units, kept: Sequence[int], indices: Iterable[int]) -> list[list[int]]:
+    """Return the runs of units in the video, whose `kept` frames are the lattice's first."""
+    later = 1 + kept[-1] - len(kept) if kept else 0
+    own = itertools.chain.from_iterable(_runs_of(units, index) for index in indices)
+    return [[kept[t] if t < len(kept) else t + later, *rest] for t, *rest in own]
 
 
 class Engine(threading.Thread):
