@@ -269,7 +269,6 @@ def video() -> TrainConfig:
         task=TextToVideoConfig(
             latents=Path("latents"),
             units=TOY_UNITS,
-            size="small",
             flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.2),
             stages=(
                 StageConfig(steps=500, flow=PICTURES, draws=8, units=("frame",)),

@@ -67,7 +67,7 @@ class TextToVideoConfig(GeneratorConfig):
     size: Annotated[
         Literal["tiny", "small", "medium"] | None, arg(name="size", prefix_name=False)
     ] = None
-    """Size of a transformer trained from nothing, in place of `model`."""
+    """Size of a transformer trained from nothing, in place of `model`; small, if none is said."""
     model: AvoidSubcommands[ModelConfig | None] = None
     """The same, number by number."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
@@ -92,11 +92,6 @@ class TextToVideoConfig(GeneratorConfig):
         own = self.init is not None or self.lora_rank is None
         check("lora_rank", self.lora_rank, own, "none without task.init")
         given = [name for name in ("init", "size", "model") if getattr(self, name) is not None]
-        if not given:
-            raise ValueError(
-                "a run from nothing has to know the size of its transformer: say size small or"
-                " medium, or name a checkpoint to go on from as task.init"
-            )
         if self.init and self.text:
             given.append("text")
         if len(given) > 1:
