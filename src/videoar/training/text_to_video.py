@@ -230,6 +230,9 @@ class TextToVideoTask(GeneratorTask):
         pipe.sampling = trained_sampling(task, pipe.sampling, shards)
         transformer, module = pipe.transformer, trainable(pipe, shards, rank=task.lora_rank)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
+            # Each kind of unit has shapes and masks of its own, in every stage.
+            shapes = len(task.units) * (1 + len(task.stages))
+            torch.compiler.config.recompile_limit = max(8, 2 * shapes)
             for block in transformer.blocks:
                 block.compile(dynamic=False)
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
