@@ -55,6 +55,7 @@ REPEATS, MAX_STEPS = 3, 64
 LINE = 1, 4  # steps: what more cost is on the straight line through these
 TIMED = -1
 """The number of a line that holds no video, but what one costs."""
+TIMED_SECONDS = 60.0  # at most: longer videos cost as much a second
 TRIED_FRAMES = 45  # twelve latent ones, which are whole segments of most kinds of unit
 WORDS = {"units": "{}", "window_frames": "window {}", "sink_frames": "sink {}"}
 WORDS["num_inference_steps"] = "steps {}"
@@ -216,7 +217,8 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
     for number, (job, rows) in enumerate(left, start=1):
         name, pipe, frames = job.entry.name, job.pipeline(), job.settings["num_frames"]
         if rows == [TIMED]:
-            found = [{"runs": [speed(pipe, num_frames=frames) for _ in range(REPEATS)]}]
+            tried = min(frames, round(TIMED_SECONDS * job.sampling.fps))
+            found = [{"runs": [speed(pipe, num_frames=tried) for _ in range(REPEATS)]}]
         else:
             asked = job.asked(judge, seed=config.seed)[rows[0] : rows[-1] + 1]
             files = {i: config.out / report.video_of(name, i) for i in rows if i < design.keep}
