@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from videoar.checks import check_positive
+from videoar.checks import Finite, Options
 from videoar.cli import arguments, options
 from videoar.cli.generate import make, read_script
 from videoar.cli.main import exit_code
@@ -37,7 +37,7 @@ STORY = Path(__file__).with_name("story.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Options):
     """Generate one prompt under all five kinds of unit, and a minute in which prompts change."""
 
     out: Path = Path("demo")
@@ -46,11 +46,8 @@ class Demo:
     """Checkpoint: a bundled name or a folder."""
     script: Path = STORY
     """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
-    seconds: float = 60.0
+    seconds: Finite = 60.0
     """Length of the long video."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "seconds")
 
 
 def demo(args: Demo) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_positive
+from videoar.checks import Count, Options
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
 from videoar.cli.progress import say
@@ -45,7 +45,7 @@ RAMP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawUnits:
+class DrawUnits(Options):
     """Draw how schemes cut a lattice into units."""
 
     schemes: Positional[Annotated[tuple[str, ...], arg(metavar="SCHEME ...")]]
@@ -60,7 +60,7 @@ class DrawUnits:
     """Latent frames that a unit may read; all by default."""
     sink: int = 0
     """First latent frames that stay readable for ever."""
-    steps: int = 4
+    steps: Count = 4
     """Denoising steps per unit."""
     out: Path = Path("drawings")
     """Folder for order.png, mask.png and filling.webp, or units.webp with several schemes."""
@@ -68,7 +68,7 @@ class DrawUnits:
     """Replace files that exist."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps")
+        super().__post_init__()
         if not self.schemes:
             raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
 

@@ -191,14 +191,6 @@ def check_options(options: Any, *rules: Rule, least: Mapping[str, float] = {}) -
         check(name, value, value is None or value >= low, f"{low} or more")
 
 
-def check_positive(options: Any, *names: str) -> None:
-    """Raise for a field that is given and is no positive number."""
-    for name in names:
-        value = getattr(options, name)
-        right = value is None or 0 < value < math.inf
-        check(name, value, right, "a number above 0, such as 4")
-
-
 def check_whole(name: str, value: Any, *, least: float = -math.inf) -> None:
     """Raise unless a value is a whole number that is not below the least, or None."""
     right = value is None or isinstance(value, numbers.Integral)

@@ -234,7 +234,7 @@ def test_units_are_those_of_the_training_by_default(tmp_path: Path) -> None:
     more = replace(config, units=("chunk:2", "frame"), out=tmp_path / "more")
     assert "is not trained on frame, but on chunk:2, key-detail:2." in evaluate(more, lines.append)
     (line,) = (line for line in lines if "not trained" in line)
-    assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2")
+    assert line.endswith("is not trained on frame, but on chunk:2, key-detail:2.")
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,35 @@ def test_what_cannot_be_compared_is_said(run: Run, prepared: dict[str, Path], tm
         assert code == 2
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_study_needs_no_judge(
+    prepared: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out clips are asked for, and all is measured but what a reader would have to say."""
+    clips, own, videos = tmp_path / "clips", str(prepared["lossy"]), tmp_path / "videos"
+    videos.mkdir()
+    for number in range(4):
+        scene = world.sample_scene(np.random.default_rng(number))
+        Video(frames=world.render(scene, num_frames=29), fps=16.0).save(videos / f"{number}.mkv")
+        (videos / f"{number}.txt").write_text(f"a red ball, number {number}")
+    words = ["prepare", str(videos), str(clips), "--codec", own, "--workers", "1"]
+    assert main([*words, "--num-frames", "29", "--held-out", "0.5"]) == 0
+    words = ["study", "checkpoints", "--checkpoint", own, "--units", "frame", "chunk:2"]
+    words += ["--seeds", "1", "--footage", str(clips)]
+    asked = [*words, "--num-prompts", "2", "--seconds", "1.6", "--out", str(tmp_path / "study")]
+    assert main(asked) == 0
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "No judge read these videos" in text
+    assert "all right" not in text
+    for said in ("| motion, % of real |", "## What it costs", "## Seams", "## Drift", "a red ball"):
+        assert said in text or said in (tmp_path / "study" / "report.html").read_text()
+    real = [line for line in text.splitlines() if line.startswith("| real clips |")]
+    assert len(real) == 1
+    capsys.readouterr()
+    for more, says in (
+        (["--num-prompts", "3", "--seconds", "1.6"], "holds out 2 videos"),
+        (["--num-prompts", "2", "--seconds", "2.0"], "holds out 0 videos"),
+    ):
+        assert main([*words, *more, "--out", str(tmp_path / "no")]) == 2
+        assert says in capsys.readouterr().err

@@ -202,12 +202,18 @@ def test_designs_that_ship_are_right(name: str, checkpoints: Lines) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(designs.shipped()))
 def test_designs_that_ship_run(name: str, checkpoints: Lines, tmp_path: Path) -> None:
-    """Each ends in a report, at tiny size."""
+    """Each ends in a report of all that it compares, at tiny size; a new one is run by this."""
     lines = [f"{name}={path}" for name, path in zip("ab", checkpoints, strict=True)]
     few = ["--num-prompts", "2", "--seeds", "1", "--seconds", "1.5"]
     words = ["study", name, "--checkpoint", *lines, *few, "--out", str(tmp_path / "out")]
     assert main(words) == 0
+    held = json.loads((tmp_path / "out" / "study.json").read_text())
     assert (tmp_path / "out" / "report.html").exists()
+    text = (tmp_path / "out" / "report.md").read_text()
+    for title, names in held["groups"].items():
+        quality, _, _ = text.partition(f"## Quality, {title}\n")[2].partition("##")
+        assert names
+        assert all(f"\n| {each} |" in quality for each in names)
 
 
 def test_a_design_of_ones_own_is_a_file(tmp_path: Path, capsys) -> None:

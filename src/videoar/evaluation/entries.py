@@ -12,8 +12,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from videoar.evaluation.judge import WINDOW_SECONDS, WORLD, Clips, Judge, window
 from videoar.evaluation.looks import pictures
 from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
 from videoar.evaluation.options import Judged
-from videoar.evaluation.reader import FOOTAGE, TrainedJudge
+from videoar.evaluation.reader import FOOTAGE, Footage, TrainedJudge, held_out
 from videoar.files import Json, to_json
 from videoar.generation.config import AUTO, GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
@@ -46,7 +47,8 @@ def generated(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: 
 
 def real(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
     """Yield real clips of what is asked for."""
-    yield judge.real(prompts, num_frames=num_frames, size=pipe.height, fps=pipe.sampling.fps)
+    size = pipe.height, pipe.width
+    yield judge.real(prompts, num_frames=num_frames, size=size, fps=pipe.sampling.fps)
 
 
 def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
@@ -145,24 +147,10 @@ def _whole(parts: Sequence[Json]) -> Json:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """Videos of the held-out prompts that one checkpoint makes in one way."""
-
-    name: str
-    """In the file; no other entry has it."""
-    checkpoint: str
-    overrides: Json = field(default_factory=dict)
-    """Fields of `GenerationConfig`, such as the units, that are not the checkpoint's own."""
-    num_prompts: int
-    seconds: float
-    seeds: int = 1
-    """Videos per prompt."""
-    make: Callable[..., Made] = generated
-
-
-def find_judge(config: Judged, checkpoint: str) -> Who:
+def find_judge(config: Judged, checkpoint: str, *, seconds: float = 0.0) -> Who:
     """Return who judges: whom the options name, or whom the checkpoint brings along; and its mark.
+
+    Of footage alone the clips are asked for that last so long, and nobody reads the videos.
 
     Raises:
         ValueError: it lacks the videos by which it judges, or there is none.
@@ -172,7 +160,7 @@ def find_judge(config: Judged, checkpoint: str) -> Who:
     trained = folder.is_dir()
     if trained and footage is None and (folder / FOOTAGE).is_dir():
         footage = folder / FOOTAGE
-    if trained != (footage is not None) or (config.judge and not trained):
+    if (trained and footage is None) or (config.judge and not trained):
         raise ValueError(
             f"{found.source} brings {'a' if trained else 'no'} judge of labelled videos: one takes"
             " --footage, the folder of these, if it brings none along, and --judge, the checkpoint"
@@ -180,6 +168,8 @@ def find_judge(config: Judged, checkpoint: str) -> Who:
         )
     if footage is None:
         return WORLD, {}
+    if not trained:
+        return Footage(footage, held_out(footage, seconds=seconds)), {"footage": str(footage)}
     return TrainedJudge(folder, footage), {"judge_weights": found.fingerprint()}
 
 
@@ -215,30 +205,33 @@ def read_overrides(text: str) -> Json:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An entry whose arguments are right, and what tells its videos from others."""
+    """Videos that one checkpoint makes in one way, and what tells them from others."""
 
-    entry: Entry
+    name: str
+    """In the file; no other job has it."""
+    checkpoint: str
     sampling: GenerationConfig
     settings: Json
+    make: Callable[..., Made] = generated
 
     @property
     def routed(self) -> bool:
         """Whether units are chosen for each video on its own: none has those of another."""
-        return self.entry.make is generated and self.sampling.units == AUTO
+        return self.make is generated and self.sampling.units == AUTO
 
     @property
     def num_videos(self) -> int:
-        return self.entry.num_prompts * self.entry.seeds
+        return self.settings["num_prompts"] * self.settings["seeds"]
 
     def pipeline(self) -> VideoPipeline:
-        return replace(load_pipeline(self.entry.checkpoint)[0], sampling=self.sampling)
+        return replace(load_pipeline(self.checkpoint)[0], sampling=self.sampling)
 
     def asked(self, judge: Judge, *, seed: int) -> list[Json]:
         """Return the prompts with their seeds: all of them, once for each video of a prompt."""
-        prompts = judge.prompts(self.entry.num_prompts, seed=seed)
+        prompts = judge.prompts(self.settings["num_prompts"], seed=seed)
         return [
             prompt | {"seed": prompt["seed"] + 1_000_003 * k}
-            for k in range(self.entry.seeds)
+            for k in range(self.settings["seeds"])
             for prompt in prompts
         ]
 
@@ -249,22 +242,24 @@ def load_pipeline(checkpoint: str) -> tuple[VideoPipeline, str]:
     return VideoPipeline.from_pretrained(checkpoint), Checkpoint.find(checkpoint).fingerprint()
 
 
-def plan(entries: Sequence[Entry], report: Report, about: Json) -> list[Job]:
-    """Say what is wrong with an entry before others take hours; `about` is said of all of them."""
-    jobs = []
-    for entry in entries:
-        pipe, weights = load_pipeline(entry.checkpoint)
-        sampling = pipe.sampling.replaced(**entry.overrides)
-        pipe = replace(pipe, sampling=sampling)
-        if new := pipe.untrained([sampling.units] if entry.make is generated else ()):
-            report(f"{entry.name}: {entry.checkpoint} is {new}")
-        num_frames = round(entry.seconds * sampling.fps)
-        pipe.generate(["a ball"], num_frames=num_frames, seeds=[0])
-        own = {"num_inference_steps": sampling.steps, "num_frames": num_frames, "weights": weights}
-        own |= {"num_prompts": entry.num_prompts, "seeds": entry.seeds}
-        settings = to_json(vars(sampling) | own | about)
-        jobs.append(Job(entry=entry, sampling=sampling, settings=settings))
-    return jobs
+def plan(name: str, line: str, *, seconds: float, about: Json, **changes: Any) -> Job:
+    """Plan the videos of a checkpoint, and say what is wrong with it before others take hours.
+
+    Args:
+        name: of the job.
+        line: the checkpoint, and what of the sampling it overrides, as `toy?shift=3`.
+        seconds: the length of a video.
+        about: what else is kept in the settings, `num_prompts` and `seeds` among it.
+        changes: further fields of `GenerationConfig`.
+    """
+    checkpoint, _, text = line.partition("?")
+    pipe, weights = load_pipeline(checkpoint)
+    sampling = pipe.sampling.replaced(**read_overrides(text) | changes)
+    num_frames = round(seconds * sampling.fps)
+    replace(pipe, sampling=sampling).generate(["a ball"], num_frames=num_frames, seeds=[0])
+    own = {"num_inference_steps": sampling.steps, "num_frames": num_frames, "weights": weights}
+    settings = to_json(vars(sampling) | own | about)
+    return Job(name=name, checkpoint=checkpoint, sampling=sampling, settings=settings)
 
 
 def written(blocks: Made, files: Mapping[int, Path], *, first: int, fps: int) -> Made:

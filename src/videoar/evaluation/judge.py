@@ -209,6 +209,7 @@ def score(reading: Reading, scene: world.Scene) -> dict[str, float]:
 
 
 Clips = UInt8[np.ndarray, "batch frames height width 3"]
+Size = tuple[int, int]
 
 
 @runtime_checkable
@@ -218,8 +219,8 @@ class Judge(Protocol):
     def prompts(self, count: int, *, seed: int) -> list[Json]:
         """Return what no training has seen; prompt i does not depend on their number."""
 
-    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
-        """Return real clips of what is asked for."""
+    def real(self, prompts: list[Json], *, num_frames: int, size: Size, fps: int) -> Clips:
+        """Return real clips of what is asked for, of a height and width."""
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         """Return what is `seen` in each clip, and its `scores`."""
@@ -234,9 +235,9 @@ class WorldJudge:
     def prompts(self, count: int, *, seed: int) -> list[Json]:
         return world.held_out_prompts(count, seed=seed)
 
-    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
+    def real(self, prompts: list[Json], *, num_frames: int, size: Size, fps: int) -> Clips:
         scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
-        how = {"num_frames": num_frames, "size": size, "fps": fps}
+        how = {"num_frames": num_frames, "size": size[0], "fps": fps}
         return np.stack([world.render(scene, **how) for scene in scenes])
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:

@@ -10,7 +10,7 @@ without `parts` is one part.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt8
 
 from videoar.data.video import Frames, read_video
 from videoar.encoders.codec import from_frames, to_frames
+from videoar.evaluation.judge import Size
 from videoar.files import Json
 
 LABELS = "labels.jsonl"
@@ -34,17 +35,17 @@ class Part:
     path: Path
     first: int
     last: int
-    things: dict[str, str]
+    things: dict[str, str] = field(default_factory=dict)
     """Words for what is there all along."""
-    deeds: dict[str, str]
+    deeds: dict[str, str] = field(default_factory=dict)
     """Words for what happens."""
-    states: dict[str, list[str | None]]
+    states: dict[str, list[str | None]] = field(default_factory=dict)
     """For each frame from `first` to `last`."""
     caption: str
     held_out: bool
 
-    def clip(self, count: int, *, size: int, fps: float | None = None) -> Frames:
-        """Return so many frames as squares: at a rate, or from the first to the last one.
+    def clip(self, count: int, *, size: int | Size, fps: float | None = None) -> Frames:
+        """Return so many frames of a size: at a rate, or from the first to the last one.
 
         Where the part is over, its last frame is held.
         """
@@ -65,12 +66,12 @@ def spread(last: int, count: int) -> Int[np.ndarray, " count"]:
     return np.linspace(0, last, count).round().astype(int)
 
 
-def shrunk(frames: Frames, size: int) -> UInt8[np.ndarray, "frames size size 3"]:
-    """Return frames as squares of a size."""
-    if frames.shape[1:3] == (size, size):
+def shrunk(frames: Frames, size: int | Size) -> UInt8[np.ndarray, "frames _ _ 3"]:
+    """Return frames of a height and width, or as squares."""
+    if frames.shape[1:3] == tuple(np.broadcast_to(size, 2)):
         return frames
     video = from_frames(np.ascontiguousarray(frames))
-    return to_frames(F.interpolate(video, (size, size), mode="bilinear", antialias=True))
+    return to_frames(F.interpolate(video, size, mode="bilinear", antialias=True))
 
 
 def outline(states: Sequence[str | None]) -> list[str]:

@@ -27,15 +27,11 @@ def draw(found: Found, say: Callable[[str], None]) -> dict[str, str]:
         say(str(error))
         return {}
     with matplotlib.rc_context(STYLE):
-        plots = {"quality": _figure(_costs(found), "all right, %")}
-        if curves := _curves(found):
-            plots["drift"] = _figure(curves)
-        if context := _context(found):
-            plots["context"] = _figure(context)
-    return plots
+        plots = {"quality": _costs(found), "drift": _curves(found), "context": _context(found)}
+        return {name: _figure(panels) for name, panels in plots.items() if panels}
 
 
-def _figure(panels: Mapping[str, Points], label: str = "") -> str:
+def _figure(panels: Mapping[str, Points]) -> str:
     """Draw panels beside each other: curves with bands, or points with bars where they are few."""
     figure_of = import_extra("matplotlib.figure", MISSING).Figure
     figure = figure_of(figsize=(4 * len(panels), 4), layout="constrained")
@@ -49,7 +45,8 @@ def _figure(panels: Mapping[str, Points], label: str = "") -> str:
             else:
                 bars = np.abs([y - low, high - y])
                 axis.errorbar(x, y, bars, label=name, marker="o", capsize=2, alpha=0.8)
-        axis.set(xlabel=title, ylabel=label)
+        below, _, beside = title.partition(": ")
+        axis.set(xlabel=below, ylabel=beside)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
@@ -64,17 +61,19 @@ def _of_all(found: Found, line: str, name: str = CHIEF, key: str = "scores") -> 
 def _costs(found: Found) -> dict[str, Points]:
     """Return quality against passes and against seconds."""
     panels: dict[str, Points] = defaultdict(lambda: defaultdict(list))
-    for line, name in itertools.product(found.lines, ("passes", "seconds")):
+    read = CHIEF in found.sides(CODEC)
+    for line, name in itertools.product(found.lines if read else (), ("passes", "seconds")):
         kind, x = found.samples(line)[0]["settings"]["units"], np.median(found.cost(line, name))
         y = (100 * value for value in _of_all(found, line))
-        panels[f"{name} per second of video"][kind].append((float(x), *y))
+        panels[f"{name} per second of video: all right, %"][kind].append((float(x), *y))
     return panels
 
 
 def _curves(found: Found) -> dict[str, Points]:
     """Return values over time with bands, of what has some."""
     panels: dict[str, Points] = defaultdict(dict)
-    for line, name in itertools.product((CODEC, *found.lines), CURVES):
+    known = [name for name in CURVES if name in found.entries[CODEC]["videos"][0]["curves"]]
+    for line, name in itertools.product((CODEC, *found.lines), known):
         settings = found.samples(line)[0]["settings"]
         videos = [video for sample in found.samples(line) for video in sample["videos"]]
         values = np.array([video["curves"][name] for video in videos])
@@ -102,7 +101,7 @@ def _context(found: Found) -> dict[str, Points]:
     for line, own in settings.items():
         window = own["window_frames"] or 2 * max(width or 0 for width in widths)
         kind = f"{own['units']}, sink {own['sink_frames']}"
-        values = {"all right": _of_all(found, line)}
+        values = {"all right": _of_all(found, line)} if CHIEF in found.sides(line) else {}
         if "contrast" in found.sides(line, "slopes"):
             values["contrast per second"] = _of_all(found, line, "contrast", "slopes")
         for panel, name in {"seconds per second": "seconds", "cache, bytes": "cache"}.items():

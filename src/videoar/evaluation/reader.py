@@ -9,9 +9,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from videoar.data.latents import INFO_NAME, LatentShards
 from videoar.encoders.codec import Video, from_frames
-from videoar.evaluation.judge import Clips
-from videoar.evaluation.labels import Words, read_labels, shrunk, spread
+from videoar.evaluation.judge import Clips, Size
+from videoar.evaluation.labels import Part, Words, read_labels, shrunk, spread
 from videoar.files import Json
 from videoar.weights import load_component
 
@@ -145,16 +146,27 @@ def scores(seen: Json, told: Json) -> dict[str, float]:
     return right | {"all": min(right.values())}
 
 
-class TrainedJudge:
-    """The judge of labelled videos: it asks for what those show that were held out."""
+def held_out(footage: Path, *, seconds: float) -> list[Part]:
+    """Return what labels, or prepared videos, hold out; of these what lasts so long."""
+    if not (footage / INFO_NAME).is_file():
+        return [part for part in read_labels(footage) if part.held_out]
+    if not (apart := footage / "heldout").is_dir():
+        return []
+    shards, found = LatentShards(apart), list[Part]()
+    for clip in shards.clips:
+        frames = 1 + (clip["frames"] - 1) * shards.info.stride[0]
+        usual = (clip["height"], clip["width"]) == shards.size
+        if usual and frames >= round(seconds * shards.info.fps):
+            path, said = apart / clip["extra"]["source"], clip["captions"][0]
+            found.append(Part(path=path, first=0, last=frames - 1, caption=said, held_out=True))
+    return found
 
-    def __init__(self, folder: Path, footage: Path) -> None:
-        self.reader = load_component(folder, StateReader).float().eval()
-        self.footage, self.config = footage, (config := self.reader.config)
-        how = {"only": tuple(config.heads), "apart": config.apart, "share": config.held_out}
-        # How things stand at first is what follows from the words only where a video begins.
-        parts = read_labels(footage, **how)
-        self.asked = [part for part in parts if part.held_out and part.first == 0]
+
+class Footage:
+    """Who asks for what videos show that were held out, and reads nothing in others."""
+
+    def __init__(self, footage: Path, asked: list[Part]) -> None:
+        self.footage, self.asked = footage, asked
 
     def prompts(self, count: int, *, seed: int) -> list[Json]:
         if count > len(self.asked):
@@ -169,9 +181,27 @@ class TrainedJudge:
             found.append({"prompt": part.caption, "seed": seed + i} | about)
         return found
 
-    def real(self, prompts: list[Json], *, num_frames: int, size: int, fps: int) -> Clips:
+    def real(self, prompts: list[Json], *, num_frames: int, size: Size, fps: int) -> Clips:
         parts = [self.asked[prompt["part"]] for prompt in prompts]
         return np.stack([part.clip(num_frames, size=size, fps=fps) for part in parts])
+
+    def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
+        return [{"seen": {}, "scores": {}} for _ in clips]
+
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        return ["" for _ in clips]
+
+
+class TrainedJudge(Footage):
+    """The judge of labelled videos."""
+
+    def __init__(self, folder: Path, footage: Path) -> None:
+        self.reader = load_component(folder, StateReader).float().eval()
+        self.config = config = self.reader.config
+        how = {"only": tuple(config.heads), "apart": config.apart, "share": config.held_out}
+        # How things stand at first is what follows from the words only where a video begins.
+        parts = read_labels(footage, **how)
+        super().__init__(footage, [part for part in parts if part.held_out and part.first == 0])
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         told = zip(self.reader.read(clips), prompts, strict=True)

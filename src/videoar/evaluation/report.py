@@ -31,6 +31,7 @@ SEAMS = """Seams: how much more the luma changes across borders of units than el
 real clips through the codec at the same places; 0 is no seam"""
 DRIFT = "Drift: slopes per second, times 1000, beside those of real clips through the codec"
 ENDS = f"The last {WINDOW_SECONDS:g} s of the same videos minus the first, in points"
+UNREAD = "No judge read these videos: nothing here says whether they show what was asked for."
 NOTE = "\n\n"
 DRIFTING = {CHIEF, "brightness", "contrast", "sharpness", "colourfulness"}
 Rows = list[dict[str, str]]
@@ -45,14 +46,9 @@ def member(name: str, k: int) -> str:
     return f"{name} #{k + 1}"
 
 
-def stem(name: str) -> str:
-    """Return what files of an entry are called by."""
-    return re.sub(r"[^\w.-]+", "-", name)
-
-
 def video_of(name: str, index: int) -> str:
     """Return where in the folder of a study a video is kept."""
-    return f"videos/{stem(name)}-{index}.mp4"
+    return "videos/" + re.sub(r"[^\w.-]+", "-", f"{name}-{index}.mp4")
 
 
 def lattice(units: Units) -> Json:
@@ -66,8 +62,9 @@ def lattice(units: Units) -> Json:
 def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -> str:
     """Write the report as `report.html` and `report.md`, and return the latter."""
     shown, pairs, drifts, ends = Tables(), dict[str, Compared](), Compared(), Compared()
+    read = CHIEF in found.sides(CLEAN)
     for title, names in about["groups"].items():
-        both = itertools.combinations(names, 2)
+        both = itertools.combinations(names, 2) if read else ()
         pairs[title] = {(a, b): found.minus(a, b, CHIEF) for b, a in both}
         shown |= _compared(found, title, names, pairs[title])
     for line in found.lines:
@@ -79,7 +76,9 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
     shown |= _grid(ENDS, "videos of", ends)
     shown = {title: rows for title, rows in shown.items() if rows}
-    text = [_what(found, about), _who(pairs), _price(found, drifts), *about["untrained"], ABOUT]
+    text = [_what(found, about), _who(pairs), _price(found, drifts), *about["doubts"], ABOUT]
+    if not read:
+        text[1] = UNREAD
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
     told = [f"# {title}", *text]
     for name, rows in shown.items():
@@ -134,9 +133,10 @@ def _compared(found: Found, title: str, names: Sequence[str], pairs: Compared) -
         shares.append(share)
     first, *others = names
     minus = {(a, scores[key]): found.minus(a, first, key) for a in others for key in scores}
-    shown = {f"Quality, {title}": quality, f"In % of the scores of {CODEC}, {title}": shares}
+    shown = {f"Quality, {title}": quality}
+    shown |= {f"In % of the scores of {CODEC}, {title}": shares} if best else {}
     shown |= _grid(f"Differences, {title}", f"minus {first}", minus)
-    if len(names) > 2:
+    if pairs and len(names) > 2:
         shown |= _grid(f"Every pair, {scores[CHIEF]}, {title}", "row minus column", pairs)
     return shown
 
@@ -175,7 +175,7 @@ def _what(found: Found, about: Json) -> str:
     return (
         f"{videos} videos of {settings['num_frames'] / settings['fps']:.1f} s were made in"
         f" {len(found.lines)} ways, of the same {settings['num_prompts']} prompts,"
-        f" {settings['seeds']} of each, and judged ({about['hardware']}; commit"
+        f" {settings['seeds']} of each, and measured ({about['hardware']}; commit"
         f" {about['commit']})."
     )
 
@@ -201,11 +201,8 @@ def _price(found: Found, drifts: Compared) -> str:
     cost = {line: found.cost(line, "seconds") for line in found.lines}
     order = sorted(cost, key=lambda line: float(np.median(cost[line])))
     least, most = (f"{spread(cost[line])} s ({line})" for line in (order[0], order[-1]))
-    drift, sure = (
-        "no slope differs from that of real clips",
-        [each for each in _sure(drifts) if each[2] < LEVEL],
-    )
-    if sure:
+    drift = "no slope differs from that of real clips"
+    if sure := [each for each in _sure(drifts) if each[2] < LEVEL]:
         (line, name), one, _ = min(sure, key=lambda each: each[1].p)
         drift = f"{len(sure)} of {len(drifts)} slopes differ from those of real clips, most surely"
         drift += f" {name} of {line}, by {one.change.times(1000):.1f} thousandths per second"

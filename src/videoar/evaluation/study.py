@@ -26,7 +26,6 @@ from videoar.data.options import ALL, turns
 from videoar.evaluation import designs, report
 from videoar.evaluation.designs import Design
 from videoar.evaluation.entries import (
-    Entry,
     Job,
     Report,
     UnitsOf,
@@ -37,7 +36,6 @@ from videoar.evaluation.entries import (
     measured,
     plan,
     read_line,
-    read_overrides,
     real,
     speed,
     written,
@@ -48,6 +46,7 @@ from videoar.evaluation.options import Evaluate, Judged, Study
 from videoar.evaluation.statistics import Found
 from videoar.evaluation.tables import CLEAN, CODEC
 from videoar.files import Json, check_folder, first_written, to_json
+from videoar.generation.inputs import doubts
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 
@@ -100,8 +99,9 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     """
     folder = config.out
     paths = [path.partition("?")[0] for several in lines.values() for path in several]
-    judge, mark = find_judge(config, paths[0])
-    judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
+    judge, mark = find_judge(config, paths[0], seconds=design.seconds)
+    found = judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
+    prompts = [prompt["prompt"] for prompt in found]
     about = {"seed": config.seed, "batch_size": config.batch_size} | mark
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
     asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
@@ -111,24 +111,25 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
         if any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} holds other files, and no study: name another folder")
         settled = _settled(design, lines, say)
-        plan(_entries(settled["entries"], design, paths[0]), lambda line: None, about)  # may raise
+        _jobs(settled["entries"], design, paths[0], about)  # may raise
         folder.mkdir(exist_ok=True)
     held = first_written(path, {"asked": asked} | settled)
     check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
-    jobs = plan(_entries(held["entries"], design, paths[0]), say, about)
+    jobs = _jobs(held["entries"], design, paths[0], about)
+    said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
+    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": []}
+    for checkpoint in weights:
+        made = [job for job in jobs if job.make is generated]
+        own = [job.sampling for job in made if job.checkpoint == checkpoint]
+        for line in doubts(load_pipeline(checkpoint)[0], own, prompts):
+            said["doubts"].append(f"{checkpoint}: {line}.")
+            say(said["doubts"][-1])
     _work(config, design, jobs, judge, say)
     found, missing = _found(folder, jobs, say)
     if missing:
         return f"{missing} videos are missing: other shares make them, or this command again\n"
     entries = held["entries"].items()
     members = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
-    said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
-    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "untrained": []}
-    for checkpoint in dict.fromkeys(job.entry.checkpoint for job in jobs):
-        made = [job for job in jobs if job.entry.make is generated]
-        units = [job.sampling.units for job in made if job.entry.checkpoint == checkpoint]
-        if new := load_pipeline(checkpoint)[0].untrained(units):
-            said["untrained"].append(f"{checkpoint} is {new}.")
     for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():
         units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
         said["lattices"][str(job.sampling.units)] = report.lattice(units)
@@ -162,14 +163,13 @@ def _steps(
         yield "as they are", None
     for steps in design.steps:
         yield f"{steps} steps", dict.fromkeys(kinds, steps)
-    path, _, text = next(iter(lines.values()))[0].partition("?")
-    pipe, tries, costs = load_pipeline(path)[0], defaultdict[Any, list[Json]](list), {}
+    tries, costs = defaultdict[Any, list[Json]](list), {}
     if design.equal:
         say(f"measuring what each of {len(kinds)} kinds of unit costs, in turn, {REPEATS} times")
     for _ in range(REPEATS if design.equal else 0):  # in turn: the machine is as busy for all
         for kind, steps in itertools.product(kinds, LINE):
-            own = read_overrides(text) | {"units": kind, "num_inference_steps": steps}
-            tried = replace(pipe, sampling=pipe.sampling.replaced(**own))
+            own = {"units": kind, "num_inference_steps": steps, "about": {}, "seconds": 1.0}
+            tried = plan("", next(iter(lines.values()))[0], **own).pipeline()
             tries[kind, steps].append(speed(tried, num_frames=TRIED_FRAMES))
     for kind in kinds if design.equal else ():
         both = [tries[kind, steps] for steps in LINE]
@@ -183,17 +183,15 @@ def _steps(
         yield f"equal {what}", found
 
 
-def _entries(asked: Json, design: Design, first: str) -> list[Entry]:
-    """Return what is made: real clips, those through the codec, and an entry per checkpoint."""
-    shared: Json = {"num_prompts": design.num_prompts, "seconds": design.seconds}
-    makers = {CLEAN: real, CODEC: coded}
-    entries = [Entry(name=k, checkpoint=first, make=make, **shared) for k, make in makers.items()]
-    for name, (checkpoints, overrides) in asked.items():
-        for k, checkpoint in enumerate(checkpoints):
-            path, _, text = checkpoint.partition("?")
-            own: Json = {"name": report.member(name, k), "checkpoint": path, "seeds": design.seeds}
-            entries.append(Entry(overrides=read_overrides(text) | overrides, **own, **shared))
-    return entries
+def _jobs(entries: Json, design: Design, first: str, about: Json) -> list[Job]:
+    """Return what is made: real clips, those through the codec, and videos of every checkpoint."""
+    one = about | {"num_prompts": design.num_prompts, "seeds": 1}
+    both: Json = {"about": one | {"seeds": design.seeds}, "seconds": design.seconds}
+    whole = plan(CLEAN, first, about=one, seconds=design.seconds)
+    jobs = [replace(whole, make=real), replace(whole, name=CODEC, make=coded)]
+    for name, (lines, changes) in entries.items():
+        jobs += [plan(report.member(name, k), v, **both, **changes) for k, v in enumerate(lines)]
+    return jobs
 
 
 def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say: Report) -> None:
@@ -215,17 +213,17 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
     path, paced = config.out / "figures" / f"{share.replace('/', '-of-')}.jsonl", Paced(say)
     started = time.perf_counter()
     for number, (job, rows) in enumerate(left, start=1):
-        name, pipe, frames = job.entry.name, job.pipeline(), job.settings["num_frames"]
+        name, pipe, frames = job.name, job.pipeline(), job.settings["num_frames"]
         if rows == [TIMED]:
             tried = min(frames, round(TIMED_SECONDS * job.sampling.fps))
             found = [{"runs": [speed(pipe, num_frames=tried) for _ in range(REPEATS)]}]
         else:
             asked = job.asked(judge, seed=config.seed)[rows[0] : rows[-1] + 1]
             files = {i: config.out / report.video_of(name, i) for i in rows if i < design.keep}
-            blocks = job.entry.make(pipe, asked, judge, num_frames=frames)
+            blocks = job.make(pipe, asked, judge, num_frames=frames)
             blocks = written(blocks, files, first=rows[0], fps=job.sampling.fps)
             own = [k for k in kinds if k == str(job.sampling.units)]
-            own = own if job.entry.make is generated else kinds
+            own = own if job.make is generated else kinds
             how: Json = {"labels": _labels(pipe, own, frames), "fps": job.sampling.fps}
             found = measured(blocks, asked, judge=judge, **how)
         with path.open("a", encoding="utf-8") as file:
@@ -238,12 +236,12 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
 
 def _numbers(job: Job) -> list[int]:
     """Return the numbers of its lines: videos, and what one of them costs."""
-    return [*range(job.num_videos), *([TIMED] if job.entry.make is generated else [])]
+    return [*range(job.num_videos), *([TIMED] if job.make is generated else [])]
 
 
 def _new(job: Job, rows: Sequence[int], there: set[tuple[str, int]]) -> list[int]:
     """Return the numbers of lines that are not there."""
-    return [i for i in rows if (job.entry.name, i) not in there]
+    return [i for i in rows if (job.name, i) not in there]
 
 
 def _labels(pipe: VideoPipeline, kinds: Sequence[str], num_frames: int) -> dict[str, UnitsOf]:
@@ -282,14 +280,14 @@ def _rows(folder: Path, say: Report) -> Iterator[Json]:
 
 def _found(folder: Path, jobs: Sequence[Job], say: Report) -> tuple[Json, int]:
     """Return what is known of every entry, and how much is missing."""
-    rows: dict[str, dict[int, Json]] = {job.entry.name: {} for job in jobs}
+    rows: dict[str, dict[int, Json]] = {job.name: {} for job in jobs}
     for row in _rows(folder, say):
         rows[row["entry"]][row["index"]] = row
     found, missing = Json(), 0
     for job in jobs:
-        own = rows[job.entry.name]
+        own = rows[job.name]
         missing += sum(k not in own for k in _numbers(job))
         videos = [own[k] for k in sorted(own) if k != TIMED]
         runs = own[TIMED]["runs"] if TIMED in own else []
-        found[job.entry.name] = {"settings": job.settings, "videos": videos, "runs": runs}
+        found[job.name] = {"settings": job.settings, "videos": videos, "runs": runs}
     return found, missing

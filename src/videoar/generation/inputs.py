@@ -24,7 +24,7 @@ from videoar.core.transformer import Network, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
-from videoar.generation.config import AUTO, GenerationConfig, Plan
+from videoar.generation.config import AUTO, GenerationConfig, Plan, trained_flow
 from videoar.generation.graphs import Recorded
 from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
@@ -142,6 +142,22 @@ def check_plan(pipe: Any, plan: Plan, *, encoded: bool) -> None:
     check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
     for units in menu_of(pipe, plan.units):
         pipe.settings(plan.options.replaced(units=units), None)
+
+
+def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str]) -> list[str]:
+    """Return what is asked of a model that its training did not know, a line for each."""
+    found = list[str]()
+    if new := pipe.untrained([options.units for options in asked]):
+        found.append(f"the model is {new}")
+    noisy = [str(one.lag) for one in asked if one.lag not in (None, "autoregressive", one.steps)]
+    if noisy and trained_flow(pipe.meta, pipe.sampling).context == "clean":
+        what = "the model was trained on clean context, and reads noisy units with lag"
+        found.append(f"{what} {', '.join(dict.fromkeys(noisy))}")
+    if unknown := pipe.unknown_words(" ".join(prompts)):
+        found.append(f"in no caption of the model's training: {', '.join(unknown)}")
+    if any(options.step == "renoise" and options.guidance_scale != 1 for options in asked):
+        found.append("the model is distilled to sample without guidance, which takes a second pass")
+    return found
 
 
 def router_of(folder: Path, device: str) -> Router | None:
