@@ -103,7 +103,8 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
     about = {"seed": config.seed, "batch_size": config.batch_size} | mark
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
-    asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
+    made_of = {"design": design, "weights": weights} | about
+    asked = json.loads(json.dumps(to_json(made_of)))
     check_folder(folder)
     path, settled = folder / "study.json", Json()
     if not path.exists():
@@ -113,7 +114,8 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
         plan(_entries(settled["entries"], design, paths[0]), lambda line: None, about)  # may raise
         folder.mkdir(exist_ok=True)
     held = first_written(path, {"asked": asked} | settled)
-    check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
+    how: Json = {"other": "folder", "options": made_of}
+    check_same(held["asked"], asked, held=f"{folder} holds a study", **how)
     jobs = plan(_entries(held["entries"], design, paths[0]), say, about)
     _work(config, design, jobs, judge, say)
     found, missing = _found(folder, jobs, say)
