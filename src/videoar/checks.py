@@ -15,14 +15,19 @@ import re
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
+
+from videoar.files import to_json
 
 P = ParamSpec("P")
 T = TypeVar("T")
 SENTENCE = "{} is {}: use {}."
 """Of a name, its value, and what is right."""
+MAX_TOLD = 3
+"""Of many differences, so many are told."""
 Rule = tuple[str, bool, str]
 """The name of a field, whether it is right, and what is."""
 
@@ -198,8 +203,12 @@ def check_whole(name: str, value: Any, *, least: float = -math.inf) -> None:
     check(name, value, value is None or value >= least, f"{least} or more")
 
 
-def check_same(old: Any, new: Any, *, held: str, other: str, free: Collection[str] = ()) -> None:
-    """Raise for the first setting, by name, that is another now, unless it is free.
+def check_same(
+    old: Any, new: Any, *, held: str, other: str, free: Collection[str] = (), options: Any = None
+) -> None:
+    """Raise for the first settings, by name, that are others now, unless they are free.
+
+    What a record of an older version lacks was at its default; a `Note` says so.
 
     Args:
         old: as nested dictionaries, as is `new`.
@@ -207,15 +216,37 @@ def check_same(old: Any, new: Any, *, held: str, other: str, free: Collection[st
         held: what has the old ones, as `runs/toy holds a run`.
         other: what else can be named, as `folder`.
         free: names of settings that may differ.
+        options: dataclasses, nested as the settings are, whose defaults count.
     """
-    before, after = _flatten(old), _flatten(new)
-    for name in sorted((before.keys() | after.keys()) - set(free)):
-        was, now = before.get(name, "absent"), after.get(name, "absent")
-        if was != now:
-            raise ValueError(
-                f"{held} with {name} = {was}, but {now} is asked for: keep the old value, or name"
-                f" another {other}"
-            )
+    taken = dict[str, Any]()
+    before, after = _flatten(_completed(old, options, taken)), _flatten(new)
+    names = sorted((before.keys() | after.keys()) - set(free))
+    pairs = {name: (before.get(name, "absent"), after.get(name, "absent")) for name in names}
+    told = [f"{k} = {was}, but {now} is asked for" for k, (was, now) in pairs.items() if was != now]
+    if told:
+        said = ", and ".join(told[:MAX_TOLD])
+        raise ValueError(f"{held} with {said}: keep the old value, or name another {other}")
+    if said := ", ".join(f"{name} = {now}" for name, now in taken.items() if name not in free):
+        warnings.warn(f"{held} of an older version, which goes on with {said}", Note, stacklevel=2)
+
+
+def _completed(old: Any, options: Any, taken: dict[str, Any], prefix: str = "") -> Any:
+    """Return a record with what it lacks of dataclasses, which is `taken` at their defaults."""
+    if isinstance(options, list | tuple) and isinstance(old, list):
+        pairs = enumerate(zip(old, options, strict=False))
+        whole = [_completed(*both, taken, f"{prefix}{k}.") for k, both in pairs]
+        return whole + old[len(whole) :]
+    known = dataclasses.is_dataclass(options)
+    inner = vars(options) if known else options
+    if not isinstance(old, Mapping) or not isinstance(inner, Mapping):
+        return old
+    whole = {k: _completed(v, inner.get(k), taken, f"{prefix}{k}.") for k, v in old.items()}
+    for field in dataclasses.fields(options) if known else ():
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if field.name not in old and default is not dataclasses.MISSING:
+            whole[field.name] = taken[prefix + field.name] = to_json(default)
+    return whole
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -742,6 +742,19 @@ def test_going_on_with_other_settings_is_refused(
     assert digests(clips.parent / "whole") == uninterrupted
 
 
+def test_a_folder_of_an_older_version_goes_on(
+    clips: Path, uninterrupted: dict[str, str], prepare: Run
+) -> None:
+    """An option has come since, which is at its default; that is said."""
+    folder = clips.parent / "whole"
+    about, before = folder / "prepare.json", (folder / "prepare.json").read_text()
+    about.write_text(json.dumps({k: v for k, v in json.loads(before).items() if k != "held_out"}))
+    code, _, error = prepare(clips, folder, quick=("--num-frames", "9", "--workers", "1"))
+    about.write_text(before)
+    assert (code, "goes on with held_out = 0.05" in error) == (0, True), error
+    assert digests(folder) == uninterrupted
+
+
 def test_shares_of_two_machines_give_the_same_bytes(
     clips: Path, uninterrupted: dict[str, str], exact: str, tmp_path: Path, prepare: Run
 ) -> None:

@@ -99,6 +99,16 @@ def test_a_killed_study_goes_on(words: Lines, done: Path, tmp_path: Path, capsys
     assert before == {file: file.read_bytes() for file in folder.rglob("*.jsonl")}
 
 
+def test_a_study_of_an_older_version_goes_on(words: Lines, done: Path, tmp_path, capsys) -> None:
+    """A design has got a field since, which is at its default."""
+    shutil.copytree(done, folder := tmp_path / "study")
+    held = json.loads((folder / "study.json").read_text())
+    del held["asked"]["design"]["at_least"]
+    (folder / "study.json").write_text(json.dumps(held))
+    assert main([*words, "--out", str(folder)]) == 0
+    assert "of an older version, which goes on with design.at_least = 1" in capsys.readouterr().err
+
+
 def test_what_is_there_is_not_mixed_or_lost(words: Lines, done: Path, tmp_path, capsys) -> None:
     """Another seed in the same folder would make pairs of strangers; other files are left alone."""
     assert main([*words, "--out", str(done), "--seed", "5"]) == 2

@@ -2,14 +2,17 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import SCHEMES, tiny_pipeline
 
+from videoar.checks import Note
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
+from videoar.generation.state import packed, unpacked
 
 PROMPT, OTHER = "a red ball", "a blue square"
 GUIDED = {"guidance_scale": 2.0, "negative_prompt": "moves", "context_noise": 0.1}
@@ -323,6 +326,17 @@ def test_the_state_of_another_generation_is_refused(pipe, other: Callable, messa
     with pytest.raises(ValueError, match=message) as caught:
         other(pipe).load_state_dict(ours.state_dict())
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_an_older_version_goes_on(pipe) -> None:
+    """It knew nothing of a field of the sampling, which is at its default."""
+    begin = partial(pipe.generate, [PROMPT], num_frames=41, seeds=[0], units="frame")
+    state = begin().state_dict()
+    held = unpacked(state)
+    for plan in (held["about"]["begun"], held["now"]["plan"]):
+        del plan["options"]["context_noise"]
+    with pytest.warns(Note, match=r"goes on with begun.options.context_noise = 0.0"):
+        begin().load_state_dict(state | {"json": packed(held)})
 
 
 def test_a_session_of_another_model_or_file_is_refused(pipe, tmp_path: Path) -> None:

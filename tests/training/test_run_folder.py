@@ -13,6 +13,7 @@ import pytest
 from distributed import config, prepare
 from safetensors.torch import load_file, save_file
 
+from videoar.checks import Note
 from videoar.data.latents import INDEX_NAME
 from videoar.training.loop import TrainConfig, export, train
 from videoar.training.optimizer import OptimizerConfig
@@ -103,6 +104,20 @@ def test_one_process_at_a_time_trains_in_a_folder(root: Path) -> None:
             train(replace(run, steps=2))
         export(run)
     train(replace(run, steps=2))
+
+
+def test_a_run_of_an_older_version_goes_on(root: Path) -> None:
+    """It was refused for an option that did not exist when it began; what it takes is said once."""
+    run = _finetune(root)
+    train(run)
+    held = json.loads((run.out / "run.json").read_text())
+    del held["task"]["lora_rank"], held["task"]["flow"]["short_probability"]
+    (run.out / "run.json").write_text(json.dumps(held))
+    said = r"goes on with task.flow.short_probability = 0.0, task.lora_rank = None"
+    with pytest.warns(Note, match=said):
+        train(replace(run, steps=2))
+    train(replace(run, steps=3))
+    assert (run.out / "checkpoints" / "step-3").is_dir()
 
 
 HOLD = """

@@ -12,6 +12,7 @@ from videoar.cli.prompts import listed
 from videoar.evaluation import vbench
 from videoar.evaluation.options import Suite, VBenchTable
 from videoar.files import check_folder, first_written
+from videoar.generation.config import GenerationConfig
 
 
 def prompts(args: Suite) -> None:
@@ -37,7 +38,8 @@ def generate(args: options.VBenchGenerate) -> int:
     told |= {k: str(v) for k, v in sampling.items() if v is not None or k == "window_frames"}
     folder.mkdir(exist_ok=True)
     held = first_written(folder / vbench.PROTOCOL, told)
-    check_same(held, told, held=f"{folder} holds videos", other="folder")
+    older = {k: str(v) for k, v in vars(GenerationConfig()).items() if k in told}
+    check_same(older | held, told, held=f"{folder} holds videos", other="folder")
     return generate_several(several, todo, pipe)
 
 

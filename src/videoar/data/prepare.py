@@ -75,14 +75,14 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     text = None if encoder is None else encoder.fingerprint()
     sources = {"sources": digest[:16], "text": text}
     if (folder / INFO_NAME).exists():
-        _claim(folder / ABOUT, about | sources)
+        _claim(folder / ABOUT, about | sources, config)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     work = folder / WORK
     if folder.exists() and any(folder.iterdir()) and not work.is_dir():
         raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
     work.mkdir(parents=True, exist_ok=True)
-    _claim(work / ABOUT, about)
+    _claim(work / ABOUT, about, config)
     while todo := _not_made(config, listing.sources, work):
         _make_parts(config, listing.sources[turns(config.share)], todo, show)
     if config.share != ALL:
@@ -105,7 +105,7 @@ def _check_sizes(config: Prepare, codec: Codec) -> None:
         check("a size", f"{width}x{height}", fits, f"multiples of {wide} and {high}")
 
 
-def _claim(path: Path, about: Json) -> None:
+def _claim(path: Path, about: Json, config: Prepare) -> None:
     """Write what a folder is made of and how, or raise if it is made otherwise."""
     old = first_written(path, about)
     if old.get("sources") != about.get("sources"):
@@ -113,8 +113,9 @@ def _claim(path: Path, about: Json) -> None:
             f"{path} is of other videos, of which some were added, removed or changed since: name"
             " a new folder for the latents"
         )
-    now = {key: old.get(key) for key in about}
-    check_same(now, about, held=f"{path} is of latents", other="folder for them")
+    now = {key: old[key] for key in about.keys() & old.keys()}
+    how: Json = {"other": "folder for them", "free": FREE_FIELDS - {"codec"}, "options": config}
+    check_same(now, about, held=f"{path} is of latents", **how)
 
 
 def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source]:

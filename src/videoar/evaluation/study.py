@@ -104,7 +104,8 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     prompts = [prompt["prompt"] for prompt in found]
     about = {"seed": config.seed, "batch_size": config.batch_size} | mark
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
-    asked = json.loads(json.dumps(to_json({"design": design, "weights": weights} | about)))
+    made_of = {"design": design, "weights": weights} | about
+    asked = json.loads(json.dumps(to_json(made_of)))
     check_folder(folder)
     path, settled = folder / "study.json", Json()
     if not path.exists():
@@ -114,7 +115,8 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
         _jobs(settled["entries"], design, paths[0], about)  # may raise
         folder.mkdir(exist_ok=True)
     held = first_written(path, {"asked": asked} | settled)
-    check_same(held["asked"], asked, held=f"{folder} holds a study", other="folder")
+    how: Json = {"other": "folder", "options": made_of}
+    check_same(held["asked"], asked, held=f"{folder} holds a study", **how)
     jobs = _jobs(held["entries"], design, paths[0], about)
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
     said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": []}

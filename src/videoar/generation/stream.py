@@ -337,8 +337,8 @@ class Generation:
         """
         about, now = unpacked(state).values()
         state = {name: _copy(tensor) for name, tensor in state.items()}
-        held = "the state is of a generation"
-        check_same(about, self.about, held=held, other="state")
+        how: Json = {"other": "state", "options": {"begun": self.begun}}
+        check_same(about, self.about, held="the state is of a generation", **how)
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
         if plan != self.plan or plan.stretch:
             self._take(self._pipe.sampler(plan, now["lattice"]))

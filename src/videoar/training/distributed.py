@@ -2,7 +2,8 @@
 
 The batches of an optimizer step are shared among the ranks, so that one process or many compute the
 same. Weights, gradients, averages and moments are split by FSDP2 (Zhao et al. 2023,
-arXiv:2304.11277), block by block.
+arXiv:2304.11277), block by block. What of torch takes a second to import is imported where it is
+needed: a wrong option is told at once.
 """
 
 import contextlib
@@ -17,11 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from videoar.core.transformer import VideoTransformer
 from videoar.weights import write_safetensors
@@ -85,12 +82,14 @@ def split(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Split the weights of a module among the ranks; they come together where they compute."""
     if ranks.count == 1:
         return
-    mesh = init_device_mesh(device.type, (ranks.count,))
+    mesh = dist.init_device_mesh(device.type, (ranks.count,))
     for child in module.children():
         _split(child, mesh)
 
 
 def _split(module: nn.Module, mesh: dist.DeviceMesh) -> None:
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     if isinstance(module, VideoTransformer):
         for block in module.blocks:
             fully_shard(block, mesh=mesh)
@@ -108,7 +107,7 @@ def _split(module: nn.Module, mesh: dist.DeviceMesh) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with the shards of all ranks; all must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return getattr(tensor, "full_tensor", lambda: tensor)()
 
 
 def gather(module: nn.Module, into: nn.Module) -> nn.Module:
@@ -127,18 +126,24 @@ def save(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
         folder.mkdir()
         write_safetensors(folder / "whole.safetensors", dense)
     else:
+        import torch.distributed.checkpoint as dcp
+
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(dense, storage_writer=writer)
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of what a folder holds."""
+    import torch.distributed.checkpoint as dcp
+
     found: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     return {name: tuple(about.size) for name, about in found.state_dict_metadata.items()}
 
 
 def load(folder: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Read tensors into `targets`, whatever the number of ranks that wrote them."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():  # torch says that one process is one process
         warnings.simplefilter("ignore", UserWarning)
         reader = dcp.HuggingFaceStorageReader(str(folder))

@@ -187,10 +187,9 @@ class _Run:
                 " optimizer.muon_learning_rate to None"
             )
         if self.ranks.first:
-            described = files.to_json(config)
-            run_folder.check_owner(config.out, described)
+            run_folder.check_owner(config.out, config)
             if held is not None:
-                held.enter_context(run_folder.claim(config.out, described))
+                held.enter_context(run_folder.claim(config.out, config))
         self.ranks.wait()
         # Initial weights come from the global generator: seeded here, and given back as it was.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):

@@ -28,17 +28,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import safetensors
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 
 from videoar.checks import check_same, explained
 from videoar.data.video import Frames, contact_sheet
-from videoar.files import Json, write_json, written_whole
+from videoar.files import Json, to_json, write_json, written_whole
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
 
@@ -59,7 +59,7 @@ def _begun(out: Path) -> bool:
     return (out / "log.jsonl").exists() or (out / "checkpoints").exists()
 
 
-def check_owner(out: Path, config: Json) -> None:
+def check_owner(out: Path, config: Any) -> None:
     """Raise if `out` belongs to anything but the run `config`.
 
     A run that ended before it began, for a wrong name say, keeps no folder.
@@ -70,13 +70,14 @@ def check_owner(out: Path, config: Json) -> None:
         known |= {FOOTAGE, f"{FOOTAGE}.codec", COSTS, SOURCES}
     if owner.is_file() and _begun(out):
         old, held = json.loads(owner.read_text(encoding="utf-8")), f"{out} holds a run"
-        check_same(old, config, held=held, other="folder", free=FREE_FIELDS)
+        how: Json = {"other": "folder", "free": FREE_FIELDS, "options": config}
+        check_same(old, to_json(config), held=held, **how)
     elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - known):
         raise ValueError(f"{out} exists but is not the folder of a run: name another folder")
 
 
 @contextlib.contextmanager
-def claim(out: Path, config: Json) -> Iterator[None]:
+def claim(out: Path, config: Any) -> Iterator[None]:
     """Make `out` the folder of the run `config`, and of this process alone while it trains.
 
     A lock says whose it is; the system gives back those of processes that died.
@@ -104,7 +105,7 @@ def claim(out: Path, config: Json) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {here}")
         file.flush()
         try:
-            write_json(out / "run.json", config)
+            write_json(out / "run.json", to_json(config))
             yield
         finally:
             file.truncate(0)  # not removed: who has opened it would hold a lock of nothing
@@ -164,6 +165,8 @@ def write_checkpoint(
 
 def reading(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Say in one sentence that a checkpoint is damaged."""
+    from torch.distributed.checkpoint import CheckpointException
+
     says = f"{folder} cannot be read ({{}}): remove that folder to go on without it"
     kinds = OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException
     return explained(says, *kinds)
