@@ -150,8 +150,8 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
 
 def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> Timing:
     """Write the frames as they come, and the state if that is asked for."""
-    from videoar.generation import stream
     from videoar.generation.inputs import hearing
+    from videoar.generation.writing import write
 
     fps, total, due = writer.fps, generation.num_frames, 0.0
     with Progress(sys.stderr, every=5.0) as show:
@@ -167,7 +167,7 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
                 due = time.perf_counter() + SHARE * (time.perf_counter() - before)
 
         try:
-            timing = stream.write(generation, writer, fps=fps, show=tell)
+            timing = write(generation, writer, fps=fps, show=tell)
         except (OSError, FloatingPointError) as error:
             kind = OSError if isinstance(error, OSError) else FloatingPointError
             what = f"{writer.path} holds the first {writer.num_frames / fps:.1f} s"

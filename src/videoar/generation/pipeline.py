@@ -57,6 +57,8 @@ class VideoPipeline:
     """Whether a pass that comes again is recorded: see `graphs.Recorded`."""
     compiled: bool = False
     """Whether the blocks of the transformer are: see `compiled.compile_blocks`."""
+    ahead: bool = False
+    """Whether a thread computes the next unit while one is decoded: see `stream.Generation`."""
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 

@@ -16,9 +16,11 @@ from videoar.core.units import Unit
 from videoar.files import written_whole
 from videoar.generation.config import GenerationConfig, Plan
 from videoar.generation.state import State, unpacked
-from videoar.generation.stream import HOW, Batch, Generation
+from videoar.generation.stream import Batch, Generation
 from videoar.weights import read_safetensors, write_safetensors
 
+HOW = {"over", "recompute"}
+"""Of a change, how it is made."""
 KEPT_BYTES = 2**28
 
 
