@@ -268,7 +268,7 @@ class Generation:
         try:
             (finished,) = side_by_side([sampler])
         except Exception as error:
-            error.add_note(f"unit {sampler.delivered} was computed")
+            error.add_note(f"in unit {sampler.delivered}")
             raise
         return None if finished is None else self._taken(finished)
 
