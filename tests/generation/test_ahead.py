@@ -1,4 +1,4 @@
-"""A generation that computes the next unit while one is decoded is the one that does not."""
+"""A generation that computes the next units while frames are decoded is one that does not."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ from videoar.generation.stream import Generation
 
 PROMPT, OTHER = "a red ball", "a blue square"
 OPTIONS = itertools.cycle([{}, {"lag": 1}, {"guidance_scale": 2.0, "context_noise": 0.1}])
-EACH = pytest.mark.parametrize(("units", "options"), [*zip(SCHEMES, OPTIONS)])
+EACH = pytest.mark.parametrize(("units", "options"), [*zip(SCHEMES, OPTIONS, strict=False)])
 NUM_FRAMES = 33
 
 
@@ -54,10 +54,11 @@ def test_it_shows_the_same_frames_and_goes_on_from_any_state(pipe, ahead, units,
     generation, parts = _begin(ahead, units, **options), []
     for frames in generation:
         parts.append(frames)
-        other = _begin(pipe if len(parts) % 2 else ahead, units, **options)
-        other.load_state_dict(load(save(generation.state_dict())))
-        assert np.array_equal(_frames([*parts, *other]), whole)
-        assert other.stats.frames == NUM_FRAMES
+        if len(parts) in (1, 3, 4):
+            other = _begin(pipe if len(parts) == 3 else ahead, units, **options)
+            other.load_state_dict(load(save(generation.state_dict())))
+            assert np.array_equal(_frames([*parts, *other]), whole)
+            assert other.stats.frames == NUM_FRAMES
     assert np.array_equal(_frames(parts), whole)
     assert generation.stats.passes == plain.stats.passes
     assert generation.stats.units == plain.stats.units

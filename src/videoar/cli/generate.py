@@ -28,6 +28,8 @@ FIELDS += ("negative_prompt", "lag")
 LOAD = ("base", "lora", "codec", "preset", "dtype", "codec_dtype")
 HELD = ("model", "height", "width", *LOAD)
 """Options that are in a state."""
+NARROW = 256
+"""Channels of a model whose passes hardly gain by more threads: see docs/decisions/passes.md."""
 SHARE = 20
 """Of the time, saving the state takes one part in so many, or less."""
 
@@ -98,8 +100,14 @@ def loaded(args: options.Sampling | options.Serve, *names: str) -> Any:
 
 
 def load(args: options.Sampling) -> Any:
-    """Load the pipeline of a generation."""
+    """Load the pipeline of a generation; a small model leaves half of the threads to its codec."""
+    import torch
+
     pipe = loaded(args, *LOAD, *options.MACHINE)
+    half, narrow = torch.get_num_threads() // 2, pipe.transformer.config.hidden_size <= NARROW
+    if half and narrow and args.device == "cpu":
+        torch.set_num_threads(half)
+        pipe.ahead = True
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     return pipe
 
@@ -150,8 +158,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
 
 def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> Timing:
     """Write the frames as they come, and the state if that is asked for."""
-    from videoar.generation.inputs import hearing
-    from videoar.generation.writing import write
+    from videoar.generation.inputs import hearing, write
 
     fps, total, due = writer.fps, generation.num_frames, 0.0
     with Progress(sys.stderr, every=5.0) as show:

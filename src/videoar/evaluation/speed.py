@@ -29,10 +29,10 @@ from videoar.evaluation.beside import beside
 from videoar.evaluation.options import SHAPE_KINDS, Bench
 from videoar.evaluation.tables import cells, markdown, spread
 from videoar.files import Json, load, save
+from videoar.generation.inputs import write
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import Generation
 from videoar.generation.timing import Timing
-from videoar.generation.writing import write
 from videoar.weights import as_dtype
 
 INCLUDED = (

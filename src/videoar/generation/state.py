@@ -30,6 +30,11 @@ def unpacked(state: State, name: str = "json") -> Any:
         raise ValueError("this is no state of a generation: give what `save` wrote") from error
 
 
+def copied(state: State) -> State:
+    """Return a copy, whose tensors are not parts of others."""
+    return {name: each.clone(memory_format=torch.contiguous_format) for name, each in state.items()}
+
+
 def about(generation: Any) -> Json:
     """Say what this is a generation of: a state goes on in one that says the same."""
     pipe, units = generation._pipe, generation.sampler.units

@@ -23,7 +23,7 @@ from videoar.core.units import Unit
 from videoar.encoders.codec import to_frames
 from videoar.generation.config import Plan
 from videoar.generation.latents import Assembler, known_tokens
-from videoar.generation.state import State, about, packed, unpacked
+from videoar.generation.state import State, about, copied, packed, unpacked
 from videoar.generation.timing import Timing
 from videoar.generation.together import side_by_side
 from videoar.machine import process_seconds
@@ -41,9 +41,9 @@ class Generation:
     decoder's memory and the latents that a unit may read, so an endless stream needs constant
     memory. What follows can be changed between two units: see `change`.
 
-    With `ahead` of the pipeline, who iterates decodes while a thread computes the next unit: the
-    frames are the same, and errors come to who iterates. A change holds from the unit behind that
-    one on; who closes the iterator waits for it, and it is kept. `step` does not run ahead.
+    With `ahead` of the pipeline, who iterates decodes while a thread computes the next units, up to
+    the one that completes frames again: the frames are the same, errors come to who iterates, and
+    who closes the iterator waits for them. A change holds behind them; `step` does not run ahead.
 
     Args:
         pipe: a `VideoPipeline`: makes the sampler of a plan and what its passes read, and decodes.
@@ -108,21 +108,19 @@ class Generation:
             ValueError: a value is outside its limits; all stays as it was.
         """
         self._wait()
-        self.wanted, self._anew = self._planned(recompute=recompute, over=over, **changes)
+        self.wanted, self._anew = self._plan(recompute=recompute, over=over, **changes)
 
     def change_at(self, frame: int, **changes: Any) -> None:
         """Ask for a change, see `change`, when so many frames are finished; in rising order."""
         self._wait()
-        self._planned(**changes)
+        self._plan(**changes)
         self.script.append((frame, changes))
 
     def _wait(self) -> Computed | None:
         """Return what is computed and not decoded, once it is."""
         return None if self._ahead is None else self._ahead()
 
-    def _planned(
-        self, *, recompute: bool = False, over: int = 1, **changes: Any
-    ) -> tuple[Plan, bool]:
+    def _plan(self, *, recompute: bool = False, over: int = 1, **changes: Any) -> tuple[Plan, bool]:
         """Return what is asked for, and whether keys are to be new; raise if it cannot be."""
         plan = self.wanted or self.plan
         prompts, seeds = (changes.pop(name, getattr(plan, name)) for name in ("prompts", "seeds"))
@@ -223,15 +221,16 @@ class Generation:
         now: Any = torch.cuda.current_stream(device) if cuda else None
         side: Any = torch.cuda.Stream(device) if cuda else None
         with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(now,)) as pool:
-            while (done := self._next()) is not None:
-                if side is not None:  # for this unit, and not for those behind it
+            for unit, latents in iter(self._next, None):
+                if latents is None:
+                    continue
+                if side is not None:  # for these, and not for those behind them
                     side.wait_stream(now)
                 if ahead:
-                    self._ahead = pool.submit(self._compute).result
+                    self._ahead = pool.submit(self._to_frames).result
                 with torch.cuda.stream(side):
-                    frames = self._decoded(*done)
-                if frames is not None:
-                    yield frames
+                    frames = self._decoded(unit, latents)
+                yield frames
 
     def due(self) -> Sampler | None:
         """Begin what is asked for, and return what computes the next unit; None at the end."""
@@ -241,7 +240,7 @@ class Generation:
         if self.num_frames is not None and frames >= self.num_frames:
             return None  # the rest of the last unit is not shown
         while self.script and frames >= self.script[0][0]:
-            self.wanted, self._anew = self._planned(**self.script.pop(0)[1])
+            self.wanted, self._anew = self._plan(**self.script.pop(0)[1])
         with torch.inference_mode():
             if self.wanted is not None:
                 self._change(self.wanted)
@@ -254,13 +253,20 @@ class Generation:
         Or take one that was computed `together.side_by_side`, after `due`.
         """
         done = self._next() if finished is None else self._taken(finished)
-        return None if done is None else (done[0], self._decoded(*done))
+        if done is None:
+            return None
+        unit, latents = done
+        return unit, None if latents is None else self._decoded(unit, latents)
 
     def _next(self) -> Computed | None:
         """Return the next unit, computed ahead or now."""
         done = (self._ahead or self._compute)()
         self._ahead = None
         return done
+
+    def _to_frames(self) -> Computed | None:
+        """Compute units until one completes frames: a cube alone takes less time than decoding."""
+        return next((done for done in iter(self._compute, None) if done[1] is not None), None)
 
     def _compute(self) -> Computed | None:
         if (sampler := self.due()) is None:
@@ -289,11 +295,9 @@ class Generation:
 
     @torch.inference_mode()
     def _decoded(
-        self, unit: Unit, latents: Latents | None
-    ) -> UInt8[np.ndarray, "batch shown rows columns 3"] | None:
+        self, unit: Unit, latents: Latents
+    ) -> UInt8[np.ndarray, "batch shown rows columns 3"]:
         """Return the frames that a unit finishes, as they are shown."""
-        if latents is None:
-            return None
         begun, finite = time.perf_counter(), latents.isfinite().all()
         frames = to_frames(self._decoder(latents))
         if not finite:  # asked behind the frames: a card is waited for once
@@ -358,7 +362,7 @@ class Generation:
             state["ahead"] = ahead[1]
         if self.stats.frames < self.kept_frames:
             state["conditioning"] = torch.from_numpy(self.conditioning)
-        return {name: _copy(tensor) for name, tensor in state.items()}
+        return copied(state)
 
     def load_state_dict(self, state: State) -> None:
         """Go on where a generation with the same arguments stood, on whatever device that was.
@@ -368,7 +372,7 @@ class Generation:
         """
         self._wait()
         about, now = unpacked(state).values()
-        state = {name: _copy(tensor) for name, tensor in state.items()}
+        state = copied(state)
         held = "the state is of a generation"
         check_same(about, self.about, held=held, other="state")
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
@@ -392,7 +396,3 @@ class Generation:
         if "ahead" in state:
             unit = self.sampler.units.at(self.sampler.delivered - 1)
             self._ahead = lambda: (unit, state["ahead"].to(device))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
