@@ -27,6 +27,8 @@ FIELDS += ("negative_prompt", "lag")
 LOAD = ("base", "lora", "codec", "preset", "dtype", "codec_dtype")
 HELD = ("model", "height", "width", *LOAD)
 """Options that are in a state."""
+NARROW = 256
+"""Channels of a model whose passes hardly gain by more threads: see docs/decisions/passes.md."""
 SHARE = 20
 """Of the time, saving the state takes one part in so many, or less."""
 
@@ -97,8 +99,14 @@ def loaded(args: options.Sampling | options.Serve, *names: str) -> Any:
 
 
 def load(args: options.Sampling) -> Any:
-    """Load the pipeline of a generation."""
+    """Load the pipeline of a generation; a small model leaves half of the threads to its codec."""
+    import torch
+
     pipe = loaded(args, *LOAD, *options.MACHINE)
+    half, narrow = torch.get_num_threads() // 2, pipe.transformer.config.hidden_size <= NARROW
+    if half and narrow and args.device == "cpu":
+        torch.set_num_threads(half)
+        pipe.ahead = True
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     return pipe
 
@@ -151,8 +159,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
 
 def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> Timing:
     """Write the frames as they come, and the state if that is asked for."""
-    from videoar.generation import stream
-    from videoar.generation.inputs import hearing
+    from videoar.generation.inputs import hearing, write
 
     fps, total, due = writer.fps, generation.num_frames, 0.0
     with Progress(sys.stderr, every=5.0) as show:
@@ -168,7 +175,7 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
                 due = time.perf_counter() + SHARE * (time.perf_counter() - before)
 
         try:
-            timing = stream.write(generation, writer, fps=fps, show=tell)
+            timing = write(generation, writer, fps=fps, show=tell)
         except (OSError, FloatingPointError) as error:
             kind = OSError if isinstance(error, OSError) else FloatingPointError
             what = f"{writer.path} holds the first {writer.num_frames / fps:.1f} s"

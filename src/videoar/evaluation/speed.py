@@ -29,8 +29,9 @@ from videoar.evaluation.beside import beside
 from videoar.evaluation.options import SHAPE_KINDS, Bench
 from videoar.evaluation.tables import cells, markdown, spread
 from videoar.files import Json, load, save
+from videoar.generation.inputs import write
 from videoar.generation.pipeline import VideoPipeline
-from videoar.generation.stream import Generation, write
+from videoar.generation.stream import Generation
 from videoar.generation.timing import Timing
 from videoar.weights import as_dtype
 

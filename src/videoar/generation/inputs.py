@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given and gives: keywords, seeds, callbacks, kinds of output."""
+"""What a call of the pipeline is given and gives: keywords, seeds, callbacks, output."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
 from videoar.core.transformer import Network, VideoTransformer
 from videoar.core.units import Units
-from videoar.data.video import Video
+from videoar.data.video import Video, VideoWriter
 from videoar.encoders.codec import from_frames
 from videoar.generation.config import AUTO, GenerationConfig, Plan, trained_flow
 from videoar.generation.graphs import Recorded
@@ -30,6 +30,8 @@ from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
 from videoar.generation.router import Router
 from videoar.generation.stream import Generation
+from videoar.generation.timing import Timing
+from videoar.machine import peak_bytes
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
@@ -90,6 +92,37 @@ def _steps(sampler: Sampler) -> int:
     return more + (units.count or 0) * usual - sum(len(rows.of(wave)) - 1 for wave in known)
 
 
+def write(
+    generation: Generation,
+    writer: VideoWriter,
+    *,
+    fps: float,
+    show: Callable[[int, float], None],
+) -> Timing:
+    """Write the frames of one video as they come, until the end or Ctrl-C.
+
+    After every write `show` gets the frames, and the seconds since the work began.
+    """
+    stats = generation.stats
+    try:
+        with writer:
+            for batch in generation:
+                before = time.perf_counter()
+                writer.write(batch[0])
+                after = time.perf_counter()
+                stats.write_seconds += after - before
+                show(stats.frames, after - generation.started)
+            before = time.perf_counter()
+        stats.write_seconds += time.perf_counter() - before
+    except KeyboardInterrupt:
+        stats.interrupted = True
+    stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
+    stats.video_seconds = writer.num_frames / fps
+    stats.seconds = time.perf_counter() - generation.started
+    stats.peak_bytes = peak_bytes()
+    return stats
+
+
 def menu_of(pipe: Any, units: str | Scheme) -> tuple[str | Scheme, ...]:
     """Return the schemes that a video may be made of: of `auto` those that a router chooses from.
 
@@ -135,8 +168,8 @@ def check_inputs(
         )
 
 
-def check_plan(pipe: Any, plan: Plan, *, encoded: bool) -> None:
-    """Raise a ValueError unless a stream can go on so: see `VideoPipeline.check`."""
+def check_plan(pipe: Any, plan: Plan, *, encoded: bool = False) -> None:
+    """Raise a ValueError unless a stream can go on so."""
     check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=encoded)
     alone = not plan.routed or len(plan.prompts) == 1
     check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
@@ -215,7 +248,7 @@ def network_of(pipe: Any, guidance_scale: float) -> Network:
 
 
 def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:
-    """Lay a scheme over the latents of a pipeline: see `VideoPipeline.lattice`."""
+    """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
     scheme = parse(units) if isinstance(units, str) else units
     time_stride, *strides = pipe.codec.stride
     frames = None if num_frames is None else 1 + math.ceil((num_frames - 1) / time_stride)

@@ -57,6 +57,8 @@ class VideoPipeline:
     """Whether a pass that comes again is recorded: see `graphs.Recorded`."""
     compiled: bool = False
     """Whether the blocks of the transformer are: see `compiled.compile_blocks`."""
+    ahead: bool = False
+    """Whether a thread computes what follows while frames are decoded: see `stream.Generation`."""
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
 
@@ -315,10 +317,8 @@ class VideoPipeline:
         size = {"height": pipe.height, "width": pipe.width, "stride": self.codec.stride[0]}
         conditioning = beginning(image, video, batch=batch, fit=fit, **size)
         kept = 0 if conditioning is None else conditioning.shape[1]
-        if num_frames is not None and 0 < num_frames <= kept:
-            raise ValueError(
-                f"{kept} frames are given of a video of {num_frames}: make it longer or keep less."
-            )
+        says = f"more than the {kept} that are given: make it longer or keep less"
+        check("num_frames", num_frames, num_frames is None or num_frames > kept, says)
         begun = {
             "known": inputs.known_of(self, conditioning, batch, lattice),
             "noise": None if latents is None else inputs.noise_of(self, latents, lattice, batch),
@@ -343,9 +343,7 @@ class VideoPipeline:
         how = {"seeds": plan.noise_seeds, "known": known, "noise": noise, "device": self.device}
         return Sampler(network, lattice, text or self.text(plan), config, **how)
 
-    def check(self, plan: Plan, *, encoded: bool = False) -> None:
-        """Raise unless a stream can go on so."""
-        inputs.check_plan(self, plan, encoded=encoded)
+    check = inputs.check_plan
 
     def settings(self, how: GenerationConfig, frames: int | None) -> tuple[Units, SamplerConfig]:
         """Return the units over so many latent frames, or of an endless stream; how to sample."""
@@ -395,6 +393,4 @@ class VideoPipeline:
         known = self.meta.get("words")
         return [] if known is None else sorted(words_of([prompt]) - set(known))
 
-    def lattice(self, units: str | Scheme, num_frames: int | None) -> Units:
-        """Lay a scheme, or the one of a name, over the latents of `num_frames` pixel frames."""
-        return inputs.lattice_of(self, units, num_frames)
+    lattice = inputs.lattice_of

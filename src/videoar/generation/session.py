@@ -16,7 +16,7 @@ from videoar.core.units import Unit
 from videoar.files import written_whole
 from videoar.generation.config import GenerationConfig, Plan
 from videoar.generation.state import State, unpacked
-from videoar.generation.stream import HOW, Batch, Generation
+from videoar.generation.stream import Batch, Generation
 from videoar.weights import read_safetensors, write_safetensors
 
 KEPT_BYTES = 2**28
@@ -152,5 +152,5 @@ def resumed(pipe: Any, source: State | str | Path) -> Session:
 def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:
     """Return changes of one video as those of a batch of one."""
     several = {"prompt": "prompts", "seed": "seeds"}
-    check_names(changes, [*several, *HOW, *vars(GenerationConfig())])
+    check_names(changes, [*several, "over", "recompute", *vars(GenerationConfig())])
     return {several.get(k, k): [v] if k in several else v for k, v in changes.items()}

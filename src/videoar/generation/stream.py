@@ -1,9 +1,10 @@
-"""A video in the making: units are sampled, decoded and written as they come."""
+"""A video in the making: units are sampled and decoded as they come."""
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,21 +20,19 @@ from videoar.core.sampler import Finished, Sampler
 from videoar.core.tokens import Known, Latents, Tokens
 from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
-from videoar.data.video import VideoWriter
 from videoar.encoders.codec import to_frames
 from videoar.files import Json
 from videoar.generation.config import Plan
 from videoar.generation.latents import Assembler, known_tokens
-from videoar.generation.state import State, packed, unpacked
+from videoar.generation.state import State, about, copied, packed, unpacked
 from videoar.generation.timing import Timing
 from videoar.generation.together import side_by_side
-from videoar.machine import peak_bytes, process_seconds
+from videoar.machine import process_seconds
 
 Batch = UInt8[np.ndarray, "batch frames height width 3"]
-STATE_FORMAT = 1
+Computed = tuple[Unit, Latents | None]
+"""A unit, and the latent frames that it completes."""
 MAX_OVER = 1000
-HOW = {"over", "recompute"}
-"""Of a change, how it is made."""
 
 
 class Generation:
@@ -42,6 +41,10 @@ class Generation:
     Units are generated, committed and decoded as they come; nothing is kept but the cache, the
     decoder's memory and the latents that a unit may read, so an endless stream needs constant
     memory. What follows can be changed between two units: see `change`.
+
+    With `ahead` of the pipeline, who iterates decodes while a thread computes the next units, up to
+    the one that completes frames again: the frames are the same, errors come to who iterates, and
+    who closes the iterator waits for them. A change holds behind them; `step` does not run ahead.
 
     Args:
         pipe: a `VideoPipeline`: makes the sampler of a plan and what its passes read, and decodes.
@@ -80,6 +83,8 @@ class Generation:
         """The latent frames of the video that are the first of the sampler."""
         self._open: list[Tokens] = []
         """Units of the segment that is not whole."""
+        self._ahead: Callable[[], Computed | None] | None = None
+        """Waits for a unit that is computed and not decoded, and returns it."""
         self._take(sampler)
 
     def _take(self, sampler: Sampler) -> None:
@@ -103,15 +108,21 @@ class Generation:
         Raises:
             ValueError: a value is outside its limits; all stays as it was.
         """
-        self.wanted, self._anew = self._planned(over, **changes), self._anew or recompute
+        self._wait()
+        self.wanted, self._anew = self._plan(recompute=recompute, over=over, **changes)
 
     def change_at(self, frame: int, **changes: Any) -> None:
         """Ask for a change, see `change`, when so many frames are finished; in rising order."""
-        self._planned(changes.get("over", 1), **{k: changes[k] for k in changes.keys() - HOW})
+        self._wait()
+        self._plan(**changes)
         self.script.append((frame, changes))
 
-    def _planned(self, over: int, **changes: Any) -> Plan:
-        """Return what is asked for by changes; raise if they cannot be."""
+    def _wait(self) -> Computed | None:
+        """Return what is computed and not decoded, once it is."""
+        return None if self._ahead is None else self._ahead()
+
+    def _plan(self, *, recompute: bool = False, over: int = 1, **changes: Any) -> tuple[Plan, bool]:
+        """Return what is asked for, and whether keys are to be new; raise if it cannot be."""
         plan = self.wanted or self.plan
         prompts, seeds = (changes.pop(name, getattr(plan, name)) for name in ("prompts", "seeds"))
         check("over", over, 1 <= over <= MAX_OVER, f"1 to {MAX_OVER} units")
@@ -121,7 +132,7 @@ class Generation:
         fps = plan.options.fps
         check("fps", fps, fps == self.plan.options.fps, "the rate that it began with")
         self._pipe.check(plan)
-        return plan
+        return plan, self._anew or recompute
 
     def _change(self, wanted: Plan) -> None:
         """Begin with what is asked for, as far as it can begin between these two units."""
@@ -206,17 +217,31 @@ class Generation:
         return latents
 
     def __iter__(self) -> Iterator[Batch]:
-        while (done := self.step()) is not None:
-            if done[1] is not None:
-                yield done[1]
+        device, ahead = self.sampler.device, self._pipe.ahead
+        cuda = ahead and torch.device(device).type == "cuda"
+        now: Any = torch.cuda.current_stream(device) if cuda else None
+        side: Any = torch.cuda.Stream(device) if cuda else None
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(now,)) as pool:
+            for unit, latents in iter(self._next, None):
+                if latents is None:
+                    continue
+                if side is not None:  # for these, and not for those behind them
+                    side.wait_stream(now)
+                if ahead:
+                    self._ahead = pool.submit(self._to_frames).result
+                with torch.cuda.stream(side):
+                    frames = self._decoded(unit, latents)
+                yield frames
 
     def due(self) -> Sampler | None:
         """Begin what is asked for, and return what computes the next unit; None at the end."""
-        stats, self._begun = self.stats, time.perf_counter()
-        if self.num_frames is not None and stats.frames >= self.num_frames:
+        self._begun = time.perf_counter()
+        # What is computed counts, shown or not.
+        frames = 1 + self._codec.stride[0] * max(self._past) if self._past else 0
+        if self.num_frames is not None and frames >= self.num_frames:
             return None  # the rest of the last unit is not shown
-        while self.script and stats.frames >= self.script[0][0]:
-            self.change(**self.script.pop(0)[1])
+        while self.script and frames >= self.script[0][0]:
+            self.wanted, self._anew = self._plan(**self.script.pop(0)[1])
         with torch.inference_mode():
             if self.wanted is not None:
                 self._change(self.wanted)
@@ -228,33 +253,61 @@ class Generation:
 
         Or take one that was computed `together.side_by_side`, after `due`.
         """
-        if finished is None and (sampler := self.due()) is not None:
-            (finished,) = side_by_side([sampler])
-        if finished is None:
+        done = self._next() if finished is None else self._taken(finished)
+        if done is None:
             return None
-        stats, sampler, computed = self.stats, self.sampler, time.perf_counter()
+        unit, latents = done
+        return unit, None if latents is None else self._decoded(unit, latents)
+
+    def _next(self) -> Computed | None:
+        """Return the next unit, computed ahead or now."""
+        done = (self._ahead or self._compute)()
+        self._ahead = None
+        return done
+
+    def _to_frames(self) -> Computed | None:
+        """Compute units until one completes frames: a cube alone takes less time than decoding."""
+        return next((done for done in iter(self._compute, None) if done[1] is not None), None)
+
+    def _compute(self) -> Computed | None:
+        if (sampler := self.due()) is None:
+            return None
+        try:
+            (finished,) = side_by_side([sampler])
+        except Exception as error:
+            error.add_note(f"in unit {sampler.delivered}")
+            raise
+        return None if finished is None else self._taken(finished)
+
+    @torch.inference_mode()
+    def _taken(self, finished: Finished) -> Computed:
+        """Take a unit that is computed: return it, and the latent frames that it completes."""
+        stats, sampler = self.stats, self.sampler
         stats.passes, self._passes = stats.passes + sampler.passes - self._passes, sampler.passes
         stats.cache_bytes = sampler.cache.num_bytes
         stats.cache_tokens = max(stats.cache_tokens, sampler.cache.tokens)
-        stats.model_seconds += computed - self._begun
+        stats.model_seconds += time.perf_counter() - self._begun
         stats.units += 1
-        with torch.inference_mode():
-            if self.plan.left:
-                self.plan = replace(self.plan, left=self.plan.left - 1)
-                self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
-                sampler.text = self._pipe.text(self.plan)
-            latents, frames = self._added(finished), None
-            if latents is not None:
-                finite = latents.isfinite().all()
-                frames = to_frames(self._decoder(latents))
-                if not finite:  # asked behind the frames: a card is waited for once
-                    raise FloatingPointError(
-                        f"latents of unit {finished.unit.index} are not finite: the weights are"
-                        " damaged, or the dtype is too narrow; try float32, or another copy"
-                    )
-        before = time.perf_counter()
-        stats.decode_seconds += before - computed
-        return finished.unit, None if frames is None else self._shown(frames, before)
+        if self.plan.left:
+            self.plan = replace(self.plan, left=self.plan.left - 1)
+            self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
+            sampler.text = self._pipe.text(self.plan)
+        return finished.unit, self._added(finished)
+
+    @torch.inference_mode()
+    def _decoded(
+        self, unit: Unit, latents: Latents
+    ) -> UInt8[np.ndarray, "batch shown rows columns 3"]:
+        """Return the frames that a unit finishes, as they are shown."""
+        begun, finite = time.perf_counter(), latents.isfinite().all()
+        frames = to_frames(self._decoder(latents))
+        if not finite:  # asked behind the frames: a card is waited for once
+            raise FloatingPointError(
+                f"latents of unit {unit.index} are not finite: the weights are damaged, or the"
+                " dtype is too narrow; try float32, or another copy"
+            )
+        self.stats.decode_seconds += (now := time.perf_counter()) - begun
+        return self._shown(frames, now)
 
     def _shown(self, frames: Batch, now: float) -> UInt8[np.ndarray, "batch shown height width 3"]:
         """Return frames as they are shown: what is given as it was, and no more than asked for."""
@@ -274,37 +327,18 @@ class Generation:
     def latents(self) -> Float[Tensor, "batch frames channels height width"]:
         """Generate a clip to its end, and return what would be decoded to its frames."""
         assert self.num_frames is not None, "an endless stream has no end"
-        count, parts = 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0]), list[Latents]()
-        while sum(part.shape[1] for part in parts) < count and (sampler := self.due()) is not None:
-            done = [self._added(each) for each in side_by_side([sampler]) if each is not None]
-            parts += [part for part in done if part is not None]
-        return torch.cat(parts, dim=1)[:, :count]
+        count = 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0])
+        done = iter(self._next, None)
+        return torch.cat([part for _, part in done if part is not None], dim=1)[:, :count]
 
     def _parts(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "decoder": self._decoder, "assembler": self._assembler}
 
-    @cached_property
-    def about(self) -> Json:
-        """Say what this is a generation of: a state goes on in one that says the same."""
-        network, router = self.sampler.network, self._pipe.router
-        model: Any = network
-        while not isinstance(model, torch.nn.Module):  # without guidance and recordings around it
-            model = model.network
-        units, (_, *strides) = self.sampler.units, self._codec.stride
-        height, width = (stride * network.config.patch for stride in strides)
-        return {
-            "format": STATE_FORMAT,
-            "model": weights.fingerprint(model),
-            "codec": weights.fingerprint(self._codec),
-            "height": units.height * height,
-            "width": units.width * width,
-            "num_frames": self.num_frames,
-            "begun": self.begun.to_json(),
-        } | ({} if router is None else {"router": router.mark})
+    about = cached_property(about)
 
     def state_dict(self) -> State:
         """Everything that is needed to go on with the stream later, and what it is of."""
-        sampler = self.sampler
+        ahead, sampler = self._wait(), self.sampler
         now = {
             "plan": self.plan.to_json(),
             "wanted": self.wanted and self.wanted.to_json(),
@@ -325,9 +359,11 @@ class Generation:
                 state |= {f"mask.{index}": known.mask, f"known.{index}": known.tokens}
         state |= {f"past.{t}": latents for t, latents in self._past.items()}
         state |= {f"open.{k}": tokens for k, tokens in enumerate(self._open)}
+        if ahead is not None and ahead[1] is not None:
+            state["ahead"] = ahead[1]
         if self.stats.frames < self.kept_frames:
             state["conditioning"] = torch.from_numpy(self.conditioning)
-        return {name: _copy(tensor) for name, tensor in state.items()}
+        return copied(state)
 
     def load_state_dict(self, state: State) -> None:
         """Go on where a generation with the same arguments stood, on whatever device that was.
@@ -335,8 +371,9 @@ class Generation:
         Raises:
             ValueError: it is the state of another model, or of other arguments.
         """
+        self._wait()
         about, now = unpacked(state).values()
-        state = {name: _copy(tensor) for name, tensor in state.items()}
+        state = copied(state)
         how: Json = {"other": "state", "options": {"begun": self.begun}}
         check_same(about, self.about, held="the state is of a generation", **how)
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
@@ -356,39 +393,7 @@ class Generation:
         self._open = [tokens[str(k)] for k in range(len(tokens))]
         if "conditioning" in state:
             self.conditioning = state["conditioning"].numpy()
-        self._passes = self.sampler.passes
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def write(
-    generation: Generation,
-    writer: VideoWriter,
-    *,
-    fps: float,
-    show: Callable[[int, float], None],
-) -> Timing:
-    """Write the frames of one video as they come, until the end or Ctrl-C.
-
-    After every write `show` gets the frames, and the seconds since the work began.
-    """
-    stats = generation.stats
-    try:
-        with writer:
-            for batch in generation:
-                before = time.perf_counter()
-                writer.write(batch[0])
-                after = time.perf_counter()
-                stats.write_seconds += after - before
-                show(stats.frames, after - generation.started)
-            before = time.perf_counter()
-        stats.write_seconds += time.perf_counter() - before
-    except KeyboardInterrupt:
-        stats.interrupted = True
-    stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
-    stats.video_seconds = writer.num_frames / fps
-    stats.seconds = time.perf_counter() - generation.started
-    stats.peak_bytes = peak_bytes()
-    return stats
+        self._passes, self._ahead = self.sampler.passes, None
+        if "ahead" in state:
+            unit = self.sampler.units.at(self.sampler.delivered - 1)
+            self._ahead = lambda: (unit, state["ahead"].to(device))
