@@ -6,7 +6,6 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,11 @@ def generate(args: options.Generate) -> int:
     timing, scheme, target = make(args)
     if not timing.frames:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
-        return 130
+        return 128 + timing.interrupted
     say(summary(target, timing, scheme=scheme))
     if timing.interrupted:
         print(f"videoar: stopped; {target} holds what was finished", file=sys.stderr)
-    return 130 if timing.interrupted else 0
+    return timing.interrupted and 128 + timing.interrupted
 
 
 def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = None) -> int:
@@ -76,7 +75,7 @@ def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = Non
         if timing.interrupted:
             hidden.unlink(missing_ok=True)
             print("videoar: stopped; the same command goes on from there", file=sys.stderr)
-            return 130
+            return 128 + timing.interrupted
         os.replace(hidden, target)
         say(f"{said}: {timing.frames} frames in {timing.seconds:.1f} s, seed {video.seed}")
     return 0
@@ -123,6 +122,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     (_, prompt), *script = read_script(args)
     image = None if args.image is None else conditioning.read_image(args.image)
     from videoar.generation.config import scheme_of
+    from videoar.generation.inputs import warned
     from videoar.generation.state import unpacked
 
     if args.units is not None:
@@ -139,8 +139,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
             generation.change_at(frame := round(second * pipe.sampling.fps), **change)
             if frame >= generation.num_frames:
                 say(f"the video ends before {second:g} s, from which on {later!r} was to hold")
-        for line in doubts(args, pipe, [prompt, *(prompt for _, prompt in script)]):
-            say(line)
+        warned(pipe, generation)
         writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
     timing = _write(pipe, generation, writer, args)
     chosen = ", ".join(f"{count} of {name}" for name, count in sorted(timing.chosen.items()))
@@ -252,23 +251,6 @@ def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:
     held = unpacked(state, "args")
     held |= {"out": Path(held["out"]), "lora": tuple(held["lora"])}
     return state, replace(args, **held, resume=None, save_state=args.resume)
-
-
-def doubts(args: options.Generate, pipe: Any, prompts: list[str]) -> Iterator[str]:
-    """Yield what is asked of a model that its training did not know, a line for each."""
-    if new := pipe.untrained([args.units or pipe.sampling.units]):
-        yield f"the model is {new}"
-    from videoar.generation.config import trained_flow
-
-    steps = args.num_inference_steps or pipe.sampling.steps
-    lag = pipe.sampling.lag if args.lag is None else args.lag
-    clean = trained_flow(pipe.meta, pipe.sampling).context == "clean"
-    if clean and lag not in (None, "autoregressive", steps):
-        yield f"the model was trained on clean context, and reads noisy units with lag {lag}"
-    if unknown := pipe.unknown_words(" ".join(prompts)):
-        yield f"in no caption of the model's training: {', '.join(unknown)}"
-    if pipe.sampling.step == "renoise" and args.guidance_scale not in (None, 1):
-        yield "the model is distilled to sample without guidance, which takes a second pass"
 
 
 def summary(path: Path, done: Timing, *, scheme: str) -> str:

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from videoar.checks import check_options, check_positive, check_types
+from videoar.checks import Count, Finite, Limit, Natural, Options, Share
 from videoar.core.attention import Mask, attention_mask
 from videoar.core.flow import add_noise, random_sigmas, velocity_of
 from videoar.core.schemes import Scheme
@@ -17,44 +17,38 @@ from videoar.core.tokens import Latents, Tokens, to_tokens
 from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Units, Visible, clean_copies
 
+Floor = Annotated[float, Limit(lambda sigma: sigma >= 0, "0 or more")]
+Noise = Annotated[float, Limit(lambda sigma: 0 <= sigma < 1, "0 to below 1")]
+
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(Options):
     """Flow matching over a mix of unit schemes (Lipman et al. 2022, arXiv:2210.02747)."""
 
     context: Literal["clean", "noisy", "full"] = "clean"
     """`clean`: teacher forcing, every unit reads clean copies of those before it. `noisy`:
     diffusion forcing (Chen et al. 2024, arXiv:2407.01392), every unit at its own sigma; needed for
     `lag < steps`. `full`: one sigma, everything reads everything: a teacher for distillation."""
-    clip_frames: int = 8
+    clip_frames: Count = 8
     """Latent frames per training clip, cut from longer ones: the window of the generation."""
-    sink_frames: int = 2
+    sink_frames: Natural = 2
     """First frames of a clip that may stand apart from the rest, in whole segments that fit: what
     a unit sees when the window has moved away from the sinks."""
-    far_probability: float = 0.5
+    far_probability: Share = 0.5
     """How often the frames behind the sinks come from anywhere in the video."""
-    short_probability: float = 0.0
+    short_probability: Share = 0.0
     """How often clips are cut to two latent frames. The first is one picture, so there alone must
     the prompt say where things go; later frames read it in their context (`docs/log.md`)."""
-    shift: float = 5.0
+    shift: Finite = 5.0
     """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
-    sigma_floor: float = 0.4
+    sigma_floor: Floor = 0.4
     """Below this sigma an error of the clean data counts as it does here. The error of the velocity
     is that of the clean data over sigma: a few nearly clean units would drown the rest."""
-    context_noise: float = 0.15
+    context_noise: Noise = 0.15
     """Clean copies are noised up to this sigma, told to the model: its own output is not
     perfect."""
-    text_dropout: float = 0.1
+    text_dropout: Share = 0.1
     """How often the prompt is empty, for guidance."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        shares = [name for name in vars(self) if name.endswith(("probability", "dropout"))]
-        right = [(name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in shares]
-        noise = ("context_noise", 0 <= self.context_noise < 1, "0 to below 1")
-        check_positive(self, "shift")
-        least = {"clip_frames": 1, "sink_frames": 0, "sigma_floor": 0}
-        check_options(self, *right, noise, least=least)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import Count, Finite, Limit, Natural, Options, check_options, check_positive
+from videoar.checks import Count, Finite, Limit, Natural, Options, check_options
 from videoar.core.schemes import KINDS
 from videoar.data.options import ALL, Turn
 
@@ -24,7 +24,7 @@ SHAPE_KINDS = ("frame", "chunk:3", "cube:3x15x13", "cube:3x5x13", "cube:1x5x13")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Options):
     """Measure speed and memory, end to end, for every kind of unit, and passes beside others'."""
 
     checkpoint: Positional[Checkpoint] = "toy"
@@ -32,30 +32,29 @@ class Bench:
     shape: Literal["wan-1.3b"] | None = None
     """Instead of a checkpoint random weights of this shape, 15 x 26 tokens a frame, a window of 6
     latent frames, in float32 and bfloat16: passes alone."""
-    layers: int | None = None
+    layers: Count | None = None
     """Of the shape; 2 by default."""
     units: tuple[str, ...] = ()
     """Kinds of unit; none: those that most models know, or frame, chunk:3 and cubes of a shape."""
     prompt: str = "a large red ball moves left on a black background"
     """What is generated."""
-    seconds: float = 20.0
+    seconds: Finite = 20.0
     """Length of the video that is timed."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Count | None = None
     """Denoising steps per unit; by default the checkpoint's own, and 4 of a shape."""
-    repeats: int = 3
+    repeats: Count = 3
     """How often the videos are generated, and passes are timed."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads."""
     out: Path | None = None
     """JSON file of the report."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "seconds")
-        least = {"num_inference_steps": 1, "repeats": 1, "threads": 1, "layers": 1}
+        super().__post_init__()
         idle = ("layers",) if self.shape is None else ("checkpoint", "prompt", "seconds")
         says = "it with --shape" if self.shape is None else "it without --shape"
         rules = [(name, getattr(self, name) == getattr(Bench, name), says) for name in idle]
-        check_options(self, *rules, least=least)
+        check_options(self, *rules)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import math
 import numbers
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from videoar import weights
-from videoar.checks import check, check_names, check_whole
+from videoar.checks import Note, check, check_names, check_whole
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
@@ -24,7 +25,7 @@ from videoar.core.transformer import Network, VideoTransformer
 from videoar.core.units import Units
 from videoar.data.video import Video
 from videoar.encoders.codec import from_frames
-from videoar.generation.config import AUTO, GenerationConfig, Plan
+from videoar.generation.config import AUTO, GenerationConfig, Plan, trained_flow
 from videoar.generation.graphs import Recorded
 from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
@@ -78,6 +79,24 @@ def hearing(
         return (changed or values).get("latents", tokens)
 
     return on_step
+
+
+def warned(pipe: Any, generation: Generation) -> Generation:
+    """Warn of what is asked of a model that its training did not know, and return the same."""
+    plan, own, lines = generation.plan, pipe.sampling, list[str]()
+    if new := pipe.untrained([plan.units]):
+        lines.append(f"the model is {new}")
+    clean, how = trained_flow(pipe.meta, own).context == "clean", plan.options
+    if clean and how.lag not in (None, "autoregressive", how.steps):
+        lines.append(f"the model was trained on clean context, and reads noise with lag {how.lag}")
+    later = (changes.get("prompts", ()) for _, changes in generation.script)
+    if unknown := pipe.unknown_words(" ".join(itertools.chain(plan.prompts, *later))):
+        lines.append(f"in no caption of the model's training: {', '.join(unknown)}")
+    if own.step == "renoise" and how.guidance_scale not in (1, own.guidance_scale):
+        lines.append("the model is distilled to sample without guidance, which takes a second pass")
+    for line in lines:
+        warnings.warn(line, Note, stacklevel=3)
+    return generation
 
 
 def _steps(sampler: Sampler) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from videoar import weights
-from videoar.checks import check, check_same
+from videoar.checks import check, check_same, signal_of
 from videoar.core.sampler import Finished, Sampler
 from videoar.core.tokens import Known, Latents, Tokens
 from videoar.core.transformer import TextContext
@@ -385,8 +385,8 @@ def write(
                 show(stats.frames, after - generation.started)
             before = time.perf_counter()
         stats.write_seconds += time.perf_counter() - before
-    except KeyboardInterrupt:
-        stats.interrupted = True
+    except KeyboardInterrupt as stop:
+        stats.interrupted = signal_of(stop)
     stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
     stats.video_seconds = writer.num_frames / fps
     stats.seconds = time.perf_counter() - generation.started
