@@ -12,13 +12,14 @@ import numbers
 import operator
 import os
 import re
+import signal
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 from videoar.files import to_json
 
@@ -218,46 +219,58 @@ def check_same(
         free: names of settings that may differ.
         options: dataclasses, nested as the settings are, whose defaults count.
     """
-    taken = dict[str, Any]()
-    before, after = _flatten(_completed(old, options, taken)), _flatten(new)
-    names = sorted((before.keys() | after.keys()) - set(free))
-    pairs = {name: (before.get(name, "absent"), after.get(name, "absent")) for name in names}
-    told = [f"{k} = {was}, but {now} is asked for" for k, (was, now) in pairs.items() if was != now]
+    before, after = _flatten(old), _flatten(new)
+    taken = {k: v for k, v in _defaults(options).items() if k in after.keys() - before.keys()}
+    both = {name: (before | taken).get(name, "absent") for name in before | after}
+    told = [
+        f"{name} = {was}, but {now} is asked for"
+        for name, was in sorted(both.items())
+        if name not in free and was != (now := after.get(name, "absent"))
+    ]
     if told:
         said = ", and ".join(told[:MAX_TOLD])
         raise ValueError(f"{held} with {said}: keep the old value, or name another {other}")
-    if said := ", ".join(f"{name} = {now}" for name, now in taken.items() if name not in free):
+    if said := ", ".join(f"{name} = {taken[name]}" for name in sorted(taken.keys() - free)):
         warnings.warn(f"{held} of an older version, which goes on with {said}", Note, stacklevel=2)
 
 
-def _completed(old: Any, options: Any, taken: dict[str, Any], prefix: str = "") -> Any:
-    """Return a record with what it lacks of dataclasses, which is `taken` at their defaults."""
-    if isinstance(options, list | tuple) and isinstance(old, list):
-        pairs = enumerate(zip(old, options, strict=False))
-        whole = [_completed(*both, taken, f"{prefix}{k}.") for k, both in pairs]
-        return whole + old[len(whole) :]
-    known = dataclasses.is_dataclass(options)
-    inner = vars(options) if known else options
-    if not isinstance(old, Mapping) or not isinstance(inner, Mapping):
-        return old
-    whole = {k: _completed(v, inner.get(k), taken, f"{prefix}{k}.") for k, v in old.items()}
-    for field in dataclasses.fields(options) if known else ():
-        made = field.default_factory
-        default = field.default if made is dataclasses.MISSING else made()
-        if field.name not in old and default is not dataclasses.MISSING:
-            whole[field.name] = taken[prefix + field.name] = to_json(default)
-    return whole
-
-
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return settings by names like `task.stages.0.steps`."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {prefix: value}
     parts = [_flatten(item, f"{prefix}.{key}".strip(".")) for key, item in value.items()]
     return {key: item for part in parts for key, item in part.items()}
 
 
+def _defaults(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Return what fields of dataclasses are by default, by the same names."""
+    if isinstance(options, list | tuple):
+        options = dict(enumerate(options))
+    known = dataclasses.is_dataclass(options)
+    inner = vars(options) if known else options if isinstance(options, Mapping) else {}
+    parts = [_defaults(value, f"{prefix}{key}.") for key, value in inner.items()]
+    for field in dataclasses.fields(options) if known else ():
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if default is not dataclasses.MISSING:
+            parts.append(_flatten(to_json(default), prefix + field.name))
+    return {key: item for part in parts for key, item in part.items()}
+
+
 class Note(UserWarning):
     """What is read otherwise than it lies there, though rightly; commands print it as a line."""
+
+
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """Handle a signal as Ctrl-C is, and let it be known which one it was."""
+    raise KeyboardInterrupt(number)
+
+
+def signal_of(stop: KeyboardInterrupt) -> int:
+    """Return the number of the signal that stopped a command."""
+    return next(iter(stop.args), signal.SIGINT)
 
 
 def import_named(name: str) -> Any:

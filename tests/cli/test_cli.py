@@ -187,6 +187,24 @@ def test_generate_writes_what_it_reports(run: Run, checkpoint: str) -> None:
     assert "4 units of chunk:2 in 8 passes; up to 32 tokens in the cache" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generate", "x", "--num-frames", "x"), "--num-frames is x: use a whole number or None"),
+        (("train", "codec-toy", "--steps", "x"), "--steps is x: use a whole number"),
+        (("train", "codec-toy", "--ema-decay", "x"), "--ema-decay is x: use a number"),
+        (("generate", "x", "--dtype", "x"), "--dtype is x: use one of "),
+        (("generate", "x", "--lora"), "--lora takes 1: give more"),
+        (("prepare",), "nothing is given for VIDEOS, LATENTS"),
+    ],
+)
+def test_what_the_parser_says_is_a_sentence(run: Run, words: tuple[str, ...], said: str) -> None:
+    """Its own words were those of Python: invalid literal for int() with base 10."""
+    code, _, error = run(*words)
+    assert (code, error.startswith(f"videoar: error: {said}")) == (2, True), error
+    assert "--help`)" in error
+
+
 def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None:
     """They are allowed: a line says that the model does not know them."""
     pipe = tiny_pipeline()
@@ -194,8 +212,8 @@ def test_units_that_were_not_trained_are_named(run: Run, tmp_path: Path) -> None
     folder = str(pipe.save_pretrained(tmp_path / "two"))
     words = ("generate", "a red ball", "--model", folder, "--num-frames", "5", "--force")
     line = "the model is not trained on cube:1x2x2, but on frame, chunk:2\n"
-    assert line in run(*words)[1]  # its own default, as a checkpoint may be written by hand
-    assert "not trained" not in run(*words, "--units", "chunk:1")[1]
+    assert line in run(*words)[2]  # its own default, as a checkpoint may be written by hand
+    assert "not trained" not in run(*words, "--units", "chunk:1")[2]
 
 
 def test_guidance_of_a_distilled_model_is_said_to_be_of_no_use(run: Run, tmp_path: Path) -> None:
@@ -204,8 +222,8 @@ def test_guidance_of_a_distilled_model_is_said_to_be_of_no_use(run: Run, tmp_pat
     pipe.sampling = replace(pipe.sampling, step="renoise")
     folder = str(pipe.save_pretrained(tmp_path / "few"))
     words = ("generate", "a ball", "--model", folder, "--num-frames", "5", "--force")
-    assert "distilled to sample without" in run(*words, "--guidance-scale", "2")[1]
-    assert "distilled" not in run(*words, "--guidance-scale", "1")[1] + run(*words)[1]
+    assert "distilled to sample without" in run(*words, "--guidance-scale", "2")[2]
+    assert "distilled" not in run(*words, "--guidance-scale", "1")[2] + run(*words)[2]
 
 
 def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> None:
@@ -215,8 +233,9 @@ def test_words_that_the_model_never_saw_are_named(run: Run, tmp_path: Path) -> N
     folder = str(pipe.save_pretrained(tmp_path / "few"))
     words = ("--model", folder, "--num-frames", "5", "--force")
     line = "in no caption of the model's training: dog, golden\n"
-    assert line in run("generate", "a golden dog", *words)[1]
-    assert "in no caption" not in run("generate", "A Red ball!", *words)[1]
+    assert line in run("generate", "a golden dog", *words)[2]
+    assert line in run("generate", "A Red ball!", "--prompt-at", "0.1", "a golden dog", *words)[2]
+    assert "in no caption" not in run("generate", "A Red ball!", *words)[2]
 
 
 def test_a_seed_that_is_drawn_is_said(run: Run, checkpoint: str) -> None:
@@ -514,6 +533,9 @@ class LineTask:
 
     poisoned: bool = False
     """Whether the loss is not a number."""
+
+    def check(self, config: TrainConfig) -> None:
+        """Nothing can be missing."""
 
     def build(self, config: TrainConfig, report: Report) -> "Line":
         """Build the task."""

@@ -29,8 +29,9 @@ from videoar.cli.main import main
 from videoar.data.clips import make_parts
 from videoar.data.latents import LatentShards
 from videoar.data.options import Prepare
+from videoar.data.prepare import held_out
 from videoar.data.prepare import run as run_preparation
-from videoar.data.sources import list_sources
+from videoar.data.sources import Source, list_sources
 from videoar.data.video import read_video
 from videoar.data.workers import Pool
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig
@@ -643,8 +644,8 @@ def test_only_videos_that_can_be_used_are_held_out(tmp_path: Path, prepare: Run)
     words = (videos, latents, "--captions", "none")
     code, out, _ = prepare(*words, quick=("--num-frames", "9", "--workers", "1"))
     assert code == 0
-    assert "6 clips to train on and 2 held out" in out
-    assert _held_out(latents) == first[2:3] * 2
+    assert "4 clips to train on and 4 held out" in out
+    assert _held_out(latents) == sorted(first[2:4] * 2)
     assert read_video(latents / "heldout" / "000001.mkv").frames.shape == (9, 64, 64, 3)
     quick = ("--num-frames", "9", "--workers", "2")
     assert prepare(videos, tmp_path / "two", "--captions", "none", quick=quick)[0] == 0
@@ -656,17 +657,30 @@ def test_only_videos_that_can_be_used_are_held_out(tmp_path: Path, prepare: Run)
 
 
 def test_two_clips_are_held_out_for_an_interval(tmp_path: Path, prepare: Run) -> None:
-    """Of videos of one clip each it takes two, though the share is one; but one stays to train."""
+    """Of videos of one clip each it takes two, though the share is none; but one stays to train."""
     (tmp_path / "videos").mkdir()
-    for number, held_out in enumerate((0, 1, 2, 2)):
+    for number, apart in enumerate((0, 1, 2, 2)):
         write(tmp_path / "videos" / f"{number}.mp4", seconds=0.7)
         latents = tmp_path / f"latents-{number}"
         words = (tmp_path / "videos", latents, "--captions", "none", "--num-frames", "9")
         code, out, _ = prepare(*words, quick=("--workers", "1"))
         assert code == 0
-        assert f"{number + 1 - held_out} clips to train on and {held_out} held out" in out
+        assert f"{number + 1 - apart} clips to train on and {apart} held out" in out
         mode = (latents / "index.jsonl").stat().st_mode
         assert {path.stat().st_mode for path in latents.rglob("*") if path.is_file()} == {mode}
+
+
+def test_what_the_codec_was_trained_on_is_not_held_out() -> None:
+    """Both are asked for the same videos, but of clips of other lengths they can use others."""
+    how = {"path": "videos", "captions": (), "size": 1}
+    sources = [Source(name=f"{number}.mp4", **how) for number in range(12)]
+    short = held_out(dict.fromkeys(sources, 4), share=0.05, apart=())
+    assert len(short) == 2
+    one, other = short
+    clips = {source: int(source is not other) for source in sources}  # too short for longer clips
+    assert len(held_out(clips, share=0.05, apart=())) == 2
+    assert held_out(clips, share=0.05, apart={one.name, other.name}) == {one}
+    assert held_out(clips, share=0.0, apart={one.name}) == set()
 
 
 # ---------------------------------------------------------------- the same, whatever happens

@@ -53,7 +53,10 @@ def config(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluat
 @pytest.fixture(scope="module")
 def text(config: Evaluate) -> str:
     """One evaluation that several tests look at."""
-    return evaluate(config, lambda line: None)
+    said, text = evaluate(config, lambda line: None), (config.out / "report.md").read_text()
+    assert len(said) < 0.3 * len(text)  # the tables stand in the files
+    assert "report.html has the tables and the videos; report.md is the same as text" in said
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,8 @@ def test_noise_is_not_faithful(videos: Videos) -> None:
 def test_long_videos_are_judged_at_both_ends(config: Evaluate, tmp_path: Path) -> None:
     """Every long video has scores of its first and last window, and slopes from all windows."""
     long = replace(config, units=("frame",), num_prompts=2, seconds=9.0, out=tmp_path / "long")
-    text = evaluate(long, lambda line: None)
+    evaluate(long, lambda line: None)
+    text = (long.out / "report.md").read_text()
     (video, _) = _kept(tmp_path / "long")["frame"]
     assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
     assert len(video["curves"]["brightness"]) == 16  # eight slices of each of two whole windows

@@ -14,6 +14,7 @@ from reference import Plan, recomputed, to_latents
 from safetensors.torch import load, save
 from tiny import MODEL, SCHEMES, TEXT, tiny_pipeline, tiny_transformer
 
+from videoar.checks import Note
 from videoar.core.flow import sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.sampler import Sampler, SamplerConfig
@@ -415,3 +416,16 @@ def test_a_kind_of_unit_has_its_own_steps_unless_others_are_named() -> None:
     assert steps(units=parse("frame")) == 1
     with pytest.raises(ValueError, match="unit_steps of frame is 0"):
         replace(pipe.sampling, unit_steps={"frame": 0})
+
+
+@pytest.mark.parametrize("ask", [VideoPipeline.__call__, VideoPipeline.session])
+def test_what_a_model_never_learned_is_said(ask) -> None:
+    """In Python as by the command: what it makes of such words and units is chance."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"words": ["a", "ball"], "units": ["frame"]}
+    with pytest.warns(Note) as notes:
+        ask(pipe, "a golden ball", num_frames=5, units="chunk:2")
+    said = [str(note.message) for note in notes]
+    assert said[0] == "the model is not trained on chunk:2, but on frame"
+    assert said[1:] == ["in no caption of the model's training: golden"]
+    ask(pipe, "A ball", num_frames=5, units="frame")  # says nothing

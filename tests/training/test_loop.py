@@ -104,6 +104,9 @@ class _RegressionConfig:
     poisoned: int | None = None
     poison: Literal["loss", "grad_norm"] = "loss"
 
+    def check(self, config):
+        """Nothing can be missing."""
+
     def build(self, config, report):
         return _RegressionTask(self, config)
 
@@ -187,8 +190,9 @@ def test_interrupted_run_keeps_every_step(finished, tmp_path):
     So does SIGTERM, which schedulers of clusters send.
     """
     config = _make_config(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         train(config, report=_interrupt_at(9, signal.SIGTERM))
+    assert stop.value.args == (signal.SIGTERM,)
     assert checkpoints(config.out)[-1].name == "step-9"
     # Between two lines of the log, so that the sums of the line to come must survive.
     with pytest.raises(KeyboardInterrupt):

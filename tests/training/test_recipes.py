@@ -131,6 +131,8 @@ def test_every_recipe_trains(trained, name: str) -> None:
     counts = isinstance(find(name).task, TextToVideoConfig)
     assert all((row.get("share_of_peak", 0) > 0) == counts for row in rows)
     assert Checkpoint.find(checkpoint).meta
+    pictures = not isinstance(find(name).task, JudgeConfig | RoutingConfig)
+    assert any((checkpoint.parent / "samples").glob("step-*.png")) == pictures
 
 
 def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:

@@ -94,7 +94,7 @@ def test_clips_that_changed_are_refused(train: Run, tmp_path: Path) -> None:
     index.write_text("".join(index.read_text().splitlines(keepends=True)[1:]))
     code, _, error = train(tmp_path / "run", "--steps", 2)
     assert code == 2
-    assert re.search(r"was begun with 10 clips \w+ in \S+footage, but there is 9 clips", error), (
+    assert re.search(r"was begun with 8 clips \w+ in \S+footage, but there is 7 clips", error), (
         error
     )
 

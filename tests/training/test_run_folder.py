@@ -120,6 +120,18 @@ def test_a_run_of_an_older_version_goes_on(root: Path) -> None:
     assert (run.out / "checkpoints" / "step-3").is_dir()
 
 
+def test_what_is_wrong_with_the_data_is_said_first(root: Path) -> None:
+    """Neither a run in the way nor weights that take long to load hide it."""
+    run = _finetune(root)
+    train(run)
+    many = replace(run, batch_size=64, task=replace(run.task, init=root / "none"))
+    with pytest.raises(ValueError, match="one batch takes 64: add samples or lower batch_size"):
+        train(many)
+    nowhere = replace(run, steps=2, task=replace(run.task, latents=root / "none"))
+    with pytest.raises(ValueError, match=r"there is no folder .*none with latents\.json"):
+        train(nowhere)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

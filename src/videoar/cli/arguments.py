@@ -10,6 +10,30 @@ import tyro
 
 from videoar import checks
 
+KINDS = {"int|INT": "a whole number", "float|FLOAT": "a number", "{None}": "None", "{all}": "all"}
+KINDS |= {"STR PATH": "a name and a path"}
+"""What the words of the parser ask for, and what it is."""
+NAME, VALUE, RIGHT = r"(?:argument )?(?P<name>\S+)", r"(?P<value>\[?'.*)", "(?P<right>.*?)"
+SAYS = {
+    f"Error parsing {NAME}: {RIGHT}{VALUE}": "{name} is {value}: use {kinds}",
+    f"invalid choice {VALUE} for {NAME}[.] Expected {RIGHT}": "{name} is {value}: use {right}",
+    f"Missing value for {NAME}[.] Expected {RIGHT} values": "{name} takes {right}: give more",
+}
+"""Sentences of the parser, and those that take their place."""
+
+
+def _sentence(said: str) -> str:
+    """Return what the parser says as a sentence with the option, its value, and what is right."""
+    for pattern, says in SAYS.items():
+        if found := re.fullmatch(pattern, said):
+            parts = {name: re.sub(r"[]'[()]", "", text) for name, text in found.groupdict().items()}
+            kinds = [words for known, words in KINDS.items() if re.search(known, parts["right"])]
+            return says.format(**parts, kinds=" or ".join(kinds) or "what its help says")
+    if said.startswith("Missing from"):
+        names = re.findall(r"(?:^[^:]*: |[(]required[)] )(\S+)", said)
+        return f"nothing is given for {', '.join(names)}"
+    return re.sub(r"^Error parsing \w+: ", "", said)
+
 
 def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
     """Read options into a dataclass; tyro's boxes become sentences."""
@@ -26,8 +50,7 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
         # Where the terminal is not UTF-8, boxes are of hyphens.
         text = " ".join(filter(None, lines)).lstrip("-─ ")
         text = re.split(r" ?(?:[─-]{3,}|Got errors:)", text)[0].rstrip(".")
-        text = re.sub(r"^Error parsing \w+: ", "", text)
-        raise ValueError(f"{text} (see `{prog} --help`)") from stop
+        raise ValueError(f"{_sentence(text)} (see `{prog} --help`)") from stop
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0])
         with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):

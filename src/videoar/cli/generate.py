@@ -44,11 +44,11 @@ def generate(args: options.Generate) -> int:
     timing, scheme, target = make(args)
     if not timing.frames:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
-        return 130
+        return 128 + timing.interrupted
     say(summary(target, timing, scheme=scheme))
     if timing.interrupted:
         print(f"videoar: stopped; {target} holds what was finished", file=sys.stderr)
-    return 130 if timing.interrupted else 0
+    return timing.interrupted and 128 + timing.interrupted
 
 
 def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = None) -> int:
@@ -77,7 +77,7 @@ def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = Non
         if timing.interrupted:
             hidden.unlink(missing_ok=True)
             print("videoar: stopped; the same command goes on from there", file=sys.stderr)
-            return 130
+            return 128 + timing.interrupted
         os.replace(hidden, target)
         say(f"{said}: {timing.frames} frames in {timing.seconds:.1f} s, seed {video.seed}")
     return 0
@@ -130,7 +130,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     (_, prompt), *script = read_script(args)
     image = None if args.image is None else conditioning.read_image(args.image)
     from videoar.generation.config import scheme_of
-    from videoar.generation.inputs import doubts
+    from videoar.generation.inputs import warned
     from videoar.generation.state import unpacked
 
     if args.units is not None:
@@ -147,9 +147,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
             generation.change_at(frame := round(second * pipe.sampling.fps), **change)
             if frame >= generation.num_frames:
                 say(f"the video ends before {second:g} s, from which on {later!r} was to hold")
-        plan, prompts = generation.plan, [prompt, *(prompt for _, prompt in script)]
-        for line in doubts(pipe, [plan.options.replaced(units=plan.units)], prompts):
-            say(line)
+        warned(pipe, generation)
         writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
     timing = _write(pipe, generation, writer, args)
     chosen = ", ".join(f"{count} of {name}" for name, count in sorted(timing.chosen.items()))

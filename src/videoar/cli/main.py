@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from videoar import __version__
-from videoar.checks import Note, hint, import_named
+from videoar.checks import Note, hint, import_named, interrupt, signal_of
 from videoar.cli import arguments, options
 from videoar.cli.progress import say
 from videoar.data.options import Prepare
@@ -35,13 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that wait by spinning, OpenMP's default, made a video 60 times
     # as slow beside another process on 2 cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if threading.current_thread() is threading.main_thread():  # what ends a job is Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():  # what ends a job is as Ctrl-C
+        signal.signal(signal.SIGTERM, interrupt)
     return exit_code(lambda: parse(words)())
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command; say what is wrong in a sentence: 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; say what is wrong in a sentence: 2 for bad input, 130 after Ctrl-C.
+
+    After SIGTERM it is 143: 128 and the number of the signal.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", Note)
@@ -51,9 +54,9 @@ def exit_code(command: Callable[[], int | None]) -> int:
             return command() or 0
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("videoar: stopped", file=sys.stderr)
-        return 130
+        return 128 + signal_of(stop)
     except BrokenPipeError:  # who reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

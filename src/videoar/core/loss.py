@@ -17,6 +17,9 @@ from videoar.core.tokens import Latents, Tokens, to_tokens
 from videoar.core.transformer import Network, TextContext
 from videoar.core.units import Units, Visible, clean_copies
 
+Floor = Annotated[float, Limit(lambda sigma: sigma >= 0, "0 or more")]
+Noise = Annotated[float, Limit(lambda sigma: 0 <= sigma < 1, "0 to below 1")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig(Options):
@@ -38,10 +41,10 @@ class FlowMatchingConfig(Options):
     the prompt say where things go; later frames read it in their context (`docs/log.md`)."""
     shift: Finite = 5.0
     """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
-    sigma_floor: Annotated[float, Limit(lambda value: value >= 0, "0 or more")] = 0.4
+    sigma_floor: Floor = 0.4
     """Below this sigma an error of the clean data counts as it does here. The error of the velocity
     is that of the clean data over sigma: a few nearly clean units would drown the rest."""
-    context_noise: Annotated[float, Limit(lambda x: 0 <= x < 1, "0 to below 1")] = 0.15
+    context_noise: Noise = 0.15
     """Clean copies are noised up to this sigma, told to the model: its own output is not
     perfect."""
     text_dropout: Share = 0.1

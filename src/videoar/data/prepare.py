@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -45,6 +45,8 @@ OUTPUTS = (ABOUT, REJECTED, STATISTICS, SHEET, INDEX_NAME, EMPTY_TEXT)
 # What may differ when a run goes on: where things are, and who does the work.
 FREE_FIELDS = {"videos", "latents", "codec", "timeout", "workers", "device", "share"}
 SHEET_CLIPS, TEXTS_AT_A_TIME = 48, 128
+HeldOut = Callable[[dict[Source, int]], set[Source]]
+"""Of the clips of videos, which videos are held out."""
 
 
 def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Json:
@@ -56,14 +58,12 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         ValueError: something does not fit, or no video gives a clip.
     """
     folder, videos = config.latents, config.videos
-    if not videos.is_dir():
-        raise ValueError(f"there is no folder {videos}: name the folder of your videos")
     if folder.resolve().is_relative_to(videos.resolve()):
         raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
+    listing = list_sources(videos, captions=config.captions)
     checkpoint = Checkpoint.find(config.codec)
     config, codec = replace(config, codec=str(checkpoint.home.resolve())), checkpoint.codec()
     _check_sizes(config, codec)
-    listing = list_sources(videos, captions=config.captions)
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
     digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
@@ -83,12 +83,13 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
         raise ValueError(f"{folder} is not empty: choose a new folder for the latents")
     work.mkdir(parents=True, exist_ok=True)
     _claim(work / ABOUT, about, config)
-    while todo := _not_made(config, listing.sources, work):
+    choose = partial(held_out, share=config.held_out, apart=checkpoint.meta.get("held_out", ()))
+    while todo := _not_made(config, listing.sources, work, choose):
         _make_parts(config, listing.sources[turns(config.share)], todo, show)
     if config.share != ALL:
         return {}
     info = LatentsInfo.of(codec, fps=config.fps, text=text, checkpoint=config.codec)
-    statistics = _join(folder, listing, info, about | sources, encoder, show)
+    statistics = _join(folder, listing, info, about | sources, encoder, choose, show)
     shutil.rmtree(work)
     return statistics
 
@@ -118,7 +119,7 @@ def _claim(path: Path, about: Json, config: Prepare) -> None:
     check_same(now, about, held=f"{path} is of latents", **how)
 
 
-def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source]:
+def _not_made(config: Prepare, sources: list[Source], work: Path, choose: HeldOut) -> list[Source]:
     """Return the videos of the share without parts; some are made again, with pixels, to hold out.
 
     Which those are is known when it is known which of all videos can be used.
@@ -126,7 +127,7 @@ def _not_made(config: Prepare, sources: list[Source], work: Path) -> list[Source
     made = {source: work / f"{source.key}.json" for source in sources[turns(config.share)]}
     clips = dict.fromkeys(sources, 2)
     clips |= {s: read_done(s, work)["clips"] for s, path in made.items() if path.exists()}
-    for source in held_out(clips, share=config.held_out) & made.keys():
+    for source in choose(clips) & made.keys():
         if not (mark := work / f"{source.key}.heldout").exists():
             made[source].unlink(missing_ok=True)
             mark.touch()
@@ -163,18 +164,20 @@ def _make_parts(
             show(said)
 
 
-def held_out(clips: dict[Source, int], *, share: float) -> set[Source]:
+def held_out(clips: dict[Source, int], *, share: float, apart: Collection[str]) -> set[Source]:
     """Choose whole videos to keep out of training, by a hash of their names.
 
-    Of those with clips it is the share, or more if need be for two clips: an interval takes them.
-    One video at least is left to train on.
+    Of those with clips it is the share, or more if need be for two videos, of four or more, and two
+    clips: an interval takes them. One video at least is left to train on. What the codec was
+    trained on is none, if it says what was not: those `apart`, where some of them have clips.
     """
     used = [source for source, count in clips.items() if count]
     used.sort(key=lambda source: hashlib.sha256(source.name.encode()).digest())
-    count = round(share * len(used))
-    while share and count < len(used) - 1 and sum(clips[source] for source in used[:count]) < 2:
-        count += 1
-    return set(used[: min(count, len(used) - 1)])
+    unseen = [source for source in used if source.name in apart] or used
+    least = max(round(share * len(used)), min(2, len(used) // 2))
+    most = min(len(unseen), len(used) - 1)
+    counts = (k for k in range(least, most) if sum(clips[source] for source in unseen[:k]) > 1)
+    return set(unseen[: next(counts, most)]) if share else set()
 
 
 def _rows(sources: list[Source], encoder: PromptEncoder | None) -> Iterator[Tensor | None]:
@@ -190,6 +193,7 @@ def _join(
     info: LatentsInfo,
     about: Json,
     encoder: PromptEncoder | None,
+    choose: HeldOut,
     show: Callable[[str], None],
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
@@ -199,7 +203,7 @@ def _join(
     shutil.rmtree(apart, ignore_errors=True)
     done = {source: read_done(source, work) for source in listing.sources}
     clips = {source: record["clips"] for source, record in done.items() if record["clips"]}
-    out = held_out(clips, share=about["held_out"])
+    out = choose(clips)
     shown, every = list[Frames](), -(-len(clips) // SHEET_CLIPS)
     sizes, kept_sizes, num_frames = Counter[str](), Counter[str](), 0
     with ExitStack() as stack:

@@ -76,7 +76,12 @@ def list_sources(root: Path, *, captions: Literal["auto", "none"]) -> Listing:
 
     Captions are in `metadata.jsonl` or `.csv` (`file_name`, `text`), beside the video in a `.txt`
     of the same name, or in a tar as in WebDataset. With `none` all captions are empty.
+
+    Raises:
+        ValueError: there is no such folder.
     """
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}: name the folder of your videos")
     walk = _Walk(root)
     found = Listing(rejected=walk.rejected)
     for name, source in sorted(walk.videos.items()):

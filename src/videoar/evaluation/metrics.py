@@ -114,10 +114,10 @@ class Interval:
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Write `mean [low, high]`, all numbers in one format; without one, as `str` does."""
+        """Write `mean [low, high]`, all in one format, none as -0; without one, as `str` does."""
         if not spec:
             return str(self)
-        mean, low, high = (format(value, spec) for value in vars(self).values())
+        mean, low, high = (format(value, f"z{spec}") for value in vars(self).values())
         return f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:

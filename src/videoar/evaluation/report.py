@@ -60,7 +60,7 @@ def lattice(units: Units) -> Json:
 
 
 def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -> str:
-    """Write the report as `report.html` and `report.md`, and return the latter."""
+    """Write the report as `report.html` and `report.md`, and return what it says in sentences."""
     shown, pairs, drifts, ends = Tables(), dict[str, Compared](), Compared(), Compared()
     read = CHIEF in found.sides(CLEAN)
     for title, names in about["groups"].items():
@@ -93,7 +93,8 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     for name, content in files.items():
         with written_whole(folder / name) as partial:
             partial.write_text(f"{content}\n", encoding="utf-8")
-    return f"{files['report.md']}\n\n{folder / 'report.html'} shows the videos beside it\n"
+    where = f"{folder / 'report.html'} has the tables and the videos; report.md is the same as text"
+    return "\n\n".join([title, *text[:-1], f"{where}\n"])
 
 
 def _sure(compared: Compared) -> list[tuple[tuple[str, str], Difference, float]]:

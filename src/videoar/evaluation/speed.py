@@ -208,5 +208,5 @@ def generate(
             generation, VideoWriter(Path(folder) / "video.mp4", fps=fps), fps=fps, show=show
         )
     if timing.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(timing.interrupted)
     return timing

@@ -173,7 +173,7 @@ class Score:
     def __str__(self) -> str:
         count = len(self.pulls)
         if count < 2:
-            return f"{100 * self.value:.2f}{self.of}"
+            return f"{100 * self.value:z.2f}{self.of}"
         # The mean of these is the score; drawing them draws a prompt in all parts of the sum.
         found = bootstrap_interval([self.value + count * pull for pull in self.pulls.values()])
         return f"{found.times(100):.2f}{self.of}"

@@ -5,6 +5,7 @@ import math
 import numbers
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from videoar import weights
-from videoar.checks import check, check_names, check_whole
+from videoar.checks import Note, check, check_names, check_whole, signal_of
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
@@ -82,6 +83,16 @@ def hearing(
     return on_step
 
 
+def warned(pipe: Any, generation: Generation) -> Generation:
+    """Warn of what is asked of a model that its training did not know, and return the same."""
+    plan = generation.plan
+    later = (changes.get("prompts", ()) for _, changes in generation.script)
+    prompts = [*plan.prompts, *itertools.chain.from_iterable(later)]
+    for line in doubts(pipe, [plan.options.replaced(units=plan.units)], prompts):
+        warnings.warn(line, Note, stacklevel=3)
+    return generation
+
+
 def _steps(sampler: Sampler) -> int:
     """Return how many steps there are to take, of all units but those that are known."""
     units, rows = sampler.units, sampler.rows
@@ -114,8 +125,8 @@ def write(
                 show(stats.frames, after - generation.started)
             before = time.perf_counter()
         stats.write_seconds += time.perf_counter() - before
-    except KeyboardInterrupt:
-        stats.interrupted = True
+    except KeyboardInterrupt as stop:
+        stats.interrupted = signal_of(stop)
     stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
     stats.video_seconds = writer.num_frames / fps
     stats.seconds = time.perf_counter() - generation.started

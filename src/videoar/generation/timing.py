@@ -36,8 +36,8 @@ class Timing:
     where the system does not tell."""
     peak_bytes: int = 0
     """Most memory that the process held."""
-    interrupted: bool = False
-    """Whether the user stopped it."""
+    interrupted: int = 0
+    """Number of the signal by which the user stopped it; 0 if nobody did."""
 
     @property
     def fps(self) -> float:

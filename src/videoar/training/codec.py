@@ -53,6 +53,9 @@ class ReconstructionConfig(Options):
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
 
+    def check(self, config: TrainConfig) -> None:
+        """Clips are rendered: none is missing."""
+
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
         codec.encoder.requires_grad_(self.init is None)
@@ -84,6 +87,10 @@ class FootageConfig(Options):
     kept. While videos are read it is twice that."""
     latent_noise: float = 0.1
     """Noise on the latents before decoding."""
+
+    def check(self, config: TrainConfig) -> None:
+        if not (config.out / FOOTAGE).exists():  # else the videos are needed no more
+            self._list()
 
     def build(self, config: TrainConfig, report: Report) -> "ReconstructionTask":
         codec = initial_codec(self.init, self.codec)
@@ -207,7 +214,7 @@ class WorldClips:
     """Clips of the procedural world: clip i is always the same."""
 
     def __init__(self, task: ReconstructionConfig, *, seed: int):
-        self.task, self.seed = task, seed
+        self.task, self.seed, self.about = task, seed, {}
 
     def sources(self) -> dict[str, str]:
         return fingerprints(self.task.init)
@@ -236,6 +243,7 @@ class Footage:
     def __init__(self, folder: Path, lossless: PatchCodec, *, init: str | None = None) -> None:
         self.lossless, self.known, self.init = lossless, LatentShards(folder), init
         self.apart = LatentShards(folder / HELD_OUT_FOLDER)
+        self.about = {"held_out": sorted({clip["extra"]["file"] for clip in self.apart.clips})}
 
     def sources(self) -> dict[str, str]:
         return {str(self.known.folder): self.known.fingerprint()} | fingerprints(self.init)
@@ -300,4 +308,4 @@ class ReconstructionTask:
             device = next(module.parameters()).device
             latents = torch.cat([module.encode(x.to(device)) for x in self.clips.some(256)])
             codec = module.with_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
-        save_checkpoint(folder, {"codec": codec}, meta, overwrite=True)
+        save_checkpoint(folder, {"codec": codec}, meta | self.clips.about, overwrite=True)

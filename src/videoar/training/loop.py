@@ -49,6 +49,9 @@ class Task(Protocol):
 class TaskConfig(Protocol):
     """A frozen dataclass that knows how to build its task."""
 
+    def check(self, config: "TrainConfig") -> None:
+        """Raise for data that cannot be trained on, before anything is loaded or made."""
+
     def build(self, config: "TrainConfig", report: Report) -> Task:
         """Build the task; the global generator is seeded, and `report` hears of what takes long."""
 
@@ -156,14 +159,14 @@ def _loop(run: "_Run") -> None:
                 average = run.average()
                 if log is not None:
                     log.write_validation(run.step, run.task.validate(average, step=run.step))
-            interrupted = ranks.total({"": float(asked.is_set())})[""] > 0
+            interrupted = ranks.total({"": float(bool(asked))})[""] > 0
             if run.step % config.save_every == 0 or last or interrupted:
                 run.save()
             if interrupted and not last:
                 run.report(
                     f"stopped and saved at step {run.step}: the same command goes on from there"
                 )
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(*asked)
 
 
 class _Run:
@@ -187,6 +190,7 @@ class _Run:
                 " optimizer.muon_learning_rate to None"
             )
         if self.ranks.first:
+            config.task.check(config)
             run_folder.check_owner(config.out, config)
             if held is not None:
                 held.enter_context(run_folder.claim(config.out, config))

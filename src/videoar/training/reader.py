@@ -46,6 +46,9 @@ class JudgeConfig(Options):
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """Shape of the judge."""
 
+    def check(self, config: TrainConfig) -> None:
+        read_labels(self.footage, only=self.attributes, apart=self.apart, share=self.held_out)
+
     def build(self, config: TrainConfig, report: Report) -> "JudgeTask":
         return JudgeTask(self, config, report)
 

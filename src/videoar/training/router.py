@@ -70,6 +70,10 @@ class RoutingConfig(Options):
     num_videos: int = 0
     """Videos of the world to encode, if the folder is not there; 0: it must be."""
 
+    def check(self, config: TrainConfig) -> None:
+        if not self.num_videos or self.latents.exists():
+            LatentShards(self.latents)
+
     def build(self, config: TrainConfig, report: Report) -> "RoutingTask":
         check("draws", self.draws, self.draws > 1, "2 or more")
         return RoutingTask(self, config, report)

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from videoar.checks import check_same, explained
+from videoar.checks import check_same, explained, interrupt
 from videoar.data.video import Frames, contact_sheet
 from videoar.files import Json, to_json, write_json, written_whole
 from videoar.machine import git_commit, hardware
@@ -288,25 +288,25 @@ def provenance(out: Path, config: Json, *, step: int, seconds: float) -> Json:
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Have a first Ctrl-C, or SIGTERM, only set the event, so that no step is cut in half.
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Have a first Ctrl-C, or SIGTERM, only say its number, so that no step is cut in half.
 
     Schedulers of clusters, and `torchrun` to its processes, send SIGTERM. A second one stops at
     once. Only a main thread receives signals; elsewhere nothing happens.
     """
-    interrupted = threading.Event()
+    asked = list[int]()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield asked
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
+        if asked:
+            interrupt(number, frame)
+        asked.append(number)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupted
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,32 +1,37 @@
 """Training a generator, by flow matching on latents that were encoded once."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
-from videoar.checks import Count, Options, check
+from videoar.checks import Count, Natural, Options, check
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
 from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info
-from videoar.data.world import FIRST_HELD_OUT
+from videoar.data.world import FIRST_HELD_OUT, held_out_prompts
 from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
+from videoar.evaluation.judge import Clips
+from videoar.files import Json
 from videoar.generation.config import GenerationConfig
+from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import save_trained, trainable
 from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
-from videoar.training.run_folder import Report
+from videoar.training.run_folder import Report, save_sample
 
 SIZES = {"tiny": (6, 4), "small": (6, 5), "medium": (8, 8)}
 """Layers and heads of transformers of 1.8, 2.7 and 8.9 million parameters."""
@@ -36,6 +41,11 @@ MAX_WORDS, MAX_PROMPTS = 10_000, 12
 
 Units = tuple[Annotated[str | schemes.Scheme, arg(constructor=str)], ...]
 """Unit schemes, or their names, which are what is kept."""
+
+
+def batches_of(shards: LatentShards, config: TrainConfig) -> Batches:
+    """Return the batches of a run, each of clips of one size."""
+    return Batches(shards, batch_size=config.batch_size, seed=config.seed, kinds=shards.kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +58,16 @@ class GeneratorConfig(Options):
     """Unit schemes, or their names, drawn from at every step."""
     lora_rank: Count | None = None
     """Train low-rank updates of this rank, exported and merged at the end; None: all weights."""
+    num_validation: Natural = 8
+    """Videos of a validation, shared among the kinds of unit: of held-out prompts of the world, or
+    of the folder; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "units", schemes.names(self.units))
+
+    def check(self, config: TrainConfig) -> None:
+        batches_of(LatentShards(self.latents), config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,10 @@ class TextToVideoConfig(GeneratorConfig):
                 f"{given[1]} says how large what is trained is, but the run has {given[0]}, too:"
                 " leave one of the two out"
             )
+
+    def check(self, config: TrainConfig) -> None:
+        if not self.num_videos or self.latents.exists():
+            super().check(config)
 
     def build(self, config: TrainConfig, report: Report) -> "TextToVideoTask":
         return TextToVideoTask(self, config, report)
@@ -172,25 +192,26 @@ class GeneratorTask:
 
     units: tuple[str, ...]
     """Names of the schemes."""
+    clip_frames: int
+    """Latent frames of the videos of a validation."""
     made_of: tuple[str | Path | None, ...]
     """The checkpoints that the run is made of."""
 
     def __init__(
         self, pipe: VideoPipeline, shards: LatentShards, config: TrainConfig, report: Report
     ) -> None:
-        self.pipe, self.shards = pipe, shards
+        self.pipe, self.shards, self.out = pipe, shards, config.out
         self.schemes = tuple(map(schemes.parse, self.units))
         self.hear = Paced(lambda line: report(f"validation: {line}")).hear
-        prompts, batch_size = pipe.prompt_encoder, config.batch_size
+        prompts = pipe.prompt_encoder
         shards.tokenize = prompts.tokenize
         (height, width), (_, *stride) = shards.size, pipe.codec.stride
         pipe.height, pipe.width = height * stride[0], width * stride[1]
-        how = {"batch_size": batch_size, "seed": config.seed, "kinds": shards.kinds}
-        self.batches = Batches(shards, **how)
+        self.batches = batches_of(shards, config)
         if left_out := self.batches.left_out:
             report(
                 f"{left_out} of {len(shards)} clips are never trained on: of their sizes there are"
-                f" fewer than the {batch_size} of a batch; lower batch_size to use them"
+                f" fewer than the {config.batch_size} of a batch; lower batch_size to use them"
             )
         if cut := prompts.too_long(set(shards.captions)):
             report(cut)
@@ -208,6 +229,37 @@ class GeneratorTask:
         return replace(
             self.pipe, transformer=module.transformer, prompt_encoder=prompts, router=None
         )
+
+    def videos(
+        self, module: nn.Module, step: int, *, count: int
+    ) -> Iterator[tuple[str, list[Json], Clips]]:
+        """Make videos of every kind of unit, yield them with their prompts, and keep a sheet."""
+        if not count:
+            return
+        pipe, shown = self.with_networks(module), list[Clips]()
+        pipe.codec.to(next(module.parameters()).device)
+        prompts = self._prompts(max(1, count // len(self.units)))
+        texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
+        how: Json = {"prompt_embeds": pipe.prompt_encoder.encode(texts)}  # captions may be empty
+        frames = 1 + pipe.codec.stride[0] * (self.clip_frames - 1)
+        every = max(1, frames // 6)
+        for name, scheme in zip(self.units, self.schemes, strict=True):
+            how["window_frames"] = max(self.clip_frames, scheme.frames or 0)
+            made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name, **how)
+            made.sampler.on_step = hearing(pipe, made, None, self.hear)
+            blocks = np.concatenate(list(made), axis=1)
+            shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
+            yield name, prompts, blocks
+        columns = len(range(0, frames, every))
+        save_sample(self.out, step, np.concatenate(shown), columns=columns)
+
+    def _prompts(self, count: int) -> list[Json]:
+        """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
+        if self.of_the_world:
+            return held_out_prompts(count, seed=0)
+        apart = self.shards.folder / "heldout"
+        clips = (LatentShards(apart) if apart.is_dir() else self.shards).clips[:count]
+        return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
     def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
         said = learned(self.units, self.shards.captions, self.pipe.meta.get("words"))
@@ -238,6 +290,7 @@ class TextToVideoTask(GeneratorTask):
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
         self.objective = FlowMatching(module, schemes=self.schemes, **how)
         self.held_out = self._held_out()
+        self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
@@ -262,7 +315,7 @@ class TextToVideoTask(GeneratorTask):
 
     @torch.no_grad()
     def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
-        """The loss of every scheme on the same clips and noise."""
+        """Keep a sheet of videos; the loss of every scheme on the same clips and noise."""
         assert isinstance(module, TextToVideo)
         device, flow, model = next(module.parameters()).device, self.task.flow, module.transformer
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
@@ -275,4 +328,6 @@ class TextToVideoTask(GeneratorTask):
                 loss = flow_matching_loss(model, latents, text, scheme=scheme, config=flow, rng=rng)
                 total += float(loss) * len(latents)
             losses[name] = total / count
+        for _ in self.videos(module, step, count=self.task.num_validation):
+            pass
         return losses

@@ -8,20 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from videoar.checks import Count, explained
+from videoar.checks import Natural, explained
 from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
-from videoar.data.world import held_out_prompts
 from videoar.evaluation.judge import WORLD
 from videoar.generation.config import trained_flow
-from videoar.generation.inputs import hearing
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
-from videoar.training.run_folder import Report, save_sample
+from videoar.training.run_folder import Report
 from videoar.training.text_to_video import GeneratorConfig, GeneratorTask, Units
 
 
@@ -44,9 +42,8 @@ class StudentConfig(GeneratorConfig):
     """The objective."""
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
-    num_validation: Count = 32
-    """Videos of a validation, shared among the kinds of unit: of held-out prompts of the world, or
-    of the folder."""
+    num_validation: Natural = 32
+    """Videos of a validation, shared among the kinds of unit; they are measured."""
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
         return StudentTask(self, config, report)
@@ -112,7 +109,7 @@ class StudentTask(GeneratorTask):
     """A `Task`: what the loop needs to distil a student."""
 
     def __init__(self, task: StudentConfig, config: TrainConfig, report: Report) -> None:
-        self.task, self.out = task, config.out
+        self.task, self.clip_frames = task, task.distillation.clip_frames
         teacher, student = load_role(task.teacher, "teacher"), load_role(task.student, "student")
         units = names(task.units or student.meta.get("units") or [student.sampling.units])
         others, distillation = {"student": student}, task.distillation
@@ -188,32 +185,12 @@ class StudentTask(GeneratorTask):
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
         student freezes or fades.
         """
-        pipe, values, shown = self.with_networks(module), {}, []
-        pipe.codec.to(next(module.parameters()).device)
-        prompts, fps = self._prompts(), pipe.sampling.fps
-        texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
-        frames = 1 + pipe.codec.stride[0] * (self.task.distillation.clip_frames - 1)
-        every = max(1, frames // 6)
-        for name in self.units:
-            made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name)
-            made.sampler.on_step = hearing(pipe, made, None, self.hear)
-            blocks = np.concatenate(list(made), axis=1)
-            shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
+        values, fps = dict[str, float](), self.pipe.sampling.fps
+        for name, prompts, blocks in self.videos(module, step, count=self.task.num_validation):
             pixels = blocks.astype(np.float32) / 255
             values[f"change/{name}"] = float(np.abs(np.diff(pixels, axis=1)).mean())
             values[f"contrast/{name}"] = float(pixels.std())
             found = WORLD.look(blocks, prompts, fps=fps) if self.of_the_world else []
             for key in ("color", "shape", "motion") if found else ():
                 values[f"{key}/{name}"] = float(np.mean([seen["scores"][key] for seen in found]))
-        columns = len(range(0, frames, every))
-        save_sample(self.out, step, np.concatenate(shown), columns=columns)
         return values
-
-    def _prompts(self) -> list[dict[str, Any]]:
-        """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
-        count = max(1, self.task.num_validation // len(self.units))
-        held_out = self.task.latents / "heldout"
-        if self.of_the_world:
-            return held_out_prompts(count, seed=0)
-        clips = (LatentShards(held_out) if held_out.is_dir() else self.shards).clips[:count]
-        return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
