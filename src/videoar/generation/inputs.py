@@ -189,12 +189,16 @@ def check_plan(pipe: Any, plan: Plan, *, encoded: bool = False) -> None:
 
 
 def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str]) -> list[str]:
-    """Return what is asked of a model that its training did not know, a line for each."""
+    """Return what is asked of a model that its training, as it tells it, did not know."""
     found = list[str]()
     if new := pipe.untrained([options.units for options in asked]):
         found.append(f"the model is {new}")
     noisy = [str(one.lag) for one in asked if one.lag not in (None, "autoregressive", one.steps)]
-    if noisy and trained_flow(pipe.meta, pipe.sampling).context == "clean":
+    if (
+        noisy
+        and pipe.meta.get("config")
+        and trained_flow(pipe.meta, pipe.sampling).context == "clean"
+    ):
         what = "the model was trained on clean context, and reads noisy units with lag"
         found.append(f"{what} {', '.join(dict.fromkeys(noisy))}")
     if unknown := pipe.unknown_words(" ".join(prompts)):
