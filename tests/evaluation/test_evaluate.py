@@ -12,6 +12,7 @@ import tiny
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
+from videoar.data.latents import LatentsInfo, ShardWriter
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, train_tokenizer
 from videoar.evaluation.entries import measured
@@ -209,6 +210,30 @@ def test_results_of_other_settings_are_not_mixed(
     other = tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     first, second = (Checkpoint.find(name).fingerprint() for name in (other, config.checkpoint))
     assert first != second
+
+
+def test_who_remembers_is_nearer_to_the_training_than_real_clips(
+    config: Evaluate, tmp_path: Path
+) -> None:
+    """A checkpoint whose own videos were those of the training has learned them by heart."""
+    own = replace(config, units=("frame",), num_prompts=4, seconds=29 / FPS, out=tmp_path / "out")
+    assert "Nearest" not in evaluate(own, lambda line: None)
+    pipe = VideoPipeline.from_pretrained(own.checkpoint)
+    how = {"num_frames": 29, "units": "frame", "num_inference_steps": 1, "output_type": "latent"}
+    with ShardWriter(tmp_path / "latents", info=LatentsInfo.of(pipe.codec, fps=FPS)) as writer:
+        for prompt in WORLD.prompts(4, seed=own.seed):
+            writer.add(pipe(prompt["prompt"], seed=prompt["seed"], **how), captions=[""])
+    lines = list[str]()
+    evaluate(replace(own, nearest=tmp_path / "latents"), lines.append)
+    text = (own.out / "report.md").read_text()
+    head, real, made = _table(text, "Nearest training clips\n")
+    assert head[1:] == ["distance", "nearer than 95 % of real clips"]
+    assert (real[0], real[2], made[2]) == (CODEC, "25%", "100%")
+    assert float(made[1].split()[0]) < 0.1 < float(real[1].split()[0])
+    assert "nearest" in (own.out / "report.html").read_text()
+    assert len(list((own.out / "videos").glob("training-*.mp4"))) == 4
+    with pytest.raises(ValueError, match=r"there is no folder .*: make latents of your videos"):
+        evaluate(replace(own, nearest=tmp_path / "none"), lambda line: None)
 
 
 def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:

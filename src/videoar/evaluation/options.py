@@ -70,6 +70,9 @@ class Judged(Options):
     or that of the procedural world."""
     footage: Path | None = None
     """Labelled videos of a judge that was trained; those held out are asked for."""
+    nearest: Path | None = None
+    """Latents that were trained on: the nearest clip of them is shown beside each video, and how
+    much nearer it is than to real clips. A study that is finished can be given it, too."""
     out: Path = Path("study")
     """Folder of the report, the figures and the videos; what it holds is kept, and goes on."""
     share: Turn = ALL

@@ -32,6 +32,9 @@ real clips through the codec at the same places; 0 is no seam"""
 DRIFT = "Drift: slopes per second, times 1000, beside those of real clips through the codec"
 ENDS = f"The last {WINDOW_SECONDS:g} s of the same videos minus the first, in points"
 UNREAD = "No judge read these videos: nothing here says whether they show what was asked for."
+NEAREST = f"""Nearest training clips: distance in features, in deviations of the training clips; \
+what is remembered is nearer than real clips are, of which {tables.FEW} % are as near as the last \
+column asks for"""
 NOTE = "\n\n"
 DRIFTING = {CHIEF, "brightness", "contrast", "sharpness", "colourfulness"}
 Rows = list[dict[str, str]]
@@ -75,6 +78,10 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
         ends |= {(line, column): difference(last[key], first[key]) for key, column in both}
     shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
     shown |= _grid(ENDS, "videos of", ends)
+    real = found.entries[CODEC]
+    if "nearest" in real["videos"][0]:
+        each = {line: tables.nearest(found.samples(line), real) for line in (CODEC, *found.lines)}
+        shown[NEAREST] = [{"videos of": line} | row for line, row in each.items()]
     shown = {title: rows for title, rows in shown.items() if rows}
     text = [_what(found, about), _who(pairs), _price(found, drifts), *about["doubts"], ABOUT]
     if not read:
@@ -218,7 +225,9 @@ def _videos(folder: Path, found: Found) -> list[Json]:
         prompt = found.entries[CLEAN]["videos"][index]["prompt"]
         for line, (name, *_) in lines.items():
             entry, file = found.entries[name], video_of(name, index)
-            row[line] = {"file": file, "scores": entry["videos"][index]["scores"]}
+            video = entry["videos"][index]
+            row[line] = {key: video[key] for key in ("scores", "nearest") if key in video}
+            row[line]["file"] = file
             row[line] |= {"units": entry["settings"]["units"]} if line in found.lines else {}
         kept.append({"prompt": prompt, "lines": row})
     return kept

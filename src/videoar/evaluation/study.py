@@ -22,6 +22,7 @@ from videoar import machine
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.checks import check_same
 from videoar.core.schemes import KINDS
+from videoar.data.latents import LatentShards, check_codec
 from videoar.data.options import ALL, turns
 from videoar.evaluation import designs, report
 from videoar.evaluation.designs import Design
@@ -42,6 +43,7 @@ from videoar.evaluation.entries import (
 )
 from videoar.evaluation.judge import Judge
 from videoar.evaluation.metrics import PixelUnits
+from videoar.evaluation.nearest import find_nearest
 from videoar.evaluation.options import Evaluate, Judged, Study
 from videoar.evaluation.statistics import Found
 from videoar.evaluation.tables import CLEAN, CODEC
@@ -126,10 +128,15 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
         for line in doubts(load_pipeline(checkpoint)[0], own, prompts):
             said["doubts"].append(f"{checkpoint}: {line}.")
             say(said["doubts"][-1])
+    codec = load_pipeline(paths[0])[0].codec
+    if training := None if config.nearest is None else LatentShards(config.nearest):
+        check_codec(training.folder, training.info, codec, checkpoint=paths[0])
     _work(config, design, jobs, judge, say)
     found, missing = _found(folder, jobs, say)
     if missing:
         return f"{missing} videos are missing: other shares make them, or this command again\n"
+    if training:
+        find_nearest(found, training, codec, folder, keep=design.keep, say=Paced(say).hear)
     entries = held["entries"].items()
     members = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
     for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():

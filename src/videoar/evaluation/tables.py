@@ -38,6 +38,8 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
 
 
 CLEAN, CODEC = "real clips", "real clips through the codec"
+FEW = 5
+"""Percent of the real clips, so near to a training clip that nearer ones are suspect."""
 ASIDE = {"size", "background", "count"}  # scores that only the whole table shows
 
 Scores = dict[str, Float[np.ndarray, " prompts"]]
@@ -92,6 +94,14 @@ def distance(samples: Sequence[Json], real: Json) -> str:
     found = [vars(frechet_interval(_features(sample), known)) for sample in samples]
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     return f"{Interval(**means):.2f}"
+
+
+def nearest(samples: Sequence[Json], real: Json) -> dict[str, str]:
+    """Return how far videos are from the nearest training clips, and the share of suspects."""
+    sides = [video["nearest"]["distance"] for sample in samples for video in sample["videos"]]
+    least = np.percentile([video["nearest"]["distance"] for video in real["videos"]], FEW)
+    row = {"distance": f"{bootstrap_interval(sides):.2f}"}
+    return row | {f"nearer than {100 - FEW} % of real clips": f"{np.mean(sides < least):.0%}"}
 
 
 def diversity(samples: Sequence[Json]) -> str:
