@@ -16,7 +16,7 @@ from videoar.data.latents import LatentsInfo, ShardWriter
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, train_tokenizer
 from videoar.evaluation.entries import measured
-from videoar.evaluation.judge import windows
+from videoar.evaluation.judge import WORLD, windows
 from videoar.evaluation.options import Evaluate
 from videoar.evaluation.study import evaluate
 from videoar.evaluation.tables import CLEAN, CODEC
