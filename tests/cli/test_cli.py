@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -265,6 +266,19 @@ def _milliseconds(picture: Image.Image) -> int:
         picture.load()
         total += picture.info["duration"]
     return total
+
+
+def test_a_second_thread_decodes_and_moves_no_bit(run: Run, checkpoint: str) -> None:
+    """A small model leaves it half of the threads; the state is that of one thread, too."""
+    words = ("generate", "a red ball", "--model", checkpoint, "--num-frames", "21")
+    before = threading.active_count()
+    for threads in ("1", "2"):
+        code, *_ = run(*words, "--out", f"{threads}.mkv", "--threads", threads)
+        assert code == 0
+        assert torch.get_num_threads() == 1
+    first, second = (read_video(Path(f"{threads}.mkv")) for threads in "12")
+    assert np.array_equal(first.frames, second.frames)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif", "png"])

@@ -296,6 +296,8 @@ class Recorder(TorchDispatchMode):
         """Between devices: whether the host waits for them."""
         self.waits: list[str] = []
         """Operations that read a value back from the device."""
+        self.fresh: list[int] = []
+        """Bytes of every tensor that is no part of another."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Do it and note it."""
@@ -309,6 +311,11 @@ class Recorder(TorchDispatchMode):
         if DEVICE in devices and any(word in str(func) for word in WAITS):
             self.waits.append(str(func))
         self.seen.append((str(func), tuple(out.shape) if isinstance(out, torch.Tensor) else None))
+        given, new = (
+            {x.untyped_storage()._cdata: x.nbytes for x in tree_leaves(tree) if torch.is_tensor(x)}
+            for tree in ((args, kwargs), out)
+        )
+        self.fresh += [size for storage, size in new.items() if storage not in given]
         return out
 
 
@@ -337,6 +344,9 @@ KINDS = (*schemes.KINDS, "cube:2x2x1/wavefront")
 def test_a_stream_repeats_its_operations_and_never_waits(name, widest, monkeypatch) -> None:
     """With a full window a segment costs the operations of the one before, in the same shapes.
 
+    So it allocates as much as any other: for a pass of 2 layers 110 tensors at most, assembling its
+    units included, and for each of their tokens 20 KiB.
+
     That is what a recorded graph needs, and the cache has to stay where it is. No operation reads a
     value back, and no copy from the host waits for the device, sinks and latents included: noise, a
     mask and the cells of latents come for each unit, and its places alone and with the one before.
@@ -352,13 +362,19 @@ def test_a_stream_repeats_its_operations_and_never_waits(name, widest, monkeypat
     sampler = Sampler(model, units, text, config, seeds=(0,), device=device)
     assembler, finished, segments, storage = Assembler(units), iter(sampler), [], set()
     for _ in range(6):
-        with Constants() as constants, Recorder() as recorder:
+        passes, tokens = sampler.passes, 0
+        with torch.inference_mode(), Constants() as constants, Recorder() as recorder:
             for unit in itertools.islice(finished, segment):
                 assembler.add(unit.unit, unit.tokens)
+                tokens += unit.unit.size
+        passes = sampler.passes - passes
         segments.append(recorder)
         storage.add(id(sampler.cache.layers))
     assert segments[-1].seen == segments[-2].seen
     assert len(storage) == 1
+    assert recorder.fresh == segments[-2].fresh
+    assert len(recorder.fresh) <= 110 * passes
+    assert sum(recorder.fresh) <= 20 * 1024 * passes * tokens / segment
     assert not constants.made
     assert not recorder.waits
     assert not any(recorder.copies)
