@@ -121,6 +121,16 @@ def test_what_is_there_is_not_mixed_or_lost(words: Lines, done: Path, tmp_path, 
     assert "two checkpoints have one name" in capsys.readouterr().err
 
 
+def test_what_a_checkpoint_never_learned_is_said(checkpoints: Lines, tmp_path, capsys) -> None:
+    """Noisy units, shown to a model of clean context, explain figures that nothing else does."""
+    words = ["study", "checkpoints", "--checkpoint", f"a={checkpoints[0]}?lag=1", "--seeds", "1"]
+    out = tmp_path / "out"
+    assert main([*words, "--num-prompts", "2", "--seconds", "1.5", "--out", str(out)]) == 0
+    line = "the model was trained on clean context, and reads noisy units with lag 1."
+    assert f"{checkpoints[0]}: {line}" in capsys.readouterr().out
+    assert line in (out / "report.md").read_text()
+
+
 class _Page(HTMLParser):
     """What a page would load, and the data in it."""
 
@@ -213,7 +223,8 @@ def test_designs_that_ship_are_right(name: str, checkpoints: Lines) -> None:
 @pytest.mark.parametrize("name", list(designs.shipped()))
 def test_designs_that_ship_run(name: str, checkpoints: Lines, tmp_path: Path) -> None:
     """Each ends in a report of all that it compares, at tiny size; a new one is run by this."""
-    lines = [f"{name}={path}" for name, path in zip("ab", checkpoints, strict=True)]
+    both = [f"{name}={path}" for name, path in zip("ab", checkpoints, strict=True)]
+    lines = both[: find(Study(design=name, checkpoint=tuple(both))).at_least]
     few = ["--num-prompts", "2", "--seeds", "1", "--seconds", "1.5"]
     words = ["study", name, "--checkpoint", *lines, *few, "--out", str(tmp_path / "out")]
     assert main(words) == 0
