@@ -240,14 +240,19 @@ class GeneratorTask:
         pipe.codec.to(next(module.parameters()).device)
         prompts = self._prompts(max(1, count // len(self.units)))
         texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
-        how: Json = {"prompt_embeds": pipe.prompt_encoder.encode(texts)}  # captions may be empty
+        rows = pipe.prompt_encoder.encode(texts)  # of empty captions, too
+        size = self.batches.batch_size  # what the memory holds of a training
+        pieces = [slice(k, k + size) for k in range(0, len(texts), size)]
         frames = 1 + pipe.codec.stride[0] * (self.clip_frames - 1)
         every = max(1, frames // 6)
         for name, scheme in zip(self.units, self.schemes, strict=True):
-            how["window_frames"] = max(self.clip_frames, scheme.frames or 0)
-            made = pipe.generate(texts, num_frames=frames, seeds=seeds, units=name, **how)
-            made.sampler.on_step = hearing(pipe, made, None, self.hear)
-            blocks = np.concatenate(list(made), axis=1)
+            made, wide = list[Clips](), max(self.clip_frames, scheme.frames or 0)
+            for own in pieces:
+                how: Json = {"seeds": seeds[own], "prompt_embeds": rows[own], "window_frames": wide}
+                piece = pipe.generate(texts[own], num_frames=frames, units=name, **how)
+                piece.sampler.on_step = hearing(pipe, piece, None, self.hear)
+                made.append(np.concatenate(list(piece), axis=1))
+            blocks = np.concatenate(made)
             shown.append(blocks[:8, ::every].reshape(-1, *blocks.shape[2:]))
             yield name, prompts, blocks
         columns = len(range(0, frames, every))
