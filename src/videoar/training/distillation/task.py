@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from videoar.checks import Natural, explained
+from videoar.checks import Count, explained
 from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
@@ -42,7 +42,7 @@ class StudentConfig(GeneratorConfig):
     """The objective."""
     recompute: bool = False
     """Compute activations again for the gradients, instead of keeping them."""
-    num_validation: Natural = 32
+    num_validation: Count = 32
     """Videos of a validation, shared among the kinds of unit; they are measured."""
 
     def build(self, config: TrainConfig, report: Report) -> "StudentTask":
