@@ -87,6 +87,7 @@ def warned(pipe: Any, generation: Generation) -> Generation:
     if new := pipe.untrained([plan.units]):
         lines.append(f"the model is {new}")
     clean, how = trained_flow(pipe.meta, own).context == "clean", plan.options
+    clean &= "config" in pipe.meta  # which says how it was trained
     if clean and how.lag not in (None, "autoregressive", how.steps):
         lines.append(f"the model was trained on clean context, and reads noise with lag {how.lag}")
     later = (changes.get("prompts", ()) for _, changes in generation.script)
