@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from videoar.checks import check_positive
+from videoar.checks import check
 from videoar.cli import arguments, options
 from videoar.cli.generate import make, read_script
 from videoar.cli.main import exit_code
@@ -50,7 +50,7 @@ class Demo:
     """Length of the long video."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "seconds")
+        check("seconds", self.seconds, self.seconds > 0, "a number above 0, such as 4")
 
 
 def demo(args: Demo) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 from tyro.conf import Positional, arg
 
-from videoar.checks import check_positive
+from videoar.checks import check
 from videoar.cli import arguments
 from videoar.cli.main import exit_code
 from videoar.cli.progress import say
@@ -68,7 +68,7 @@ class DrawUnits:
     """Replace files that exist."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps")
+        check("steps", self.steps, self.steps > 0, "a number above 0, such as 4")
         if not self.schemes:
             raise ValueError(f"no scheme is given: name one or more, such as {' '.join(KINDS)}")
 

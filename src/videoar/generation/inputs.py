@@ -84,7 +84,9 @@ def hearing(
 def warned(pipe: Any, generation: Generation) -> Generation:
     """Warn of what is asked of a model that its training did not know, and return the same."""
     plan, own, lines = generation.plan, pipe.sampling, list[str]()
-    if new := pipe.untrained([plan.units]):
+    units = AUTO if plan.routed else plan.options.units
+    # A scheme that is no name is the user's own, perhaps of a program that has none for it.
+    if isinstance(units, str) and (new := pipe.untrained([units])):
         lines.append(f"the model is {new}")
     clean, how = trained_flow(pipe.meta, own).context == "clean", plan.options
     clean &= "config" in pipe.meta  # which says how it was trained
