@@ -238,7 +238,7 @@ class GeneratorTask:
             return
         pipe, shown = self.with_networks(module), list[Clips]()
         pipe.codec.to(next(module.parameters()).device)
-        prompts = self._prompts(max(1, count // len(self.units)))
+        prompts = self._prompts(count)
         texts, seeds = ([prompt[key] for prompt in prompts] for key in ("prompt", "seed"))
         rows = pipe.prompt_encoder.encode(texts)  # of empty captions, too
         size = self.batches.batch_size  # what the memory holds of a training
@@ -259,7 +259,11 @@ class GeneratorTask:
         save_sample(self.out, step, np.concatenate(shown), columns=columns)
 
     def _prompts(self, count: int) -> list[Json]:
-        """Return prompts of the world, or of the folder, held out if it does; each with a seed."""
+        """Return prompts of the world, or of the folder, held out if it does; each with a seed.
+
+        `count` videos are shared among the kinds of unit.
+        """
+        count = max(1, count // len(self.units))
         if self.of_the_world:
             return held_out_prompts(count, seed=0)
         apart = self.shards.folder / "heldout"

@@ -454,7 +454,7 @@ def test_kinds_of_unit_share_the_videos_of_a_validation(root: Path, tmp_path: Pa
     run = tiny_run(root, tmp_path / "run")
     for most, each in ((1, 1), (4, 2)):
         task = dataclasses.replace(run.task, num_validation=most, units=("cube:1x2x2",) * 2)
-        assert len(task.build(run, report=lambda line: None)._prompts()) == each
+        assert len(task.build(run, report=lambda line: None)._prompts(most)) == each
 
 
 def test_a_folder_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
