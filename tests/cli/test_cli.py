@@ -58,11 +58,11 @@ FROZEN = {
     "prepare": "videos latents codec captions fps num_frames stride sizes scene_cut picture_fps "
     "held_out timeout workers device share",
     "bench": "checkpoint shape layers units prompt seconds num_inference_steps repeats threads out",
-    "evaluate": "seed batch_size judge footage out share checkpoint units num_prompts seconds "
-    "num_inference_steps shift guidance_scale",
+    "evaluate": "seed batch_size judge footage nearest out share checkpoint units num_prompts "
+    "seconds num_inference_steps shift guidance_scale",
     "evaluate heldout": "checkpoints data units seed out",
-    "study": "seed batch_size judge footage out share design checkpoint quick units num_prompts "
-    "seeds seconds",
+    "study": "seed batch_size judge footage nearest out share design checkpoint quick units "
+    "num_prompts seeds seconds",
     "vbench prompts": "python info dimensions extended limit seed",
     "vbench generate": f"python info dimensions extended limit seed {SAMPLING} folder",
     "vbench score": "python info dimensions folder device timeout static_filter",
@@ -445,7 +445,7 @@ BAD = [
     (("evaluate", "heldout", "CHECKPOINT"), "--data"),
     (("evaluate", "heldout", "CHECKPOINT", "--data", "x", "--shift", "2"), "option '--shift'"),
     (("bench", "CHECKPOINT", "--num-inference-steps", "0"), "num_inference_steps is 0"),
-    (("bench", "--shape", "wan-2b"), "'--shape'"),
+    (("bench", "--shape", "wan-2b"), "--shape is wan-2b"),
     (("bench", "--layers", "4"), "use it with --shape"),
 ]
 
@@ -708,7 +708,8 @@ def test_bench_and_evaluate_print_their_tables(run: Run, checkpoint: str, tmp_pa
     where = ("--out", str(tmp_path / "evaluation"))
     code, out, _ = run("evaluate", checkpoint, *words, "--num-prompts", "2", *where)
     assert code == 0
-    assert "| videos of | colour | shape |" in out
+    assert "evaluation/report.html has the tables and the videos" in out
+    assert "| videos of | colour | shape |" in (tmp_path / "evaluation" / "report.md").read_text()
     words = (*words, "--repeats", "1")
     code, out, _ = run("bench", checkpoint, *words)
     assert code == 0

@@ -187,7 +187,8 @@ def test_a_trained_judge_is_asked_like_the_worlds(
     words += ["--num-inference-steps", "1"]
     asked = ["--judge", made_by, "--footage", str(footage)]
     assert main([*words, *asked, "--out", str(tmp_path / "report")]) == 0
-    said = capsys.readouterr().out
+    capsys.readouterr()
+    said = (tmp_path / "report" / "report.md").read_text()
     assert "| videos of | colour | side | action | lid | all right | Fréchet |" in said
     assert "| motion vectors, Fréchet |" in said
     texts = [path.read_text() for path in (tmp_path / "report" / "figures").iterdir()]

@@ -88,7 +88,8 @@ def warned(pipe: Any, generation: Generation) -> Generation:
     plan = generation.plan
     later = (changes.get("prompts", ()) for _, changes in generation.script)
     prompts = [*plan.prompts, *itertools.chain.from_iterable(later)]
-    for line in doubts(pipe, [plan.options.replaced(units=plan.units)], prompts):
+    options = plan.options.replaced(units=AUTO) if plan.routed else plan.options
+    for line in doubts(pipe, [options], prompts):
         warnings.warn(line, Note, stacklevel=3)
     return generation
 
@@ -191,7 +192,8 @@ def check_plan(pipe: Any, plan: Plan, *, encoded: bool = False) -> None:
 def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str]) -> list[str]:
     """Return what is asked of a model that its training, as it tells it, did not know."""
     found = list[str]()
-    if new := pipe.untrained([options.units for options in asked]):
+    # A scheme that is no name is the user's own, perhaps of a program that has none for it.
+    if new := pipe.untrained([one.units for one in asked if isinstance(one.units, str)]):
         found.append(f"the model is {new}")
     noisy = [str(one.lag) for one in asked if one.lag not in (None, "autoregressive", one.steps)]
     if (
