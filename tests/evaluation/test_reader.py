@@ -208,5 +208,6 @@ def test_a_trained_judge_is_asked_like_the_worlds(
     shutil.copytree(Path(made_by) / "judge", Path(own) / "judge")
     again = str(tmp_path / "again")
     assert main([*words, "--footage", str(footage), "--out", again]) == 0
-    quality = [text.partition("## What it costs")[0] for text in (said, capsys.readouterr().out)]
+    both = (said, (tmp_path / "again" / "report.md").read_text())
+    quality = [text.partition("## What it costs")[0] for text in both]
     assert quality[0][quality[0].index("## Qual") :] == quality[1][quality[1].index("## Qual") :]
