@@ -1,5 +1,6 @@
 """Evaluation: held-out prompts in pairs, a judge with a ceiling, and results that are kept."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.data import world
-from videoar.data.latents import LatentsInfo, ShardWriter
+from videoar.data.latents import LatentShards, LatentsInfo, ShardWriter
 from videoar.data.world import FIRST_HELD_OUT, FIRST_SCENE, held_out_prompts, scene_of
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder, train_tokenizer
+from videoar.evaluation import nearest
 from videoar.evaluation.entries import measured
 from videoar.evaluation.judge import WORLD, windows
 from videoar.evaluation.options import Evaluate
@@ -234,6 +237,28 @@ def test_who_remembers_is_nearer_to_the_training_than_real_clips(
     assert len(list((own.out / "videos").glob("training-*.mp4"))) == 4
     with pytest.raises(ValueError, match=r"there is no folder .*: make latents of your videos"):
         evaluate(replace(own, nearest=tmp_path / "none"), lambda line: None)
+
+
+def test_training_clips_that_are_described_outlive_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of clips take half an hour, once."""
+    monkeypatch.setattr(nearest, "PIECE", 2)
+    codec = tiny.tiny_pipeline().codec
+    with ShardWriter(tmp_path / "latents", info=LatentsInfo.of(codec, fps=FPS)) as writer:
+        for seed in range(4):
+            noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+            writer.add(noise, captions=[""])
+    shards, said = LatentShards(tmp_path / "latents"), list[str]()
+
+    def killed(line: str) -> None:
+        if line.startswith("3"):
+            raise KeyboardInterrupt
+
+    for say in (killed, said.append):
+        with contextlib.suppress(KeyboardInterrupt):
+            nearest.find_nearest({}, shards, codec, tmp_path, keep=0, say=say)
+    assert [line.partition(" training")[0] for line in said] == ["3 of 4", "4 of 4"]
 
 
 def test_a_foreign_file_is_left_alone(config: Evaluate, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from videoar.evaluation.entries import features
 from videoar.evaluation.judge import Clips
 from videoar.files import Json, load, save
 
+PIECE = 32
+"""Training clips that are described, some seconds each or less, before they are written."""
+
 
 def find_nearest(
     entries: Mapping[str, Json],
@@ -37,8 +40,9 @@ def find_nearest(
     described, count = load(path, "features", kind="features of clips"), len(training)
     for clip in range(len(described), count):
         described[str(clip)] = features(frames(clip))[0].round(5).tolist()
+        if (clip + 1) % PIECE == 0 or clip + 1 == count:  # no more than these are lost by a kill
+            save(path, {"features": described})
         say(f"{clip + 1} of {count} training clips are described")
-    save(path, {"features": described})
     known = np.array(list(described.values()))
     scale = known.std(axis=0) + 1e-6
     for entry in entries.values():
