@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from videoar.cli.main import main
 from videoar.data.video import Video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.evaluation.labels import LABELS, outline, read_labels, vocabulary
-from videoar.evaluation.reader import NOTHING, TrainedJudge, scores
+from videoar.evaluation.reader import NOTHING, TrainedJudge, changed, scores
 from videoar.training.loop import TrainConfig, train
 from videoar.training.reader import LabelledClips
 from videoar.training.recipes import find
@@ -150,6 +151,23 @@ def test_states_are_outlined_whatever_the_rate() -> None:
     assert outline(["shut", "shut", None, "open"]) == ["shut", "open"]
     assert outline([None, "open", "open"]) == ["open"]
     assert outline([None]) == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([2, 2, 2, 2], [2]),
+        ([1, 1, 1, 1], [1]),
+        ([2, 2, 1, 1], [2, 1]),
+        ([0, 2, 2, 2, 2, 2], [0, 2]),
+        ([1, 1, 1, 1, 1, 0], [1, 0]),
+        ([0, 0, 0, 2, 2, 2, 0, 0, 0], [0, 2]),  # for a while
+    ],
+)
+def test_states_are_read_as_the_likeliest_change(frames: list[int], words: list[int]) -> None:
+    """The one word that never changes is read, too: it is not the first of the vocabulary."""
+    logits = 9 * torch.eye(3)[torch.tensor(frames)]
+    assert changed(logits.log_softmax(-1)) == words
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ def changed(logs: Float[Tensor, "frames words"]) -> list[int]:
     at, rest = divmod(int(likely.argmax()), words**2)
     outer, inner = divmod(rest, words)
     order = [outer, inner] if first[at] else [inner, outer]
-    shown = [inner] if last[at] - first[at] == frames else order
-    return shown[:1] if outer == inner or first[at] == last[at] else shown
+    whole = {0: [outer], frames: [inner]}.get(int(last[at] - first[at]), order)
+    return whole[:1] if outer == inner else whole
 
 
 def scores(seen: Json, told: Json) -> dict[str, float]:
