@@ -12,6 +12,7 @@ from videoar.encoders.text_encoder import (
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
+from videoar.generation.router import Router, RouterConfig
 
 CODEC = TinyCodecConfig(
     latent_channels=4,
@@ -42,6 +43,7 @@ SCHEMES = (
     "cube:2x2x1/wavefront",
     "cube:1x1x3/snake",
 )
+MENU = ("frame", "chunk:2", "cube:1x2x2", "chunk:3")
 
 
 def tiny_transformer(config: ModelConfig = MODEL, *, seed: int = 0) -> VideoTransformer:
@@ -64,3 +66,17 @@ def tiny_pipeline(*, seed: int = 0) -> VideoPipeline:
         codec=TinyCodec(CODEC).eval(),
         sampling=GenerationConfig(window_frames=6, num_inference_steps=2),
     )
+
+
+def tiny_router(menu: tuple[str, ...] = MENU) -> Router:
+    """A router whose choices depend on all that it reads."""
+    channels = {"latent_channels": 4, "text_channels": MODEL.hidden_size}
+    router = Router(RouterConfig(menu=menu, **channels, hidden_size=16))
+    rng = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+        # About what the frames of the tiny pipeline vary by.
+        router.mean[:20] = torch.tensor([0.0, 1.9, 1.4, 1.7, 1.4]).repeat_interleave(4)
+        router.std[:20] = 0.1
+    return router.eval()

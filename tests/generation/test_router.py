@@ -6,29 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, tiny_pipeline
+from tiny import MENU, tiny_pipeline, tiny_router
 
 from videoar.cli.main import main
 from videoar.encoders.codec import from_frames
 from videoar.generation.pipeline import VideoPipeline
-from videoar.generation.router import Router, RouterConfig
+from videoar.generation.router import RouterConfig
 from videoar.generation.session import Session
 
-PROMPT, MENU = "a red ball", ("frame", "chunk:2", "cube:1x2x2", "chunk:3")
-
-
-def tiny_router(menu: tuple[str, ...] = MENU) -> Router:
-    """A router whose choices depend on all that it reads."""
-    channels = {"latent_channels": 4, "text_channels": MODEL.hidden_size}
-    router = Router(RouterConfig(menu=menu, **channels, hidden_size=16))
-    rng = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in router.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng))
-        # About what the frames of the tiny pipeline vary by.
-        router.mean[:20] = torch.tensor([0.0, 1.9, 1.4, 1.7, 1.4]).repeat_interleave(4)
-        router.std[:20] = 0.1
-    return router.eval()
+PROMPT = "a red ball"
 
 
 @pytest.fixture(scope="module")

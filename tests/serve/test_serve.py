@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import serving
-from tiny import tiny_pipeline
+from tiny import MENU, tiny_pipeline, tiny_router
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as open_socket
 
 from videoar.client import Watched, connect
+from videoar.core.schemes import KINDS
 from videoar.data.fragments import encode
 from videoar.generation.pipeline import VideoPipeline
 from videoar.serve import app
@@ -440,6 +441,27 @@ def test_the_model_says_what_can_be_asked_for(url: str) -> None:
     assert not toy.unknown_words(" ".join(model.prompts))
     assert model.kinds == toy.meta["units"]
     assert (model.units, model.num_inference_steps) == ("cube:1x2x2", toy.sampling.steps)
+
+
+def test_units_that_a_router_chooses_are_offered_and_served() -> None:
+    """Beside the other kinds; every unit says of which kind it is, and the frames are the same."""
+    routed, kinds, served = tiny_pipeline(), list[str](), list[bytes]()
+    routed.router = tiny_router()
+    assert Engine(routed).model().kinds == [*KINDS, "auto"]
+    offline = itertools.islice(routed.session(PROMPT, units="auto", seed=3), 8)
+    with serving(routed) as (url, _), connect(url, PROMPT, units="auto", seed=3) as watched:
+        for fragment in watched.fragments():
+            watched.say(Seen(seconds=99))
+            kinds += [event["units"] for event in watched.events if event["type"] == "unit"]
+            if len(served := [*served, fragment]) == 8:
+                break
+    shown = 0
+    for index, frames in enumerate(offline):
+        place = {"first": shown, "index": index, "lossless": False}
+        assert served[index] == encode(frames, fps=16, **place).body
+        shown += len(frames)
+    assert set(kinds) <= set(MENU)
+    assert len(set(kinds)) > 1
 
 
 def test_the_interface_is_described(url: str) -> None:

@@ -17,6 +17,7 @@ from videoar.core.sampler import Finished, Sampler
 from videoar.core.schemes import KINDS
 from videoar.core.units import Unit, Units
 from videoar.data.fragments import encode
+from videoar.generation.config import AUTO
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
 from videoar.generation.together import side_by_side
@@ -276,7 +277,7 @@ class Engine(threading.Thread):
         pipe, sampling = self.pipe, self.pipe.sampling
         return messages.Model(
             prompts=list(pipe.meta.get("prompts", ())),
-            kinds=list(pipe.meta.get("units", KINDS)),
+            kinds=[*pipe.meta.get("units", KINDS), *([AUTO] if pipe.router else [])],
             units=str(sampling.units),
             num_inference_steps=sampling.steps,
             height=pipe.height,
