@@ -429,3 +429,15 @@ def test_what_a_model_never_learned_is_said(ask) -> None:
     assert said[0] == "the model is not trained on chunk:2, but on frame"
     assert said[1:] == ["in no caption of the model's training: golden"]
     ask(pipe, "A ball", num_frames=5, units="frame")  # says nothing
+
+
+def test_what_a_model_never_learned_is_said_of_changes() -> None:
+    """Of what a stream goes on with, once it is asked for."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"words": ["a", "ball"], "units": ["frame"]}
+    session = pipe.session("a ball", units="frame")
+    with pytest.warns(Note, match="training: golden"):
+        session.prompt = "a golden ball"
+    with pytest.warns(Note, match="not trained on chunk:2"):
+        session.change(prompt="a ball", units="chunk:2")
+    session.change(prompt="a ball", units="frame")  # says nothing: both are gone

@@ -119,7 +119,13 @@ def test_it_plays_and_a_new_prompt_is_obeyed(page: Any) -> None:
     assert page.inner_text("#latency").endswith(" ms")
     assert float(page.inner_text("#fps")) > 0
     assert page.inner_text("#status") == "live"
-    assert [item.inner_text() for item in page.query_selector_all("#history li")] == [WHITE, BLACK]
+    page.fill("#prompt", f"{WHITE} dog")
+    page.click("#send")
+    _until(lambda: page.inner_text("#status").endswith("training: dog"))
+    assert [item.inner_text() for item in page.query_selector_all("#history li")][1:] == [
+        WHITE,
+        BLACK,
+    ]
 
 
 def test_units_change_and_the_lattice_shows_them(page: Any, toy: tuple[str, Any]) -> None:

@@ -131,7 +131,8 @@ def test_a_client_changes_what_follows(url: str) -> None:
     assert frames.shape == (4, 64, 64, 3)
     kinds = [event["type"] for event in events]
     assert kinds[0] == "begin"
-    assert [event["ids"] for event in events if event["type"] == "changed"] == [[7]]
+    changes = [event for event in events if event["type"] == "changed"]
+    assert [(event["ids"], event["notes"]) for event in changes] == [([7], [])]
     refused = {e["id"]: e["message"] for e in events if e["type"] == "refused"}
     assert "Did you mean frame" in refused[8]
     assert "prompt is empty" in refused[9]

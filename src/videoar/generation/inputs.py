@@ -85,13 +85,18 @@ def hearing(
 
 def warned(pipe: Any, generation: Generation) -> Generation:
     """Warn of what is asked of a model that its training did not know, and return the same."""
-    plan = generation.plan
+    for line in doubts_of(pipe, generation):
+        warnings.warn(line, Note, stacklevel=3)
+    return generation
+
+
+def doubts_of(pipe: Any, generation: Generation) -> list[str]:
+    """Return `doubts` about what follows in a stream."""
+    plan = generation.wanted or generation.plan
     later = (changes.get("prompts", ()) for _, changes in generation.script)
     prompts = [*plan.prompts, *itertools.chain.from_iterable(later)]
     options = plan.options.replaced(units=AUTO) if plan.routed else plan.options
-    for line in doubts(pipe, [options], prompts):
-        warnings.warn(line, Note, stacklevel=3)
-    return generation
+    return doubts(pipe, [options], prompts)
 
 
 def _steps(sampler: Sampler) -> int:

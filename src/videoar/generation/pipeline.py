@@ -254,7 +254,7 @@ class VideoPipeline:
     ) -> Session:
         """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
         options |= {"num_frames": num_frames, "seeds": inputs.seeds_of(seed, None, 1)}
-        return Session(inputs.warned(self, self.generate([prompt], **options)), self.resume)
+        return Session(inputs.warned(self, self.generate([prompt], **options)), self)
 
     def resume(self, source: State | str | Path) -> Session:
         """Go on with a session that was saved, as if it had never stopped.

@@ -15,6 +15,7 @@ from videoar.core.sampler import Finished
 from videoar.core.units import Unit
 from videoar.files import written_whole
 from videoar.generation.config import GenerationConfig, Plan
+from videoar.generation.inputs import warned
 from videoar.generation.state import State, unpacked
 from videoar.generation.stream import Batch, Generation
 from videoar.weights import read_safetensors, write_safetensors
@@ -45,10 +46,10 @@ class Session:
     """
 
     # A misspelt `session.prompts = ...` must not be taken.
-    __slots__ = ("__weakref__", "_kept", "_resume", "generation", "kept_bytes")
+    __slots__ = ("__weakref__", "_kept", "generation", "kept_bytes", "pipe")
 
-    def __init__(self, generation: Generation, resume: Callable[[State], "Session"]) -> None:
-        self.generation, self._resume, self.kept_bytes = generation, resume, KEPT_BYTES
+    def __init__(self, generation: Generation, pipe: Any) -> None:
+        self.generation, self.pipe, self.kept_bytes = generation, pipe, KEPT_BYTES
         self._kept: deque[tuple[int, State]] = deque()
         self._keep()
 
@@ -92,6 +93,7 @@ class Session:
     def change(self, **changes: Any) -> None:
         """Ask for something else: `prompt`, `seed`, and what `Generation.change` takes."""
         self.generation.change(**_of_a_batch(changes))
+        warned(self.pipe, self.generation)
 
     def change_at(self, seconds: float, **changes: Any) -> None:
         """Ask for a change when so much video is finished; in rising order."""
@@ -108,7 +110,7 @@ class Session:
 
     def branch(self) -> "Session":
         """Return another session, which goes on from here on its own."""
-        return self._resume(self.generation.state_dict())
+        return resumed(self.pipe, self.generation.state_dict())
 
     def seek(self, seconds: float) -> None:
         """Go back to the last kept point at or before a moment; what came after is forgotten.
@@ -146,7 +148,7 @@ def resumed(pipe: Any, source: State | str | Path) -> Session:
     given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
     generation = Generation(pipe, plan, sampler, **given)
     generation.load_state_dict(source)
-    return Session(generation, pipe.resume)
+    return Session(generation, pipe)
 
 
 def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import itertools
 import secrets
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from videoar.checks import Note
 from videoar.core.sampler import Finished, Sampler
 from videoar.core.schemes import KINDS
 from videoar.core.units import Unit, Units
 from videoar.data.fragments import encode
 from videoar.generation.config import AUTO
+from videoar.generation.inputs import doubts_of
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
 from videoar.generation.together import side_by_side
@@ -90,6 +93,7 @@ class Live:
                 units=str(session.units),
                 seed=session.seed,
                 num_inference_steps=session.generation.plan.options.steps,
+                notes=doubts_of(session.pipe, session.generation),
             )
         )
         self.tell(head)
@@ -127,7 +131,9 @@ class Live:
             part = encode(batch[0], fps=self.session.fps, lossless=False, **place)
             if self._asked and self._shows:
                 waited = 1000 * (time.perf_counter() - self._asked[0][1])
-                self.tell(messages.Changed(ids=[number for number, _ in self._asked], ms=waited))
+                ids = [number for number, _ in self._asked]
+                notes = doubts_of(self.session.pipe, self.session.generation)
+                self.tell(messages.Changed(ids=ids, ms=waited, notes=notes))
                 self._asked, self._shows = [], False
             self.tell(part.body)
             self.frames, self.fragments = self.frames + batch.shape[1], self.fragments + 1
@@ -224,7 +230,9 @@ class Engine(threading.Thread):
             if not future.set_running_or_notify_cancel():  # who asked has left
                 continue
             try:
-                future.set_result(function())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Note)  # viewers read it in `notes`
+                    future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 

@@ -108,6 +108,8 @@ class Begin:
     units: str
     seed: int
     num_inference_steps: int
+    notes: list[str]
+    """What of this the model's training did not know, in sentences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,8 @@ class Changed:
     ids: list[int]
     ms: float
     """Since the server had it."""
+    notes: list[str]
+    """As in `Begin`."""
 
 
 @dataclass(frozen=True, kw_only=True)

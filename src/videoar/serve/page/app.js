@@ -112,7 +112,7 @@ function begin(event) {
   $("seed").value = event.seed;
   $("steps").value = event.num_inference_steps;
   select(event.units);
-  tell("live");
+  tell(["live", ...event.notes].join("; "));
 }
 
 function came(data) {
@@ -149,7 +149,7 @@ function changed(event) {
   const times = event.ids.filter((id) => sent.has(id)).map((id) => performance.now() - sent.get(id));
   event.ids.forEach((id) => sent.delete(id));
   if (times.length) $("latency").textContent = Math.max(...times).toFixed(0) + " ms";
-  tell("live");
+  tell(["live", ...event.notes].join("; "));
 }
 
 function remember(prompt) {
