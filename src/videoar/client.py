@@ -7,22 +7,27 @@ with connect("http://127.0.0.1:8000", "a red ball moves left") as session:
 
 import json
 import urllib.request
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 import av
 import numpy as np
 from jaxtyping import UInt8
 
+from videoar.checks import Note
 from videoar.serve.messages import Change, Control, Seen, Start, plain
 
 
 class Watched:
-    """A session on a server: iterate for newly finished frames, `frames height width 3`."""
+    """A session on a server: iterate for newly finished frames, `frames height width 3`.
+
+    A change that is refused is warned of: the stream goes on as it was.
+    """
 
     def __init__(self, socket: Any, name: str):
         self.socket, self.name = socket, name
@@ -58,6 +63,8 @@ class Watched:
                 self._head, self._frames, self._fps = b"", 0, event["fps"]
             if event.get("fatal"):
                 raise ValueError(event["message"])
+            if event["type"] == "refused":
+                warnings.warn(event["message"], Note, stacklevel=3)
 
     def say(self, message: Control) -> None:
         """Send a message, such as `Pause` or `Seek`."""
@@ -80,6 +87,7 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
 
     Raises:
         ValueError: the server refuses it.
+        ConnectionError: there is no server.
     """
     from websockets.sync.client import connect as open_socket
 
@@ -91,6 +99,8 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
             name = json.load(answer)["session"]
     except HTTPError as error:
         raise ValueError(json.load(error)["detail"]) from error
+    except URLError as error:
+        raise ConnectionError(f"no server at {url} ({error.reason}): `videoar serve`") from error
     socket = f"ws://{urlsplit(url).netloc}/api/sessions/{name}{query}"
     try:
         # Who reads slowly has the answers to its own pings in the queue.
@@ -98,4 +108,5 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
             yield Watched(opened, name)
     finally:
         end = urllib.request.Request(f"{where}/{name}{query}", method="DELETE")
-        urllib.request.urlopen(end).close()
+        with suppress(URLError):  # the server is gone, and the session with it
+            urllib.request.urlopen(end).close()

@@ -247,7 +247,7 @@ def test_a_design_of_ones_own_is_a_file(tmp_path: Path, capsys) -> None:
     for text, says in (
         ("[1]", "holds no design"),
         ("{", "cannot be read"),
-        ('{"unit": 1}', "write some of about"),
+        ('{"unit": 1}', "design (unit): write some of about"),
         ('{"units": ["frames"]}', "Did you mean frame"),
         ('{"units": ["frame", "frame"]}', "none twice"),
         ('{"seconds": "long"}', "seconds is 'long'"),

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tiny import MENU, tiny_pipeline, tiny_router
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as open_socket
 
+from videoar.checks import Note
 from videoar.client import Watched, connect
 from videoar.core.schemes import KINDS
 from videoar.data.fragments import encode
@@ -117,7 +119,8 @@ def test_what_is_served_is_what_is_generated_offline(url: str, units: str) -> No
 
 def test_a_client_changes_what_follows(url: str) -> None:
     """Frames come as arrays; a change is answered, a wrong one refused in a sentence."""
-    with connect(url, PROMPT, units="frame") as watched:
+    recorded = warnings.catch_warnings(record=True, action="always")
+    with recorded as notes, connect(url, PROMPT, units="frame") as watched:
         events, shown = [], 0
         for frames in watched:
             shown += len(frames)
@@ -135,10 +138,21 @@ def test_a_client_changes_what_follows(url: str) -> None:
     assert [(event["ids"], event["notes"]) for event in changes] == [([7], [])]
     refused = {e["id"]: e["message"] for e in events if e["type"] == "refused"}
     assert "Did you mean frame" in refused[8]
+    assert [str(n.message) for n in notes if n.category is Note] == [refused[8], refused[9]]
     assert "prompt is empty" in refused[9]
     units = [event for event in events if event["type"] == "unit"]
     assert units[5]["next"][0][0] == units[5]["cells"][0][0] + 1
     assert {run[0] for run in units[9]["cached"]} <= set(range(10))
+
+
+def test_who_finds_no_server_is_told() -> None:
+    """None that listens, and one that has gone while the session was watched."""
+    with pytest.raises(ConnectionError, match="no server at"), connect("http://127.0.0.1:9", "a"):
+        pass
+    with serving(tiny_pipeline()) as (url, _):
+        watching = connect(url, PROMPT, units="frame")
+        next(iter(watching.__enter__()))
+    watching.__exit__(None, None, None)
 
 
 def test_back_and_reset_begin_another_way(url: str) -> None:

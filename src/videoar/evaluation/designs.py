@@ -117,6 +117,7 @@ def _read(path: Path) -> Json:
         else:
             value = import_extra("yaml", "YAML needs PyYAML ({}): install it.").safe_load(text)
     known = [field.name for field in fields(Design)]
-    if not isinstance(value, dict) or value.keys() - set(known):
-        raise ValueError(f"{path} holds no design: write some of {', '.join(known)}")
+    if not isinstance(value, dict) or (new := value.keys() - set(known)):
+        named = f" ({', '.join(sorted(new))})" if isinstance(value, dict) else ""
+        raise ValueError(f"{path} holds no design{named}: write some of {', '.join(known)}")
     return value

@@ -172,7 +172,7 @@ class Footage:
         if count > len(self.asked):
             raise ValueError(
                 f"{count} prompts are asked for, but {self.footage} holds out {len(self.asked)}"
-                " videos: ask for fewer, or add videos"
+                " videos that last so long: ask for fewer prompts or seconds, or add videos"
             )
         order = np.random.default_rng(seed).permutation(len(self.asked))[:count].tolist()
         found = list[Json]()

@@ -180,11 +180,11 @@ def _seams(found: Found) -> Rows:
 def _what(found: Found, about: Json) -> str:
     entries = [sample for line in found.lines for sample in found.samples(line)]
     videos, settings = sum(len(entry["videos"]) for entry in entries), entries[0]["settings"]
+    commit = f"; commit {about['commit']}" if about["commit"] else ""
     return (
         f"{videos} videos of {settings['num_frames'] / settings['fps']:.1f} s were made in"
         f" {len(found.lines)} ways, of the same {settings['num_prompts']} prompts,"
-        f" {settings['seeds']} of each, and measured ({about['hardware']}; commit"
-        f" {about['commit']})."
+        f" {settings['seeds']} of each, and measured ({about['hardware']}{commit})."
     )
 
 
@@ -199,7 +199,9 @@ def _who(pairs: Mapping[str, Compared]) -> str:
             parts.append(f"{text}most of all {a} from {b}, by {one.change} points")
         else:
             least = [100 * one.least(len(compared)) for one in compared.values() if one.error]
-            known = f"{min(least):.1f} to {max(least):.1f} points, by pair," if least else "nothing"
+            known = "nothing"
+            if least and min(least) < 100:
+                known = f"{min(least):.1f} to {min(max(least), 100):.1f} points, by pair,"
             parts.append(f"{text}where {known} would have been found in 8 of 10 such studies")
     return f"{'; '.join(parts) or 'nothing is compared'}."
 

@@ -163,8 +163,11 @@ def _loop(run: "_Run") -> None:
             if run.step % config.save_every == 0 or last or interrupted:
                 run.save()
             if interrupted and not last:
+                older = config.out / "checkpoint"
+                stale = f"; {older} is of fewer steps until --export" if older.exists() else ""
                 run.report(
                     f"stopped and saved at step {run.step}: the same command goes on from there"
+                    f"{stale}"
                 )
                 raise KeyboardInterrupt(*asked)
 
