@@ -441,3 +441,12 @@ def test_what_a_model_never_learned_is_said_of_changes() -> None:
     with pytest.warns(Note, match="not trained on chunk:2"):
         session.change(prompt="a ball", units="chunk:2")
     session.change(prompt="a ball", units="frame")  # says nothing: both are gone
+
+
+def test_another_size_than_that_of_the_training_is_said() -> None:
+    """Once it is known: a converted model tells none."""
+    pipe = tiny_pipeline()
+    pipe.meta = {"height": pipe.height, "width": pipe.width}
+    pipe("a ball", num_frames=1)
+    with pytest.warns(Note, match="own videos have 64x64 pixels, not 96x64"):
+        pipe("a ball", num_frames=1, width=96)

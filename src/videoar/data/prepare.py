@@ -211,8 +211,11 @@ def _join(
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
         if not clips:
+            if not rejected:
+                raise ValueError("there are no files there: name a folder of videos")
+            most = Counter(rejected.values()).most_common(1)[0][0]
             raise ValueError(
-                f"none of {len(rejected)} files gives a clip: {folder / REJECTED} says why"
+                f"none of {len(rejected)} files gives a clip: {most}; {folder / REJECTED} says why"
             )
         if encoder is not None:
             (folder / EMPTY_TEXT).write_bytes(save({"rows": encoder.encode([""])[0]}))

@@ -96,7 +96,15 @@ def doubts_of(pipe: Any, generation: Generation) -> list[str]:
     later = (changes.get("prompts", ()) for _, changes in generation.script)
     prompts = [*plan.prompts, *itertools.chain.from_iterable(later)]
     options = plan.options.replaced(units=AUTO) if plan.routed else plan.options
-    return doubts(pipe, [options], prompts)
+    found, units = doubts(pipe, [options], prompts), generation.sampler.units
+    strides = (stride * pipe.transformer.config.patch for stride in pipe.codec.stride[1:])
+    asked = [n * side for n, side in zip((units.height, units.width), strides, strict=True)]
+    own = [pipe.meta.get(side) for side in ("height", "width")]
+    if None not in own and asked != own:
+        found.append(
+            f"the model's own videos have {own[1]}x{own[0]} pixels, not {asked[1]}x{asked[0]}"
+        )
+    return found
 
 
 def _steps(sampler: Sampler) -> int:
