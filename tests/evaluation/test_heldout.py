@@ -226,3 +226,7 @@ def test_a_study_needs_no_judge(
     ):
         assert main([*words, *more, "--out", str(tmp_path / "no")]) == 2
         assert says in capsys.readouterr().err
+    assert main(["evaluate", own, "--num-prompts", "2", "--out", str(tmp_path / "no")]) == 2
+    assert "longer than the 24 tokens" in (said := capsys.readouterr().err)
+    assert "--footage" in said
+    assert not (tmp_path / "no").exists()

@@ -150,7 +150,7 @@ class PromptEncoder(Protocol):
         """What makes token ids of captions, cut to its limit, for `trainable`."""
 
     def too_long(self, captions: set[str]) -> str:
-        """Say how many captions are cut in training; nothing if none is."""
+        """Say how many captions are longer than what is read; nothing if none is."""
 
     def with_trained(self, module: nn.Module) -> "PromptEncoder":
         """Return the same with what was trained."""
@@ -211,7 +211,7 @@ class TinyPromptEncoder:
 
     def too_long(self, captions: set[str]) -> str:
         long = sum(len(self.ids(caption)) > self.limit for caption in captions)
-        cut = f"{long} of {len(captions)} captions are longer than {self.limit} tokens and are cut"
+        cut = f"{long} of {len(captions)} captions are longer than the {self.limit} tokens"
         return cut if long else ""
 
     def with_trained(self, module: nn.Module) -> "TinyPromptEncoder":

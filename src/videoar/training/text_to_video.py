@@ -214,7 +214,7 @@ class GeneratorTask:
                 f" fewer than the {config.batch_size} of a batch; lower batch_size to use them"
             )
         if cut := prompts.too_long(set(shards.captions)):
-            report(cut)
+            report(f"{cut} that are read, and are cut")
         self.of_the_world = "scene" in shards.clips[0].get("extra", {})
 
     def sources(self) -> dict[str, str]:
