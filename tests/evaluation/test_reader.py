@@ -218,7 +218,7 @@ def test_a_trained_judge_is_asked_like_the_worlds(
     for missing, message in (
         (["--judge", made_by], "brings a judge of labelled videos: one takes --footage"),
         (["--judge", own, "--footage", str(footage)], "brings no judge of labelled videos"),
-        ([*asked, "--num-prompts", "99"], "ask for fewer, or add videos"),
+        ([*asked, "--num-prompts", "99"], "ask for fewer prompts or seconds, or add videos"),
     ):
         assert main([*words, *missing, "--out", str(tmp_path / "no")]) == 2
         assert message in capsys.readouterr().err
