@@ -106,11 +106,6 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     prompts = [prompt["prompt"] for prompt in found]
     about = {"seed": config.seed, "batch_size": config.batch_size} | mark
     weights = {path: Checkpoint.find(path).fingerprint() for path in paths}
-    for path in weights:
-        if long := load_pipeline(path)[0].prompt_encoder.too_long(set(prompts)):
-            raise ValueError(
-                f"{long} of {path}: shorten them, or name videos with shorter ones by --footage"
-            )
     made_of = {"design": design, "weights": weights} | about
     asked = json.loads(json.dumps(to_json(made_of)))
     check_folder(folder)
@@ -120,6 +115,11 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
             raise ValueError(f"{folder} holds other files, and no study: name another folder")
         settled = _settled(design, lines, say)
         _jobs(settled["entries"], design, paths[0], about)  # may raise
+        for name in weights:
+            if long := load_pipeline(name)[0].prompt_encoder.too_long(set(prompts)):
+                raise ValueError(
+                    f"{long} of {name}: shorten them, or name videos with shorter ones by --footage"
+                )
         folder.mkdir(exist_ok=True)
     held = first_written(path, {"asked": asked} | settled)
     how: Json = {"other": "folder", "options": made_of}
