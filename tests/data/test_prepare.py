@@ -536,11 +536,13 @@ def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, prepare: Run
     videos = tmp_path / "videos"
     videos.mkdir()
     (videos / "text.mp4").write_text("no")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     for words, message in (
         ((videos, tmp_path / "latents"), "gives a clip: "),
         ((tmp_path / "none", tmp_path / "latents"), "there is no folder"),
+        ((tmp_path / "empty", tmp_path / "latents"), "empty holds no files: name a folder"),
         ((videos, videos / "latents"), "lies in"),
         ((videos, tmp_path / "full"), "is not empty"),
         ((videos, tmp_path / "new", "--sizes", "60x64"), "a size is 60x64: use multiples of 16"),

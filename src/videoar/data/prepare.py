@@ -61,6 +61,8 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     if folder.resolve().is_relative_to(videos.resolve()):
         raise ValueError(f"{folder} lies in {videos}, whose videos it is made of: name another one")
     listing = list_sources(videos, captions=config.captions)
+    if not (listing.sources or listing.rejected):
+        raise ValueError(f"{videos} holds no files: name a folder of videos")
     checkpoint = Checkpoint.find(config.codec)
     config, codec = replace(config, codec=str(checkpoint.home.resolve())), checkpoint.codec()
     _check_sizes(config, codec)
@@ -211,8 +213,6 @@ def _join(
         other = stack.enter_context(ShardWriter(apart, info=info)) if out else writer
         rejected = _write_rejected(folder / REJECTED, listing, done)
         if not clips:
-            if not rejected:
-                raise ValueError("there are no files there: name a folder of videos")
             most = Counter(rejected.values()).most_common(1)[0][0]
             raise ValueError(
                 f"none of {len(rejected)} files gives a clip: {most}; {folder / REJECTED} says why"

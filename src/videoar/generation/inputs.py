@@ -83,27 +83,24 @@ def hearing(
     return on_step
 
 
-def warned(pipe: Any, generation: Generation) -> Generation:
+def warned(generation: Generation) -> Generation:
     """Warn of what is asked of a model that its training did not know, and return the same."""
-    for line in doubts_of(pipe, generation):
+    for line in doubts_of(generation):
         warnings.warn(line, Note, stacklevel=3)
     return generation
 
 
-def doubts_of(pipe: Any, generation: Generation) -> list[str]:
+def doubts_of(generation: Generation) -> list[str]:
     """Return `doubts` about what follows in a stream."""
-    plan = generation.wanted or generation.plan
+    pipe, plan = generation.pipe, generation.wanted or generation.plan
     later = (changes.get("prompts", ()) for _, changes in generation.script)
     prompts = [*plan.prompts, *itertools.chain.from_iterable(later)]
     options = plan.options.replaced(units=AUTO) if plan.routed else plan.options
-    found, units = doubts(pipe, [options], prompts), generation.sampler.units
-    strides = (stride * pipe.transformer.config.patch for stride in pipe.codec.stride[1:])
-    asked = [n * side for n, side in zip((units.height, units.width), strides, strict=True)]
+    found = doubts(pipe, [options], prompts)
     own = [pipe.meta.get(side) for side in ("height", "width")]
-    if None not in own and asked != own:
-        found.append(
-            f"the model's own videos have {own[1]}x{own[0]} pixels, not {asked[1]}x{asked[0]}"
-        )
+    if None not in own and own != [pipe.height, pipe.width]:
+        asked = f"{pipe.width}x{pipe.height}"
+        found.append(f"the model's own videos have {own[1]}x{own[0]} pixels, not {asked}")
     return found
 
 

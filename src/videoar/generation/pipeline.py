@@ -233,7 +233,7 @@ class VideoPipeline:
         prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
         seeds = inputs.seeds_of(seed, generator, len(prompts))
         options |= {"num_frames": num_frames, "seeds": seeds}
-        begun = inputs.warned(self, self.generate(prompts, **options))
+        begun = inputs.warned(self.generate(prompts, **options))
         with Progress(sys.stderr, every=5.0, disable=not self.progress) as show:
             begun.sampler.on_step = inputs.hearing(self, begun, callback_on_step_end, show)
             latent = output_type == "latent"
@@ -247,14 +247,14 @@ class VideoPipeline:
     ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
         """Generate newly finished frames as they come; endless without `num_frames`."""
         options |= {"num_frames": num_frames, "seeds": inputs.seeds_of(seed, None, 1)}
-        return (frames[0] for frames in inputs.warned(self, self.generate([prompt], **options)))
+        return (frames[0] for frames in inputs.warned(self.generate([prompt], **options)))
 
     def session(
         self, prompt: str, *, num_frames: int | None = None, seed: int | None = 0, **options: Any
     ) -> Session:
         """Begin a stream that can be changed while it comes; keywords are those of `generate`."""
         options |= {"num_frames": num_frames, "seeds": inputs.seeds_of(seed, None, 1)}
-        return Session(inputs.warned(self, self.generate([prompt], **options)), self)
+        return Session(inputs.warned(self.generate([prompt], **options)))
 
     def resume(self, source: State | str | Path) -> Session:
         """Go on with a session that was saved, as if it had never stopped.

@@ -46,10 +46,10 @@ class Session:
     """
 
     # A misspelt `session.prompts = ...` must not be taken.
-    __slots__ = ("__weakref__", "_kept", "generation", "kept_bytes", "pipe")
+    __slots__ = ("__weakref__", "_kept", "generation", "kept_bytes")
 
-    def __init__(self, generation: Generation, pipe: Any) -> None:
-        self.generation, self.pipe, self.kept_bytes = generation, pipe, KEPT_BYTES
+    def __init__(self, generation: Generation) -> None:
+        self.generation, self.kept_bytes = generation, KEPT_BYTES
         self._kept: deque[tuple[int, State]] = deque()
         self._keep()
 
@@ -93,7 +93,7 @@ class Session:
     def change(self, **changes: Any) -> None:
         """Ask for something else: `prompt`, `seed`, and what `Generation.change` takes."""
         self.generation.change(**_of_a_batch(changes))
-        warned(self.pipe, self.generation)
+        warned(self.generation)
 
     def change_at(self, seconds: float, **changes: Any) -> None:
         """Ask for a change when so much video is finished; in rising order."""
@@ -110,7 +110,7 @@ class Session:
 
     def branch(self) -> "Session":
         """Return another session, which goes on from here on its own."""
-        return resumed(self.pipe, self.generation.state_dict())
+        return resumed(self.generation.pipe, self.generation.state_dict())
 
     def seek(self, seconds: float) -> None:
         """Go back to the last kept point at or before a moment; what came after is forgotten.
@@ -148,7 +148,7 @@ def resumed(pipe: Any, source: State | str | Path) -> Session:
     given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
     generation = Generation(pipe, plan, sampler, **given)
     generation.load_state_dict(source)
-    return Session(generation, pipe)
+    return Session(generation)
 
 
 def _of_a_batch(changes: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def copied(state: State) -> State:
 
 def about(generation: Any) -> Json:
     """Say what this is a generation of: a state goes on in one that says the same."""
-    pipe, units = generation._pipe, generation.sampler.units
+    pipe, units = generation.pipe, generation.sampler.units
     model, patch = generation.sampler.network, pipe.transformer.config.patch
     while not isinstance(model, torch.nn.Module):  # without guidance and recordings around it
         model = model.network

@@ -65,7 +65,7 @@ class Generation:
         conditioning: UInt8[np.ndarray, "videos frames height width 3"] | None,
         started: float,
     ):
-        self._pipe, self._codec = pipe, pipe.codec
+        self.pipe, self._codec = pipe, pipe.codec
         self.begun = self.plan = plan
         self.wanted: Plan | None = None
         """What is asked for and has not begun."""
@@ -131,7 +131,7 @@ class Generation:
         plan = replace(plan.replaced(**changes), prompts=tuple(prompts), seeds=tuple(seeds))
         fps = plan.options.fps
         check("fps", fps, fps == self.plan.options.fps, "the rate that it began with")
-        self._pipe.check(plan)
+        self.pipe.check(plan)
         return plan, self._anew or recompute
 
     def _change(self, wanted: Plan) -> None:
@@ -144,7 +144,7 @@ class Generation:
             self._begin_again()
         elif self.plan != before:
             self.sampler.text, self.sampler.seeds = (
-                self._pipe.text(self.plan),
+                self.pipe.text(self.plan),
                 self.plan.noise_seeds,
             )
         self._anew &= given
@@ -159,7 +159,7 @@ class Generation:
         """Begin a segment with the units that the router chooses, if that is asked for."""
         if not self.plan.routed or self._open or self._given:
             return
-        text, end, router = self.sampler.text, self._whole, self._pipe.router
+        text, end, router = self.sampler.text, self._whole, self.pipe.router
         near = [self._past[t] for t in range(end - router.config.frames, end) if t in self._past]
         chosen = router.choose(near, text)
         self.stats.chosen[chosen] += 1
@@ -172,7 +172,7 @@ class Generation:
     def _begin_again(self, text: TextContext | None = None) -> None:
         """Go on with a new sampler, for which the frames that a unit reads are known."""
         options = self.plan.options
-        units, _ = self._pipe.settings(options, None)
+        units, _ = self.pipe.settings(options, None)
         first, last = 0, self._whole
         if options.window_frames is not None:
             first = units.whole_segments(options.sink_frames, window=options.window_frames)
@@ -182,7 +182,7 @@ class Generation:
         kept = [t for t in whole if t < first or t >= self._whole - last]
         kept = kept[len(kept) % units.segment_frames :]
         rest = None if self._frames is None else len(kept) + self._frames - self._whole
-        sampler = self._pipe.sampler(self.plan, rest, text=text)
+        sampler = self.pipe.sampler(self.plan, rest, text=text)
         sampler.on_step = self.sampler.on_step
         self._take(sampler)
         self.kept = kept
@@ -217,7 +217,7 @@ class Generation:
         return latents
 
     def __iter__(self) -> Iterator[Batch]:
-        device, ahead = self.sampler.device, self._pipe.ahead
+        device, ahead = self.sampler.device, self.pipe.ahead
         cuda = ahead and torch.device(device).type == "cuda"
         now: Any = torch.cuda.current_stream(device) if cuda else None
         side: Any = torch.cuda.Stream(device) if cuda else None
@@ -291,7 +291,7 @@ class Generation:
         if self.plan.left:
             self.plan = replace(self.plan, left=self.plan.left - 1)
             self.wanted = self.wanted and replace(self.wanted, left=self.plan.left)
-            sampler.text = self._pipe.text(self.plan)
+            sampler.text = self.pipe.text(self.plan)
         return finished.unit, self._added(finished)
 
     @torch.inference_mode()
@@ -378,7 +378,7 @@ class Generation:
         check_same(about, self.about, held="the state is of a generation", **how)
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
         if plan != self.plan or plan.stretch:
-            self._take(self._pipe.sampler(plan, now["lattice"]))
+            self._take(self.pipe.sampler(plan, now["lattice"]))
         self.plan, self.wanted = plan, now["wanted"] and Plan.from_json(now["wanted"])
         self._anew, self._whole, self.kept = (now[k] for k in ("anew", "whole", "kept"))
         self.script = [(frame, changes) for frame, changes in now["script"]]

@@ -93,7 +93,7 @@ class Live:
                 units=str(session.units),
                 seed=session.seed,
                 num_inference_steps=session.generation.plan.options.steps,
-                notes=doubts_of(session.pipe, session.generation),
+                notes=doubts_of(session.generation),
             )
         )
         self.tell(head)
@@ -132,7 +132,7 @@ class Live:
             if self._asked and self._shows:
                 waited = 1000 * (time.perf_counter() - self._asked[0][1])
                 ids = [number for number, _ in self._asked]
-                notes = doubts_of(self.session.pipe, self.session.generation)
+                notes = doubts_of(self.session.generation)
                 self.tell(messages.Changed(ids=ids, ms=waited, notes=notes))
                 self._asked, self._shows = [], False
             self.tell(part.body)
