@@ -19,7 +19,7 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-from videoar.checks import Note
+from videoar.checks import Note, check_names
 from videoar.serve.messages import Change, Control, Seen, Start, plain
 
 
@@ -72,6 +72,7 @@ class Watched:
 
     def change(self, **changes: Any) -> None:
         """Ask for something else: the fields of `Change`."""
+        check_names(changes, vars(Change()))
         self.say(Change(**changes))
 
 
@@ -91,6 +92,7 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
     """
     from websockets.sync.client import connect as open_socket
 
+    check_names(options, vars(Start(prompt=prompt)))
     query, body = f"?token={token}", json.dumps(plain(Start(prompt=prompt, **options))).encode()
     where = f"{url.rstrip('/')}/api/sessions"
     kind = {"Content-Type": "application/json"}

@@ -95,12 +95,17 @@ def test_what_is_there_is_skipped(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(VideoWriter, "write", stopped)
         code, _, error = run(*words)
     assert (code, "the same command goes on" in error) == (130, True)
-    assert [path.name for path in Path("out").iterdir()] == ["0001.mp4"]
+    assert [path.name for path in Path("out").glob("*.mp4")] == ["0001.mp4"]
     code, out, error = run(*words)
     assert code == 0, error
     assert "1/3  out/0001.mp4 is there already and is skipped" in out
     assert "3/3  out/0003.mp4: 5 frames" in out
-    assert sorted(path.name for path in Path("out").iterdir()) == [f"000{k}.mp4" for k in (1, 2, 3)]
+    assert sorted(path.name for path in Path("out").glob("*.mp4")) == [
+        f"000{k}.mp4" for k in (1, 2, 3)
+    ]
+    code, _, error = run(*words, "--seed", "5", "--units", "frame")
+    assert code == 2, "else the old ones would pass for these"
+    assert "out holds videos with seed = 0, but 5 is asked for, and units = None" in error
     assert run("a red ball", "--seed", "2", "--out", "alone.mp4")[0] == 0
     assert np.array_equal(read_video("alone.mp4").frames, read_video("out/0003.mp4").frames)
 
@@ -111,13 +116,13 @@ def test_names_have_one_form(run: Run) -> None:
         row = {"prompt": "a red ball", "name": unicodedata.normalize(form, "caf\u00e9")}
         Path("a.jsonl").write_text(json.dumps(row))
         assert run("--prompts", "a.jsonl", "--out", "out")[0] == 0
-    assert len(list(Path("out").iterdir())) == 1
+    assert len(list(Path("out").glob("*.mp4"))) == 1
 
 
 def test_several_videos_of_one_prompt_need_a_folder(run: Run) -> None:
     """And one needs a prompt; options that contradict each other are refused."""
     assert run("a red ball", "--num-videos-per-prompt", "2", "--out", "out")[0] == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == ["0001-0.mp4", "0001-1.mp4"]
+    assert sorted(path.name for path in Path("out").glob("*.mp4")) == ["0001-0.mp4", "0001-1.mp4"]
     Path("a.txt").write_text("a red ball\n" + "ball " * 300)
     Path("none.txt").write_text("\n\n")
     Path("odd.csv").write_bytes(b"prompt\n\xff")
@@ -142,7 +147,7 @@ def test_processes_share_the_videos_of_a_file(run: Run, tmp_path: Path) -> None:
     for share, names in (("2/2", ["0002"]), ("1/2", ["0001", "0002", "0003"])):
         code, _, error = run("--prompts", "a.txt", "--out", "out", "--share", share)
         assert code == 0, error
-        assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == names
+        assert sorted(path.stem for path in (tmp_path / "out").glob("*.mp4")) == names
     code, _, error = run("a red ball", "--share", "1/2")
     assert code == 2
     assert "--share 1/2 parts many videos: give --prompts" in error

@@ -1,5 +1,6 @@
 """The server without a browser: same bits, fair turns, bounded memory, and who may come in."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -227,6 +228,18 @@ def test_sessions_take_turns(url: str) -> None:
     with serving(tiny_pipeline(), limit=1) as (place, _), connect(place, PROMPT):
         with pytest.raises(ValueError, match="1 sessions already: try again later"):
             connect(place, PROMPT).__enter__()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            _begin(place)
+
+
+def test_what_is_misspelt_is_named(url: str) -> None:
+    """Before anything is sent; and a session that is not there is not ended."""
+    with pytest.raises(TypeError, match="no keyword 'unit'; did you mean units"):
+        connect(url, PROMPT, unit="frame").__enter__()
+    with connect(url, PROMPT) as session, pytest.raises(TypeError, match="did you mean prompt"):
+        session.change(promt=PROMPT)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        _ask(url, "DELETE", "/api/sessions/none")
 
 
 def test_who_does_not_read_is_not_computed_for(url: str, engine, wait) -> None:
@@ -389,7 +402,8 @@ def test_hostile_messages_are_refused_and_others_do_not_notice(url: str, engine)
                         socket.send(message)
                 except ConnectionClosed:
                     pass
-            _ask(url, "DELETE", f"/api/sessions/{name}")
+            with contextlib.suppress(urllib.error.HTTPError):  # it has ended, by what was said
+                _ask(url, "DELETE", f"/api/sessions/{name}")
             served.append(next(bystander))
             other.say(Seen(seconds=99))
     assert answers

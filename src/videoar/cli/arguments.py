@@ -40,6 +40,7 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
     box = io.StringIO()
     how: dict[str, Any] = {"prog": prog, "config": (tyro.conf.FlagCreatePairsOff,)}
     how["default"] = tyro.MISSING_NONPROP if default is None else default
+    said = ""
     try:
         with contextlib.redirect_stderr(box):
             options, unknown = tyro.cli(kind, args=words, return_unknown_args=True, **how)
@@ -49,13 +50,19 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
         lines = (line.strip(" │|") for line in box.getvalue().splitlines()[1:-1])
         # Where the terminal is not UTF-8, boxes are of hyphens.
         text = " ".join(filter(None, lines)).lstrip("-─ ")
-        text = re.split(r" ?(?:[─-]{3,}|Got errors:)", text)[0].rstrip(".")
-        raise ValueError(f"{_sentence(text)} (see `{prog} --help`)") from stop
-    if unknown:
-        name = next((word for word in unknown if word.startswith("-")), unknown[0])
-        with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):
+        said = _sentence(re.split(r" ?(?:[─-]{3,}|Got errors:)", text)[0].rstrip("."))
+        unknown = [word for word in words if word.startswith("--")]
+    if unknown:  # or, if something else is missing, perhaps
+        help_text = io.StringIO()
+        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
             tyro.cli(kind, args=["--help"], **how)
-        known = re.findall(r"--[a-z][\w.-]*", box.getvalue())
-        close = checks.hint(name.partition("=")[0].replace("_", "-"), known)
-        raise ValueError(f"unknown option {name!r}{close} (see `{prog} --help`)")
+        known = re.findall(r"--[a-z][\w.-]*", help_text.getvalue())
+        names = [word.partition("=")[0].replace("_", "-") for word in unknown]
+        strange = [word for word, name in zip(unknown, names, strict=True) if name not in known]
+        if strange:
+            name = next((word for word in strange if word.startswith("-")), strange[0])
+            close = checks.hint(name.partition("=")[0].replace("_", "-"), known)
+            said = f"unknown option {name!r}{close}"
+    if said:
+        raise ValueError(f"{said} (see `{prog} --help`)")
     return options

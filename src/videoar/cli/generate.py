@@ -1,6 +1,7 @@
 """`videoar generate`."""
 
 import itertools
+import json
 import math
 import os
 import secrets
@@ -10,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import explained
+from videoar.checks import check_same, explained
 from videoar.cli import options
 from videoar.cli.progress import say
 from videoar.cli.prompts import Wanted, lines_of, read_text, wanted
 from videoar.data.options import ALL, turns
 from videoar.data.video import PICTURES, STREAMS
-from videoar.files import check_folder, to_json, written_whole
+from videoar.files import Json, check_folder, to_json, write_json, written_whole
 from videoar.generation import conditioning
 from videoar.generation.progress import Progress, how_far
 from videoar.generation.timing import Timing
@@ -29,18 +30,25 @@ HELD = ("model", "height", "width", *LOAD)
 """Options that are in a state."""
 NARROW = 256
 """Channels of a model whose passes hardly gain by more threads: see docs/decisions/passes.md."""
+FREE = ("class", "prompts", "num_videos_per_prompt", "out", "threads", "force", "share")
+FREE += options.MACHINE
+"""Options that do not tell videos of one folder apart."""
+SETTINGS = "settings.json"
+"""In the folder of several videos: how they were made."""
 SHARE = 20
 """Of the time, saving the state takes one part in so many, or less."""
 
 
 def generate(args: options.Generate) -> int:
     """Generate a video, and say what it took; or several."""
+    told = {k: v for k, v in to_json(args).items() if k not in FREE}
     if args.seed is None:
         args = replace(args, seed=secrets.randbelow(2**32))
         say(f"seed {args.seed}")
     if args.several:
         prompts, count = args.prompts or str(args.prompt), args.num_videos_per_prompt
-        return generate_several(args, wanted(prompts, seed=args.seed or 0, count=count))
+        todo = wanted(prompts, seed=args.seed or 0, count=count)
+        return generate_several(args, todo, told=told)
     timing, scheme, target = make(args)
     if not timing.frames:
         print("videoar: stopped before the first frame; nothing is written", file=sys.stderr)
@@ -51,12 +59,23 @@ def generate(args: options.Generate) -> int:
     return timing.interrupted and 128 + timing.interrupted
 
 
-def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = None) -> int:
-    """Generate a share of videos one after the other; those that are there are skipped."""
-    folder, todo = args.out.expanduser(), todo[turns(args.share)]
+def generate_several(
+    args: options.Generate, todo: list[Wanted], pipe: Any = None, *, told: Json | None = None
+) -> int:
+    """Generate a share of videos one after the other; those that are there are skipped.
+
+    Raises:
+        ValueError: videos that are there were not made as is `told`.
+    """
+    folder = args.out.expanduser()
+    record, old = folder / SETTINGS, any((folder / v.name).exists() for v in todo)
+    todo = todo[turns(args.share)]
     if folder.suffix.lower() in (*STREAMS, *PICTURES):
         raise ValueError(f"--out {folder} would be one file of several videos: name a folder")
     check_folder(folder)
+    if told and old and not args.force and record.exists():
+        held = json.loads(record.read_text(encoding="utf-8"))
+        check_same(held, told, held=f"{folder} holds videos", other="folder, or pass --force")
     left = [v for v in todo if args.force or not (folder / v.name).exists()]
     seeds = {v.prompt: v.seed for v in sorted(left, key=lambda v: v.seed)}
     if left and pipe is None:
@@ -69,6 +88,8 @@ def generate_several(args: options.Generate, todo: list[Wanted], pipe: Any = Non
             say(f"{said} is there already and is skipped")
             continue
         folder.mkdir(exist_ok=True)
+        if told:
+            write_json(record, told)
         # What is not whole has a hidden name, so that it is not skipped later.
         hidden = folder / f".{video.name}"
         one: dict[str, Any] = {"prompt": video.prompt, "prompts": None, "num_videos_per_prompt": 1}

@@ -52,12 +52,17 @@ def real(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) 
 
 
 def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int) -> Made:
-    """Yield real clips that went through the codec, which takes whole latent frames."""
-    stride = pipe.codec.stride[0]
+    """Yield real clips that went through the codec, group by group, so that an hour fits."""
+    codec, memory, decode = pipe.codec, None, pipe.codec.stream_decoder()
+    stride, start = codec.stride[0], 0
     whole = 1 + math.ceil((num_frames - 1) / stride) * stride
-    for clips in real(pipe, prompts, judge, num_frames=whole):
-        latents = pipe.codec.encode(from_frames(clips))
-        yield to_frames(pipe.codec.decode(latents))[:, :num_frames]
+    (clips,) = real(pipe, prompts, judge, num_frames=whole)
+    for end in range(1, whole + 1, stride):
+        frames = from_frames(clips[:, start:end])
+        with torch.no_grad():
+            latents, memory = codec.encode_step(frames if start else codec.pad(frames), memory)
+        yield to_frames(decode(latents))[:, : num_frames - start]
+        start = end
 
 
 def features(frames: Clips) -> Float[np.ndarray, "b c"]:

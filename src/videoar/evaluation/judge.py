@@ -14,6 +14,7 @@ from videoar.files import Json
 
 MIN_SECONDS = 1.5  # shorter clips do not tell a bounce from a drift
 WINDOW_SECONDS = 4.0  # in which long videos are judged
+DRAWN = 512  # frames at once
 MIN_SPEED, MIN_BOUNCE, MIN_ORBIT, MIN_GROWTH = 0.4, 6.0, 4.0, 0.12
 """Slower (as a share), lower, tighter or weaker is called still: a generated thing trembles."""
 MAX_STRAY = 16.0  # variance, in square units, by which a track may miss its motion's law
@@ -237,8 +238,12 @@ class WorldJudge:
 
     def real(self, prompts: list[Json], *, num_frames: int, size: Size, fps: int) -> Clips:
         scenes = [world.Scene.from_json(prompt["scene"]) for prompt in prompts]
-        how = {"num_frames": num_frames, "size": size[0], "fps": fps}
-        return np.stack([world.render(scene, **how) for scene in scenes])
+        clips = np.empty((len(scenes), num_frames, *size, 3), dtype=np.uint8)
+        for start in range(0, num_frames, DRAWN):  # an hour in floats would fill the memory
+            part = clips[:, start : start + DRAWN]
+            how = {"num_frames": part.shape[1], "start": start, "size": size[0], "fps": fps}
+            part[:] = [world.render(scene, **how) for scene in scenes]
+        return clips
 
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         found = list[Json]()

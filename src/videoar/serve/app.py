@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from videoar.data.video import Frames
 from videoar.data.workers import Pool
 from videoar.serve.decoding import decoder
-from videoar.serve.engine import Engine, Live
+from videoar.serve.engine import Engine, Full, Live
 from videoar.serve.messages import Control, Event, Model, Refused, Start, plain
 
 FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
@@ -34,6 +34,7 @@ CONTROL: TypeAdapter[Any] = TypeAdapter(
 POLICY = "default-src 'self'; media-src blob:; img-src 'self' blob: data:"
 SOCKETS = {"ws_max_size": 2**16, "ws_ping_timeout": 120.0}
 """Limits of uvicorn: bytes of a message, and seconds in which a viewer that is there answers."""
+NONE = "there is no such session: begin one"
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -127,7 +128,7 @@ def make_app(engine: Engine, *, token: str = "") -> FastAPI:
         """Answer what a request cannot have with the reason, be it of its form or its values."""
         wrong = isinstance(error, RequestValidationError)
         says = sentence(error.errors()) if wrong else str(error)
-        return JSONResponse({"detail": says}, status_code=422)
+        return JSONResponse({"detail": says}, status_code=503 if isinstance(error, Full) else 422)
 
     _add_sessions(app, engine)
     app.websocket("/api/sessions/{session}")(partial(_watched, engine))
@@ -157,7 +158,7 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
     async def give(session: str, request: Request) -> dict[str, int]:
         """Give a picture or clip, as the body, for a `Start` that says `given`."""
         if (live := engine.lives.get(session)) is None:
-            raise HTTPException(404, "there is no such session: begin one")
+            raise HTTPException(404, NONE)
         data = bytearray()
         async for part in request.stream():
             data += part
@@ -174,7 +175,8 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
     @app.delete("/api/sessions/{session}", status_code=204)
     async def end(session: str) -> None:
         """End a session."""
-        await _called(engine, engine.lives.pop, session, None)
+        if await _called(engine, engine.lives.pop, session, None) is None:
+            raise HTTPException(404, NONE)
 
     @app.get("/api/model")
     async def model() -> Model:

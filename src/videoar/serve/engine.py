@@ -192,6 +192,10 @@ def _runs(units: Units, kept: Sequence[int], indices: Iterable[int]) -> list[lis
     return [[kept[t] if t < len(kept) else t + later, *rest] for t, *rest in own]
 
 
+class Full(ValueError):
+    """There are as many sessions as may be: refused for now."""
+
+
 class Engine(threading.Thread):
     """The thread that computes: what others want done, and a unit of each session, side by side."""
 
@@ -300,7 +304,7 @@ class Engine(threading.Thread):
 
     def check_room(self) -> None:
         if len(self.lives) >= self.limit:
-            raise ValueError(f"there are {self.limit} sessions already: try again later")
+            raise Full(f"there are {self.limit} sessions already: try again later")
 
     def obey(self, live: Live, message: messages.Control) -> None:
         """Do what a viewer asks for, or say why not."""
