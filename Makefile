@@ -41,10 +41,12 @@ clean:
 
 # A stamp says that an extra is installed at the pinned versions.
 $(VENV)/.ok-core: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing VideoAR into $(VENV): a minute or two"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e .
 	touch $@
 
 $(VENV)/.ok-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing VideoAR with the extra $* into $(VENV): a minute or two"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[$*]'
 	touch $@
 

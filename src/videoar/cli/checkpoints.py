@@ -109,7 +109,11 @@ def _memory(
     rows = [["units", "per latent frame", "in the window", "without a window"]]
     for name in meta.get("units") or [str(sampling.units)]:
         lattice = (height // stride[1] // config.patch, width // stride[2] // config.patch)
-        units = Units(parse(name), frames, *lattice)
+        try:
+            units = Units(parse(name), frames, *lattice)
+        except ValueError as error:  # of one's own, on another machine
+            rows.append([name, "", "", str(error)])
+            continue
         visible = replace(sampling, units=name).visible(units)
         cached = cached_tokens(units, visible)
         rows.append([name, f"{sum(units.sizes) * token / frames:.3f} MiB"])
