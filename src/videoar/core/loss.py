@@ -37,8 +37,9 @@ class FlowMatchingConfig(Options):
     far_probability: Share = 0.5
     """How often the frames behind the sinks come from anywhere in the video."""
     short_probability: Share = 0.0
-    """How often clips are cut to two latent frames. The first is one picture, so there alone must
-    the prompt say where things go; later frames read it in their context (`docs/log.md`)."""
+    """How often clips are cut to their one or two first latent frames, each as often as fits into
+    a whole clip, with other noise. The first is one picture: there alone must the prompt say where
+    things go; later frames read it in their context (`docs/log.md`)."""
     shift: Finite = 5.0
     """Shift of the training sigmas towards noise: few steps are spent at high sigmas."""
     sigma_floor: Floor = 0.4

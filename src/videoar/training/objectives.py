@@ -144,7 +144,10 @@ class FlowMatching(Objective):
         words = self.module.without(batch["text"], dropped)
         latents, short = batch["latents"], config.short_probability
         if short and torch.rand((), **on(rng)) < short:
-            latents = latents[:, :2]
+            first = 1 + int(torch.randint(2, (), **on(rng)))
+            times = max(1, min(config.clip_frames, latents.shape[1]) // first)
+            latents = latents[:, :first].repeat_interleave(times, 0)
+            words = words.repeat_interleave(times, 0)
         clip, text = draw_clip(latents, scheme, config, rng), self.module.context(words)
         model = self.module.transformer
         loss = flow_matching_loss(model, clip, text, scheme=scheme, config=config, rng=rng)

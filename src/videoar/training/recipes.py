@@ -272,7 +272,7 @@ def video() -> TrainConfig:
         task=TextToVideoConfig(
             latents=Path("latents"),
             units=TOY_UNITS,
-            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.2),
+            flow=FlowMatchingConfig(far_probability=0.3, short_probability=0.4),
             stages=(
                 StageConfig(steps=1500, flow=first, draws=8, units=("frame",)),
                 StageConfig(steps=300, flow=PAIRS, draws=2, units=("frame",)),
