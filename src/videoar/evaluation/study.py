@@ -193,7 +193,10 @@ def _steps(
         budget = np.polyval(costs[kinds[0]][what], design.budget)
         ideal = {kind: (budget - line[what][1]) / line[what][0] for kind, line in costs.items()}
         found = {kind: min(max(1, round(float(n))), MAX_STEPS) for kind, n in ideal.items()}
-        say(f"equal {what}: {', '.join(f'{kind} {n}' for kind, n in found.items())} steps")
+        seconds = [[run["seconds"] for run in runs] for runs in tries.values()]
+        more = max(max(own) / min(own) for own in seconds) - 1
+        steps = ", ".join(f"{kind} {n}" for kind, n in found.items())
+        say(f"equal {what}: {steps} steps; of {REPEATS} times, one took up to {more:.0%} more")
         yield f"equal {what}", found
 
 
