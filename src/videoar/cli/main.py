@@ -19,6 +19,8 @@ from videoar.data.options import Prepare
 from videoar.evaluation import options as vbench
 from videoar.evaluation.options import Bench, Evaluate, HeldOut, PrintUnits, Study
 
+CALLED = {"overwrite=True": "--force", "lower batch_size": "lower --batch-size"}
+"""What is called otherwise on the command line."""
 USAGE = """\
 usage: videoar [--version] COMMAND ...
 
@@ -64,7 +66,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{error.strerror}: {error.filename}"
-        text = text.replace("overwrite=True", "--force")  # what is called so here
+        for name, option in CALLED.items():
+            text = text.replace(name, option)
         print(f"videoar: error: {' '.join(text.split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 

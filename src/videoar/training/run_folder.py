@@ -233,7 +233,7 @@ class Log:
         # Of groups who take turns, each has its own; their mean says nothing.
         losses = [name for name in row if name.endswith("_loss")] or ["loss"]
         shown = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in losses)
-        speed = f"{row['seconds_per_step']:.3g} s"
+        speed = f"{row['seconds_per_step']:.3g} s a step"
         if "tokens_per_second" in row:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s  {row['share_of_peak']:.0%} of peak"
         self.report(
