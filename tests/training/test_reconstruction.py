@@ -173,7 +173,7 @@ WRONG = {
         "none of 7 files gives a clip: .*rejected.jsonl says why",
     ),
     "all": (["--task.held-out", "0"], "held_out is 0.*: use a share above 0"),
-    "batch": (["--batch-size", "50"], "one batch takes 50: add samples or lower batch_size"),
+    "batch": (["--batch-size", "50"], "one batch takes 50: add samples or lower --batch-size"),
     "room": (["--task.max-gigabytes", "1e-6"], "max_gigabytes is 1e-06, .* 7 videos .* raise it"),
     "channels": (["--task.init", "toy-base"], "toy-base has a codec .* name another checkpoint"),
 }
