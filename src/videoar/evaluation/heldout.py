@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.flow import add_noise, velocity_of
@@ -22,7 +24,6 @@ from videoar.core.units import Units, Visible
 from videoar.data.latents import LatentShards, check_codec, text_module
 from videoar.data.video import Frames, read_video
 from videoar.encoders.codec import to_frames
-from videoar.encoders.text_encoder import Rows
 from videoar.evaluation.metrics import Interval, bootstrap_interval, psnr, ssim
 from videoar.evaluation.options import HeldOut
 from videoar.evaluation.tables import markdown
@@ -30,6 +31,7 @@ from videoar.files import Json, save
 from videoar.generation.config import GenerationConfig, trained_flow
 from videoar.generation.pipeline import VideoPipeline
 
+Words = Float[Tensor, "batch words text_channels"]
 DRAWS = 4  # of noise, per clip
 SIGMAS = (0.9, 0.6, 0.3)
 LOSSLESS = 100.0  # dB; a mean of infinite ones would be none
@@ -142,7 +144,7 @@ def _psnr(reference: Frames, other: Frames) -> float:
 
 
 def finest_errors(
-    pipe: VideoPipeline, clip: Latents, words: Rows, name: str, *, seed: int
+    pipe: VideoPipeline, clip: Latents, words: Words, name: str, *, seed: int
 ) -> dict[str, float]:
     """Return the error of the velocity at each sigma, over the tokens that every scheme has.
 
