@@ -85,12 +85,7 @@ SLICE_SECONDS = 0.5
 
 
 def measured(
-    blocks: Made,
-    prompts: Asked,
-    *,
-    fps: int,
-    judge: Judge = WORLD,
-    labels: Mapping[str, UnitsOf] | None = None,
+    blocks: Made, prompts: Asked, *, fps: int, judge: Judge, labels: Mapping[str, UnitsOf]
 ) -> list[Json]:
     """Judge videos of any length window by window, and measure how they look, move and drift.
 
@@ -125,7 +120,7 @@ def measured(
     described, places = pictures(window), features(window).round(5).tolist()
     for i, (clip, own) in enumerate(zip(window, parts, strict=True)):
         own[-1] |= {"features": places[i], "motion": motion(clip)}
-        own[-1]["seams"] = {k: seams(clip, units(here)) for k, units in (labels or {}).items()}
+        own[-1]["seams"] = {k: seams(clip, units(here)) for k, units in labels.items()}
         if described is not None:
             own[-1]["pictures"] = described[i].round(3).tolist()
     return [prompt | _whole(own) for prompt, own in zip(prompts, parts, strict=True)]
