@@ -133,17 +133,14 @@ def _whole(parts: Sequence[Json]) -> Json:
     values = {name: [v for one in slices for v in one[name]] for name in slices[0]}
     apart = dict.fromkeys(scores, WINDOW_SECONDS) | dict.fromkeys(values, SLICE_SECONDS)
     curves = scores | values
+    long = {name: each for name, each in curves.items() if len(each) > 1}
     return parts[-1] | {
         "scores": {name: float(np.mean(each)) for name, each in scores.items()},
         "first": parts[0]["scores"],
         "last": parts[-1]["scores"],
         "seen": {"first": parts[0]["seen"], "last": parts[-1]["seen"]},
         "curves": curves,
-        "slopes": {
-            name: slope(each, window_seconds=apart[name])
-            for name, each in curves.items()
-            if len(each) > 1
-        },
+        "slopes": {name: slope(each, window_seconds=apart[name]) for name, each in long.items()},
     }
 
 
