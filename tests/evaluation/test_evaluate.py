@@ -26,6 +26,7 @@ from videoar.evaluation.tables import CLEAN, CODEC
 from videoar.generation.pipeline import VideoPipeline
 
 FPS = 16
+HOW: dict[str, Any] = {"fps": FPS, "judge": WORLD, "labels": {}}
 ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")
 Videos = dict[str, list[dict[str, Any]]]
 
@@ -143,7 +144,7 @@ def test_ends_of_a_stream_are_its_first_and_last_seconds() -> None:
     clips = [world.render(s, num_frames=n)[None] for s, n in ((scene, 70), (other, 125))]
     frames = np.concatenate(clips, axis=1)
     prompt = {"prompt": "", "seed": 0, "scene": scene.to_json()}
-    (video,) = measured(iter(np.split(frames, [1, 33, 40, 41, 140], axis=1)), [prompt], fps=FPS)
+    (video,) = measured(iter(np.split(frames, [1, 33, 40, 41, 140], axis=1)), [prompt], **HOW)
     assert video["first"]["background"] == 1
     assert video["last"]["background"] == 0
     assert video["seen"]["last"]["background"] == other.background
@@ -155,7 +156,7 @@ def test_a_steady_video_has_no_slopes(rng: np.random.Generator) -> None:
     rising = np.broadcast_to(levels[None, :, None, None, None], (1, 32 * FPS, 64, 64, 3))
     both = np.concatenate([rising, np.full_like(rising, 9)])
     prompts = held_out_prompts(2, seed=0)
-    first, second = measured(iter(np.array_split(both, 7, axis=1)), prompts, fps=FPS)
+    first, second = measured(iter(np.array_split(both, 7, axis=1)), prompts, **HOW)
     assert 60 * first["slopes"]["brightness"] == pytest.approx(1, abs=0.02)
     assert second["slopes"]["brightness"] == pytest.approx(0, abs=1e-9)
 

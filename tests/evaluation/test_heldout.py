@@ -12,11 +12,10 @@ from tiny import MODEL, tiny_pipeline, tiny_transformer
 
 from videoar.cli.main import main, parse
 from videoar.core.loss import FlowMatchingConfig
-from videoar.core.schemes import parse as parse_units
 from videoar.data import world
 from videoar.data.video import Video
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig
-from videoar.evaluation.heldout import NEXT, finest_error
+from videoar.evaluation.heldout import DRAWS, NEXT, finest_errors
 from videoar.generation.config import GenerationConfig, trained_flow
 
 Run = Callable[..., tuple[int, str, str]]
@@ -102,28 +101,18 @@ def test_all_kinds_of_unit_are_measured_by_the_same() -> None:
 
     Were coarse tokens counted, or other noise drawn, kinds would differ where no model does.
     """
-    model = tiny_transformer()
-    model.proj_out.weight.zero_()
-    model.proj_out.bias.zero_()
-    rng = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 8, 4, 8, 8, generator=rng)
-    text = model.encode_text(torch.zeros(2, 3, 16))
-    found = {
-        name: finest_error(
-            model,
-            latents,
-            text,
-            scheme=parse_units(name),
-            sigma=0.6,
-            context=context,
-            seed=1,
-        )
-        for name in ("frame", "chunk:3", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2")
-        for context in ("clean", "noisy", "full")
-    }
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    expected = float((noise - latents).square().mean())
-    assert list(found.values()) == pytest.approx([expected] * 5)
+    pipe, found = tiny_pipeline(), dict[str, float]()
+    pipe.transformer.proj_out.weight.zero_()
+    pipe.transformer.proj_out.bias.zero_()
+    clip = torch.randn(1, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for context in ("clean", "noisy", "full"):
+        pipe.meta = {"config": {"task": {"flow": {"context": context}}}}
+        for name in ("frame", "chunk:3", "key-detail:4", "multiscale:4,2,1", "cube:1x2x2"):
+            errors = finest_errors(pipe, clip, torch.zeros(1, 3, 16), name, seed=1)
+            found[f"{name}, {context}"] = errors["error at 0.6"]
+    noise = torch.randn(DRAWS, *clip.shape[1:], generator=torch.Generator().manual_seed(1))
+    expected = float((noise - clip).square().mean())
+    assert list(found.values()) == pytest.approx([expected] * 15)
 
 
 def test_a_checkpoint_is_measured_as_it_was_trained() -> None:

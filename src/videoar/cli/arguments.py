@@ -40,7 +40,7 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
     box = io.StringIO()
     how: dict[str, Any] = {"prog": prog, "config": (tyro.conf.FlagCreatePairsOff,)}
     how["default"] = tyro.MISSING_NONPROP if default is None else default
-    said = ""
+    options, said = None, ""
     try:
         with contextlib.redirect_stderr(box):
             options, unknown = tyro.cli(kind, args=words, return_unknown_args=True, **how)

@@ -194,7 +194,7 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
                 due = time.perf_counter() + SHARE * (time.perf_counter() - before)
 
         try:
-            timing = write(generation, writer, fps=fps, show=tell)
+            timing = write(generation, writer, tell)
         except (OSError, FloatingPointError) as error:
             kind = OSError if isinstance(error, OSError) else FloatingPointError
             what = f"{writer.path} holds the first {writer.num_frames / fps:.1f} s"

@@ -96,10 +96,8 @@ class Sampling(CheckpointOptions):
         super().__post_init__()
         given = self.given()
         held = given - {"resume", "threads", *MACHINE}
-        for name, (why, others) in {
-            "resume": ("goes on with what it holds", held),
-            **CLASHES,
-        }.items():
+        rules = {"resume": ("goes on with what it holds", held)} | CLASHES
+        for name, (why, others) in rules.items():
             if name in given and (clash := given & others):
                 names = ", ".join(sorted(clash)).replace("_", "-")
                 raise ValueError(f"--{name} {why}: leave out {names}")

@@ -27,6 +27,7 @@ from videoar.encoders.convolution import Convolution, one_kernel
 SMALL = 256  # latent pixels; of larger frames one alone is as fast, and takes less memory
 TOGETHER = 4  # latent frames
 
+Pair = tuple[int, int]
 Frames = Float[Tensor, "time_batch _ _ _"]
 """Feature maps in (time, batch) order: the frames of one time are neighbours."""
 
@@ -60,20 +61,20 @@ def build_encoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
     """Build the encoder; widths of pixels, of strides 2, 4 and 8, and of latents."""
     pixels, *inner, latents = widths
     width = inner[0]
-    layers = [_mirrored(nn.Conv2d(pixels, width, 3, padding=1), plain_in=True), nn.ReLU()]
+    layers = [_mirrored(nn.Conv2d(pixels, width, 3, padding=1), halves=(2, 1)), nn.ReLU()]
     for channels, time_stride in zip(inner, (2, 2, 1), strict=True):
         shrink = nn.Conv2d(width, channels, 3, stride=2, padding=1, bias=False)
         layers += [TPool(width, time_stride), _mirrored(shrink, gain=0.5)]
         layers += [MemBlock(channels) for _ in range(num_blocks)]
         width = channels
-    last = _mirrored(nn.Conv2d(width, latents, 3, padding=1), gain=2.0, plain_out=True)
+    last = _mirrored(nn.Conv2d(width, latents, 3, padding=1), gain=2.0, halves=(1, 2))
     return nn.Sequential(*layers, last)
 
 
 def build_decoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
     """Build the decoder; widths of latents, of strides 8, 4, 2 and 1, and of pixels."""
     latents, width, *inner, pixels = widths
-    first = _mirrored(nn.Conv2d(latents, width, 3, padding=1), gain=0.5, plain_in=True)
+    first = _mirrored(nn.Conv2d(latents, width, 3, padding=1), gain=0.5, halves=(2, 1))
     layers = [Clamp(), first, nn.ReLU()]
     for channels, time_stride in zip(inner, (1, 2, 2), strict=True):
         layers += [MemBlock(width) for _ in range(num_blocks)]
@@ -81,7 +82,7 @@ def build_decoder(widths: tuple[int, ...], *, num_blocks: int) -> nn.Sequential:
         conv = nn.Conv2d(width, channels, 3, padding=1, bias=False)
         layers += [nn.Identity(), TGrow(width, time_stride), _mirrored(conv, gain=0.5)]
         width = channels
-    last = _mirrored(nn.Conv2d(width, pixels, 3, padding=1), plain_out=True)
+    last = _mirrored(nn.Conv2d(width, pixels, 3, padding=1), halves=(1, 2))
     return nn.Sequential(*layers, nn.ReLU(), last)
 
 
@@ -109,7 +110,7 @@ class TPool(nn.Module):
         super().__init__()
         self.stride = stride
         conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
-        self.conv = _mirrored(conv, gain=1 / stride, groups_in=stride)
+        self.conv = _mirrored(conv, gain=1 / stride, groups=(1, stride))
 
     def forward(self, x: Frames, *, batch: int) -> Tensor:
         x = rearrange(x, "(t s b) c h w -> (t b) (s c) h w", s=self.stride, b=batch)
@@ -123,7 +124,7 @@ class TGrow(nn.Module):
         super().__init__()
         self.stride = stride
         conv = nn.Conv2d(channels, channels * stride, 1, bias=False)
-        self.conv = _mirrored(conv, groups_out=stride)
+        self.conv = _mirrored(conv, groups=(stride, 1))
 
     def forward(self, x: Frames, *, batch: int) -> Tensor:
         x = rearrange(self.conv(x), "(t b) (s c) h w -> (t s b) c h w", s=self.stride, b=batch)
@@ -207,30 +208,23 @@ class Clamp(nn.Module):
 
 
 def _mirrored(
-    conv: nn.Conv2d,
-    *,
-    gain: float = 1.0,
-    groups_in: int = 1,
-    groups_out: int = 1,
-    plain_in: bool = False,
-    plain_out: bool = False,
+    conv: nn.Conv2d, *, gain: float = 1.0, groups: Pair = (1, 1), halves: Pair = (2, 2)
 ) -> nn.Conv2d:
     """Make a convolution mix the values of one pixel, the mean of four at stride 2, orthogonally.
 
-    Groups of channels, such as frames, are treated alike. Plain channels are pixels or latents and
-    have no mirrored halves. The gain is 1 after a ReLU and 1/2 without one, where the difference of
-    the halves is twice a value.
+    Groups of channels, such as frames, are treated alike; their numbers, as those of the halves,
+    are of channels that come out and that go in. Pixels and latents have one half, which mirrors
+    nothing. The gain is 1 after a ReLU and 1/2 without one, where the difference of the halves is
+    twice a value.
     """
     if conv.weight.is_meta:  # it is about to be loaded
         return conv
-    rows = conv.out_channels // groups_out // (1 if plain_out else 2)
-    columns = conv.in_channels // groups_in // (1 if plain_in else 2)
-    mix = nn.init.orthogonal_(torch.empty(rows, columns), gain)
-    if not plain_in:
-        mix = torch.cat([mix, -mix], dim=1)
-    if not plain_out:
-        mix = torch.cat([mix, -mix], dim=0)
-    mix = mix.repeat(groups_out, groups_in)[:, :, None, None]
+    channels = zip((conv.out_channels, conv.in_channels), groups, halves, strict=True)
+    sizes = [count // alike // parts for count, alike, parts in channels]
+    mix = nn.init.orthogonal_(torch.empty(sizes), gain)
+    for axis, parts in enumerate(halves):
+        mix = torch.cat([mix, -mix][:parts], dim=axis)
+    mix = mix.repeat(groups)[:, :, None, None]
     with torch.no_grad():
         conv.weight.zero_()
         side, centre = conv.stride[0], conv.kernel_size[0] // 2

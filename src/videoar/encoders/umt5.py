@@ -63,17 +63,11 @@ class UMT5PromptEncoder:
     """
 
     trainable = tokenize = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
 
-    def __init__(
-        self,
-        encoder: Path,
-        tokenizer: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.encoder, self.tokenizer, self.device, self.dtype = encoder, tokenizer, device, dtype
-        self.to(device, dtype)
+    def __init__(self, encoder: Path, tokenizer: Path) -> None:
+        self.encoder, self.tokenizer = encoder, tokenizer
         self.cache = Path.home() / ".cache" / "videoar" / "text"
         with usable(tokenizer / "tokenizer.json"):
             self._words = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -81,12 +75,14 @@ class UMT5PromptEncoder:
         self._words.no_truncation()
 
     @classmethod
-    def find(cls, folder: Path, **options: Any) -> "UMT5PromptEncoder":
+    def find(cls, folder: Path, *, device: Any = None, dtype: Any = None) -> "UMT5PromptEncoder":
         """Find the text encoder of a folder of any format."""
         for encoders, tokenizer in TEXTS.items():
             for encoder in sorted(folder.glob(encoders)) if folder.is_dir() else ():
                 if (folder / tokenizer / "tokenizer.json").is_file():
-                    return cls(encoder, folder / tokenizer, **options)
+                    found = cls(encoder, folder / tokenizer)
+                    found.to(device, dtype)
+                    return found
         raise ValueError(
             f"{folder} has no text encoder with its tokenizer; pass a Wan folder that has them, "
             "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, as base"

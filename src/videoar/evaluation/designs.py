@@ -3,27 +3,14 @@
 import itertools
 import json
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from videoar.checks import (
-    Count,
-    Limit,
-    Natural,
-    Options,
-    check_options,
-    explained,
-    hint,
-    import_extra,
-    typed,
-)
+from videoar.checks import Count, Natural, Options, check, explained, hint, import_extra, typed
 from videoar.evaluation.judge import MIN_SECONDS
-from videoar.evaluation.options import Study
+from videoar.evaluation.options import ONCE, Prompts, Study
 from videoar.files import Json
 from videoar.generation.config import scheme_of
-
-ONCE = Limit(lambda names: len(set(names)) == len(names), "each once, none twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +35,7 @@ class Design(Options):
     """Latent frames that a unit may read, the sinks included."""
     sinks: tuple[int, ...] = ()
     """First latent frames that stay readable for ever."""
-    num_prompts: Annotated[int, Limit(lambda n: n >= 2, "2 or more, as an interval needs")] = 96
+    num_prompts: Prompts = 96
     seeds: Count = 2
     """Videos per prompt."""
     seconds: float = 1.8
@@ -58,12 +45,11 @@ class Design(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(
-            self,
-            ("checkpoints", len(self.checkpoints) >= self.at_least, f"{self.at_least} or more"),
-            ("equal", not self.equal or bool(self.units), "units beside it, or leave it empty"),
-            ("seconds", MIN_SECONDS <= self.seconds < 36000, "1.5 or more, as the judge needs"),
-        )
+        enough, fits = len(self.checkpoints) >= self.at_least, not self.equal or bool(self.units)
+        check("checkpoints", self.checkpoints, enough, f"{self.at_least} or more")
+        check("equal", self.equal, fits, "units beside it, or leave it empty")
+        read = MIN_SECONDS <= self.seconds < 36000
+        check("seconds", self.seconds, read, "1.5 or more, as the judge needs")
         for name in self.units:
             scheme_of(name)
 
@@ -81,7 +67,7 @@ QUICK: dict[str, Any] = {"num_prompts": 12, "seeds": 1, "seconds": 9.0, "keep": 
 
 def shipped() -> dict[str, Json]:
     """Return the designs that are shipped, by name."""
-    return json.loads((resources.files("videoar.evaluation") / "designs.json").read_text("utf-8"))
+    return json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 def find(config: Study) -> Design:

@@ -85,12 +85,7 @@ SLICE_SECONDS = 0.5
 
 
 def measured(
-    blocks: Made,
-    prompts: Asked,
-    *,
-    fps: int,
-    judge: Judge = WORLD,
-    labels: Mapping[str, UnitsOf] | None = None,
+    blocks: Made, prompts: Asked, *, fps: int, judge: Judge, labels: Mapping[str, UnitsOf]
 ) -> list[Json]:
     """Judge videos of any length window by window, and measure how they look, move and drift.
 
@@ -125,7 +120,7 @@ def measured(
     described, places = pictures(window), features(window).round(5).tolist()
     for i, (clip, own) in enumerate(zip(window, parts, strict=True)):
         own[-1] |= {"features": places[i], "motion": motion(clip)}
-        own[-1]["seams"] = {k: seams(clip, units(here)) for k, units in (labels or {}).items()}
+        own[-1]["seams"] = {k: seams(clip, units(here)) for k, units in labels.items()}
         if described is not None:
             own[-1]["pictures"] = described[i].round(3).tolist()
     return [prompt | _whole(own) for prompt, own in zip(prompts, parts, strict=True)]
@@ -138,17 +133,14 @@ def _whole(parts: Sequence[Json]) -> Json:
     values = {name: [v for one in slices for v in one[name]] for name in slices[0]}
     apart = dict.fromkeys(scores, WINDOW_SECONDS) | dict.fromkeys(values, SLICE_SECONDS)
     curves = scores | values
+    long = {name: each for name, each in curves.items() if len(each) > 1}
     return parts[-1] | {
         "scores": {name: float(np.mean(each)) for name, each in scores.items()},
         "first": parts[0]["scores"],
         "last": parts[-1]["scores"],
         "seen": {"first": parts[0]["seen"], "last": parts[-1]["seen"]},
         "curves": curves,
-        "slopes": {
-            name: slope(each, window_seconds=apart[name])
-            for name, each in curves.items()
-            if len(each) > 1
-        },
+        "slopes": {name: slope(each, window_seconds=apart[name]) for name, each in long.items()},
     }
 
 

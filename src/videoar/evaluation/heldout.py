@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
 from videoar.core.flow import add_noise, velocity_of
 from videoar.core.loss import Reads, layout, velocities
-from videoar.core.schemes import KINDS, Scheme, parse
+from videoar.core.schemes import KINDS, parse
 from videoar.core.tokens import Latents, to_tokens
-from videoar.core.transformer import TextContext, VideoTransformer
 from videoar.core.units import Units, Visible
 from videoar.data.latents import LatentShards, check_codec, text_module
 from videoar.data.video import Frames, read_video
@@ -30,6 +31,7 @@ from videoar.files import Json, save
 from videoar.generation.config import GenerationConfig, trained_flow
 from videoar.generation.pipeline import VideoPipeline
 
+Words = Float[Tensor, "batch words text_channels"]
 DRAWS = 4  # of noise, per clip
 SIGMAS = (0.9, 0.6, 0.3)
 LOSSLESS = 100.0  # dB; a mean of infinite ones would be none
@@ -116,7 +118,7 @@ def _measured(
     """Yield for each clip the figures of the codec and of every kind of unit."""
     shards = LatentShards(data / "heldout", tokenize=pipe.prompt_encoder.tokenize)
     module = text_module(pipe.prompt_encoder, data)
-    stride, flow = pipe.codec.stride[0], trained_flow(pipe.meta, pipe.sampling)
+    stride = pipe.codec.stride[0]
     for index, about in enumerate(shards.clips):
         batch = shards.get([index], np.random.default_rng([seed, index]))
         latents, words = batch["latents"], module(batch["text"])
@@ -128,13 +130,10 @@ def _measured(
         found = {"codec": {**whole, NEXT: _psnr(source[given:], decoded[given:])}}
         how: Json = {"num_frames": len(source), "video": source[:given], "prompt_embeds": words}
         how |= {"height": source.shape[1], "width": source.shape[2], "seeds": [seed + index]}
-        clip = latents[:, :length].expand(DRAWS, -1, -1, -1, -1)
-        text = pipe.encode([], before=words.expand(DRAWS, -1, -1))
-        error = functools.partial(finest_error, pipe.transformer, clip, text, seed=seed + index)
+        clip = latents[:, :length]
         for name in kinds:
             how |= {"units": name}
-            measure = functools.partial(error, scheme=parse(name), context=flow.context)
-            found[name] = {f"error at {sigma}": measure(sigma=sigma) for sigma in SIGMAS}
+            found[name] = finest_errors(pipe, clip, words, name, seed=seed + index)
             made = np.concatenate(list(pipe.generate([""], **how)), axis=1)[0]
             found[name][NEXT] = _psnr(source[given:], made[given:])
         yield found
@@ -144,32 +143,31 @@ def _psnr(reference: Frames, other: Frames) -> float:
     return min(psnr(reference, other), LOSSLESS)
 
 
-def finest_error(
-    model: VideoTransformer,
-    latents: Latents,
-    text: TextContext,
-    *,
-    scheme: Scheme,
-    sigma: float,
-    context: str,
-    seed: int,
-) -> float:
-    """Return the error of the velocity at one sigma, over the tokens that every scheme has.
+def finest_errors(
+    pipe: VideoPipeline, clip: Latents, words: Words, name: str, *, seed: int
+) -> dict[str, float]:
+    """Return the error of the velocity at each sigma, over the tokens that every scheme has.
 
     Their noise is the same whatever the scheme. What else is read is as in training: clean copies
-    of the units before, these units as noisy, or everything, by `context`.
+    of the units before, these units as noisy, or everything.
     """
     rng = torch.Generator().manual_seed(seed)
-    (batch, frames, _, height, width), patch = latents.shape, model.config.patch
-    units = Units(scheme, frames, height // patch, width // patch)
+    model, context = pipe.transformer, trained_flow(pipe.meta, pipe.sampling).context
+    latents, patch = clip.expand(DRAWS, -1, -1, -1, -1), model.config.patch
+    text = pipe.encode([], before=words.expand(DRAWS, -1, -1))
+    _, frames, _, height, width = latents.shape
+    units = Units(parse(name), frames, height // patch, width // patch)
     reads: Reads = "all" if context == "full" else "past"
-    plan = layout(units, Visible(), copies=context == "clean", reads=reads)
+    plan, found = layout(units, Visible(), copies=context == "clean", reads=reads), {}
     noise = torch.randn(latents.shape, generator=rng)
     clean, noise = to_tokens(latents, units, patch=patch), to_tokens(noise, units, patch=patch)
     finest = units.coords[:, 3] == 0
     noise[:, ~finest] = torch.randn(noise[:, ~finest].shape, generator=rng)
-    sigmas = torch.full((batch, len(units.sizes)), sigma)
-    copies = (clean, torch.zeros_like(sigmas)) if context == "clean" else None
-    velocity = velocities(model, add_noise(clean, noise, sigma), sigmas, plan, text, copies=copies)
-    error = (velocity.float() - velocity_of(clean, noise)).square()
-    return float(error[:, finest].mean())
+    for sigma in SIGMAS:
+        sigmas = torch.full((DRAWS, len(units.sizes)), sigma)
+        copies = (clean, torch.zeros_like(sigmas)) if context == "clean" else None
+        x = add_noise(clean, noise, sigma)
+        velocity = velocities(model, x, sigmas, plan, text, copies=copies)
+        error = (velocity.float() - velocity_of(clean, noise)).square()
+        found[f"error at {sigma}"] = float(error[:, finest].mean())
+    return found

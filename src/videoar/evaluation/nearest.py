@@ -1,6 +1,5 @@
 """Memory or skill: which clips of the training videos are nearest to, and how near those are."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from videoar.data.latents import LatentShards
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
-from videoar.evaluation.entries import features
+from videoar.evaluation.entries import Report, features
 from videoar.evaluation.judge import Clips
 from videoar.files import Json, load, save
 
@@ -17,13 +16,7 @@ PIECE = 32
 
 
 def find_nearest(
-    entries: Mapping[str, Json],
-    training: LatentShards,
-    codec: Codec,
-    folder: Path,
-    *,
-    keep: int,
-    say: Callable[[str], None],
+    entries: Json, training: LatentShards, codec: Codec, folder: Path, *, keep: int, say: Report
 ) -> None:
     """Note beside each video of a study the training clip whose features are nearest.
 

@@ -14,6 +14,8 @@ from videoar.data.options import ALL, Turn
 Checkpoint = Annotated[str, arg(metavar="CHECKPOINT")]
 
 
+ONCE = Limit(lambda names: len(set(names)) == len(names), "each once, none twice")
+Prompts = Annotated[int, Limit(lambda count: count >= 2, "2 or more, as an interval needs")]
 Names = Annotated[
     tuple[str, ...],
     Limit(lambda names: 0 < len(names) == len(set(names)), "one or more, none twice"),
@@ -88,7 +90,7 @@ class Evaluate(Judged):
     """A bundled name or a folder."""
     units: tuple[str, ...] = ()
     """Kinds of unit, by default those it was trained on; differences are taken to the first."""
-    num_prompts: int = 200
+    num_prompts: Prompts = 200
     """Prompts per kind."""
     seconds: float = 3.0
     """Length of the videos; from 8 on, their last 4 s are compared with the first."""
@@ -114,7 +116,7 @@ class Study(Judged):
     """A small version of the design: few prompts, one video each, no more than 9 seconds."""
     units: tuple[str, ...] = ()
     """Kinds of unit; this and the next three: those of the design by default."""
-    num_prompts: int | None = None
+    num_prompts: Prompts | None = None
     """Prompts."""
     seeds: int | None = None
     """Videos per prompt."""

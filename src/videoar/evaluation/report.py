@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +92,7 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
     files = {"report.md": "\n\n".join([*told, *(f"![{name}](plot-{name}.svg)" for name in drawn)])}
     data = {"title": title, "text": text, "tables": shown, "plots": list(drawn.values())}
     data |= {"lattices": about["lattices"], "videos": _videos(folder, found)}
-    page = (resources.files("videoar.evaluation") / "report.html").read_text("utf-8")
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
     # No text can end the script that holds it.
     files["report.html"] = page.replace("{DATA}", json.dumps(data).replace("<", "\\u003c"))
     files |= {f"plot-{name}.svg": svg for name, svg in drawn.items()}

@@ -9,7 +9,7 @@ one by one in many steps, without guidance, which stands for what no sampler can
 with the root of the number of values: times that root, the parts add up.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from videoar.core.schemes import KINDS, names, parse
 from videoar.core.tokens import Latents
 from videoar.data.latents import LatentShards, check_codec, text_module
+from videoar.evaluation.entries import Report
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.options import PrintUnits
 from videoar.evaluation.tables import cells, columns
@@ -113,9 +114,7 @@ class Clips:
         """Return the waves of a segment of each scheme."""
         return {name: int(self.pipe.lattice(name, 1).waves[-1]) + 1 for name in menu}
 
-    def costs(
-        self, menu: dict[str, int], frames: int, start: int, report: Callable[[str], None]
-    ) -> Costs:
+    def costs(self, menu: dict[str, int], frames: int, start: int, report: Report) -> Costs:
         """Measure the segments from a frame on, of the schemes of a menu, given with their frames.
 
         What none of them reaches is not measured.
@@ -158,7 +157,7 @@ def clips_of(
 
 
 @torch.inference_mode()
-def run(config: PrintUnits, report: Callable[[str], None]) -> str:
+def run(config: PrintUnits, report: Report) -> str:
     """Choose partitions on half of the clips, measure them on the others, and return the table."""
     assert config.search is not None
     checkpoint, folder = config.search

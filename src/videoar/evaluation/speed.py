@@ -29,7 +29,7 @@ from videoar.evaluation.beside import beside
 from videoar.evaluation.options import SHAPE_KINDS, Bench
 from videoar.evaluation.tables import cells, markdown, spread
 from videoar.files import Json, load, save
-from videoar.generation.inputs import write
+from videoar.generation.inputs import Show, write
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.stream import Generation
 from videoar.generation.timing import Timing
@@ -145,8 +145,7 @@ def speed_cells(row: Json) -> dict[str, str]:
 
 def load_pipeline(config: Bench) -> VideoPipeline:
     """Load the checkpoint, to be used with the threads that are asked for."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     return VideoPipeline.from_pretrained(config.checkpoint)
 
 
@@ -191,11 +190,7 @@ def begin(pipe: VideoPipeline, config: Bench, num_frames: int | None) -> Generat
 
 
 def generate(
-    pipe: VideoPipeline,
-    config: Bench,
-    *,
-    seconds: float,
-    show: Callable[[int, float], None] = lambda frames, seconds: None,
+    pipe: VideoPipeline, config: Bench, *, seconds: float, show: Show = lambda *_: None
 ) -> Timing:
     """Generate a video file and forget it; return what it took.
 
@@ -204,9 +199,7 @@ def generate(
     fps = pipe.sampling.fps
     generation = begin(pipe, config, max(1, round(seconds * fps)))
     with tempfile.TemporaryDirectory() as folder:
-        timing = write(
-            generation, VideoWriter(Path(folder) / "video.mp4", fps=fps), fps=fps, show=show
-        )
+        timing = write(generation, VideoWriter(Path(folder) / "video.mp4", fps=fps), show)
     if timing.interrupted:
         raise KeyboardInterrupt(timing.interrupted)
     return timing

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float
 
-from videoar.evaluation.metrics import Interval, student
+from videoar.evaluation.metrics import RESAMPLES, Interval, student
 from videoar.evaluation.tables import by_prompt
 from videoar.files import Json
 
@@ -47,7 +47,7 @@ class Difference:
         return self.error * (found + student(POWER, self.freedom))
 
 
-def difference(first: Side, second: Side, *, resamples: int = 2000, seed: int = 0) -> Difference:
+def difference(first: Side, second: Side) -> Difference:
     """Return the first side minus the second, with a 95 % bootstrap interval.
 
     Prompts are drawn anew for both sides together, and trainings for each side alone (Owen 2007,
@@ -62,10 +62,10 @@ def difference(first: Side, second: Side, *, resamples: int = 2000, seed: int = 
     error = math.sqrt(sum(parts))
     shares = sum((part / error**2) ** 2 / n for part, n in zip(parts, sizes, strict=True) if error)
     freedom = float(1 / shares) if shares else float(count - 1)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def drawn(size: int) -> Float[np.ndarray, "resamples size"]:
-        return rng.multinomial(size, np.full(size, 1 / size), resamples) / size
+        return rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size
 
     prompts = drawn(count)
     one, two = ((drawn(len(side)) @ side * prompts).sum(1) for side in (first, second))

@@ -222,7 +222,7 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
         starts = range(0, job.num_videos, size)
         work += [(job, numbers[k : min(k + size, job.num_videos)]) for k in starts]
         work += [(job, numbers[job.num_videos :])] if job.num_videos < len(numbers) else []
-    there = {(row["entry"], row["index"]) for row in _rows(config.out, say)}
+    there = set(_rows(config.out, say))
     left = [(job, own) for job, own in work[turns(share)] if _new(job, own, there)]
     for name in ("figures", "videos"):
         (config.out / name).mkdir(exist_ok=True)
@@ -280,9 +280,9 @@ def _labels(pipe: VideoPipeline, kinds: Sequence[str], num_frames: int) -> dict[
     return found
 
 
-def _rows(folder: Path, say: Report) -> Iterator[Json]:
-    """Yield what was measured; of a line that was torn when its process was killed, it is said."""
-    seen = set[tuple[str, int]]()
+def _rows(folder: Path, say: Report) -> dict[tuple[str, int], Json]:
+    """Return what was measured, by entry and number; say which lines were torn by a kill."""
+    found = dict[tuple[str, int], Json]()
     for path in sorted((folder / "figures").glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
@@ -290,21 +290,17 @@ def _rows(folder: Path, say: Report) -> Iterator[Json]:
             except ValueError:
                 say(f"{path}: line {number} is torn, so it is made again")
                 continue
-            if row and (key := (row["entry"], row["index"])) not in seen:
-                seen.add(key)
-                yield row
+            if row:
+                found.setdefault((row["entry"], row["index"]), row)
+    return found
 
 
 def _found(folder: Path, jobs: Sequence[Job], say: Report) -> tuple[Json, int]:
     """Return what is known of every entry, and how much is missing."""
-    rows: dict[str, dict[int, Json]] = {job.name: {} for job in jobs}
-    for row in _rows(folder, say):
-        rows[row["entry"]][row["index"]] = row
-    found, missing = Json(), 0
+    rows, found, missing = _rows(folder, say), Json(), 0
     for job in jobs:
-        own = rows[job.name]
-        missing += sum(k not in own for k in _numbers(job))
-        videos = [own[k] for k in sorted(own) if k != TIMED]
-        runs = own[TIMED]["runs"] if TIMED in own else []
-        found[job.name] = {"settings": job.settings, "videos": videos, "runs": runs}
+        own = {k: rows[job.name, k] for k in _numbers(job) if (job.name, k) in rows}
+        missing += len(_numbers(job)) - len(own)
+        runs = own.pop(TIMED, {"runs": []})["runs"]
+        found[job.name] = {"settings": job.settings, "videos": list(own.values()), "runs": runs}
     return found, missing

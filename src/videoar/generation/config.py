@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from videoar.checks import check, check_options, check_types, typed
+from videoar.checks import Limit, Natural, Options, check, typed
 from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import mixed
@@ -33,7 +33,7 @@ def scheme_of(units: str | Scheme) -> Scheme | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(Options):
     """How to generate; a checkpoint carries its own defaults (`videoar.json`, `sampling`)."""
 
     units: Annotated[str | Scheme, arg(constructor=str)] = "cube:1x2x2"
@@ -57,7 +57,7 @@ class GenerationConfig:
     """What guidance leads away from."""
     window_frames: int | None = 8
     """Latent frames that a unit may read, its own and the sinks included; None: all before it."""
-    sink_frames: int = 2
+    sink_frames: Natural = 2
     """First latent frames that stay readable for ever: as many whole segments as fit."""
     moving_sinks: bool = True
     """Whether they follow the window; else their positions are those of the first frames."""
@@ -65,16 +65,15 @@ class GenerationConfig:
     """Rows between the starts of two waves, or one of `schedules.SCHEDULES`."""
     context_noise: float = 0.0
     """Sigma at which finished units enter the cache."""
-    fps: int = 16
+    fps: Annotated[int, Limit(lambda fps: 0 < fps <= 1000, "1 to 1000, such as 16")] = 16
     """Frames per second of the model's videos."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for name, steps in self.unit_steps.items():
             check(f"unit_steps of {name}", steps, steps >= 1, "1 or more")
         named = not isinstance(self.lag, str) or self.lag in SCHEDULES
         check("lag", self.lag, named, f"a number of rows, or one of {', '.join(SCHEDULES)}")
-        check("fps", self.fps, 0 < self.fps <= 1000, "1 to 1000, such as 16")
 
     @property
     def schedule(self) -> tuple[float, ...]:
@@ -136,7 +135,6 @@ class GenerationConfig:
     def visible(self, units: Units) -> Visible:
         """Return the visibility over `units`: sink and window in whole units."""
         segment = units.segment_frames
-        check_options(self, least={"sink_frames": 0})
         if self.window_frames is None or units.count == units.units_per_segment:
             return Visible()
         if self.window_frames < segment:

@@ -19,6 +19,7 @@ from videoar.core.transformer import Network, Output
 
 MAX_GRAPHS = 64
 Key = tuple[Any, ...]
+Replay = Callable[[Mask | None], Tensor]
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Recorded:
         self._text, self._layers = at
         self._stable: dict[Key, Stable] = {}
         self._seen: dict[Key, int] = {}
-        self.replays: dict[Key, Callable[[Mask | None], Tensor]] = {}
+        self.replays: dict[Key, Replay] = {}
         self._pool: Any = None
 
     def __call__(self, tokens: Tensor, *, mask: Mask | None, cache: KVCache, **inputs) -> Output:
@@ -118,9 +119,7 @@ class Recorded:
         again = self._seen.setdefault(key, version) != version
         return again and len(self.replays) < MAX_GRAPHS
 
-    def _record(
-        self, stable: Stable, mask: Mask | None, inputs: dict[str, Any]
-    ) -> Callable[[Mask | None], Tensor]:
+    def _record(self, stable: Stable, mask: Mask | None, inputs: dict[str, Any]) -> Replay:
         """Return what computes the velocity of a pass that was brought to its place."""
         run, tokens, launch = self.network, stable.tokens_of_pass, None
         own, out = mask.clone() if isinstance(mask, Tensor) else None, tokens

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar import weights
 from videoar.checks import Note, check, check_names, check_whole, signal_of
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
-from videoar.core.transformer import Network, VideoTransformer
+from videoar.core.transformer import Network
 from videoar.core.units import Units
 from videoar.data.video import Video, VideoWriter
 from videoar.encoders.codec import from_frames
@@ -29,7 +27,6 @@ from videoar.generation.config import AUTO, GenerationConfig, Plan, trained_flow
 from videoar.generation.graphs import Recorded
 from videoar.generation.guidance import Guided
 from videoar.generation.latents import known_tokens
-from videoar.generation.router import Router
 from videoar.generation.stream import Generation
 from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes
@@ -44,6 +41,8 @@ OUTPUTS: dict[str, Callable[[Any, float, int], Any]] = {
     "latent": lambda latents, *_: latents,
 }
 """What `output_type` makes of frames (or latents), their rate and seed."""
+Show = Callable[[int, float], None]
+"""Is told how many frames there are after how many seconds."""
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 """(pipe, step, timestep, {"latents": ..., "unit": ...}) -> {"latents": ...}, or None."""
 
@@ -114,13 +113,7 @@ def _steps(sampler: Sampler) -> int:
     return more + (units.count or 0) * usual - sum(len(rows.of(wave)) - 1 for wave in known)
 
 
-def write(
-    generation: Generation,
-    writer: VideoWriter,
-    *,
-    fps: float,
-    show: Callable[[int, float], None],
-) -> Timing:
+def write(generation: Generation, writer: VideoWriter, show: Show) -> Timing:
     """Write the frames of one video as they come, until the end or Ctrl-C.
 
     After every write `show` gets the frames, and the seconds since the work began.
@@ -139,7 +132,7 @@ def write(
     except KeyboardInterrupt as stop:
         stats.interrupted = signal_of(stop)
     stats.frames = writer.num_frames  # fewer than were generated, if it was stopped in a write
-    stats.video_seconds = writer.num_frames / fps
+    stats.video_seconds = writer.num_frames / writer.fps
     stats.seconds = time.perf_counter() - generation.started
     stats.peak_bytes = peak_bytes()
     return stats
@@ -159,16 +152,10 @@ def menu_of(pipe: Any, units: str | Scheme) -> tuple[str | Scheme, ...]:
     return pipe.router.config.menu if units == AUTO else (units,)
 
 
-def check_inputs(
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    num_frames: int | None,
-    options: GenerationConfig,
-    *,
-    encoded: bool,
-) -> None:
-    """Raise unless a video can be made of these arguments."""
-    for prompt in (*prompts, options.negative_prompt):
+def check_inputs(plan: Plan, *, encoded: bool, negative: str | None = None) -> None:
+    """Raise unless a video can be made of what is asked for, and of a negative prompt."""
+    prompts, seeds = plan.prompts, plan.seeds
+    for prompt in (*prompts, plan.options.negative_prompt):
         if not isinstance(prompt, str):
             raise ValueError(f"A prompt is {prompt!r}: use a text.")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -177,22 +164,26 @@ def check_inputs(
             )
     if not encoded and not any(prompt.strip() for prompt in prompts):
         raise ValueError("The prompt is empty: describe the video in a few words.")
-    check_whole("num_frames", num_frames, least=1)
     for seed in seeds:
         check_whole("seed", seed)
         right = seed is not None and 0 <= seed <= MAX_SEED
         check("seed", seed, right, f"0 to {MAX_SEED}")
-    scale = options.guidance_scale
+    scale = plan.options.guidance_scale
     check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
     if len(prompts) != len(seeds):
         raise ValueError(
             f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
         )
+    if negative and scale == 1:
+        raise ValueError(
+            "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
+            " is none: raise it, or leave the negative prompt out."
+        )
 
 
 def check_plan(pipe: Any, plan: Plan, *, encoded: bool = False) -> None:
     """Raise a ValueError unless a stream can go on so."""
-    check_inputs(plan.prompts, plan.seeds, None, plan.options, encoded=encoded)
+    check_inputs(plan, encoded=encoded)
     alone = not plan.routed or len(plan.prompts) == 1
     check("the number of videos", len(plan.prompts), alone, f"1 at a time with units {AUTO}")
     for units in menu_of(pipe, plan.units):
@@ -206,11 +197,8 @@ def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str])
     if new := pipe.untrained([one.units for one in asked if isinstance(one.units, str)]):
         found.append(f"the model is {new}")
     noisy = [str(one.lag) for one in asked if one.lag not in (None, "autoregressive", one.steps)]
-    if (
-        noisy
-        and pipe.meta.get("config")
-        and trained_flow(pipe.meta, pipe.sampling).context == "clean"
-    ):
+    told = noisy and pipe.meta.get("config")
+    if told and trained_flow(pipe.meta, pipe.sampling).context == "clean":
         what = "the model was trained on clean context, and reads noisy units with lag"
         found.append(f"{what} {', '.join(dict.fromkeys(noisy))}")
     if unknown := pipe.unknown_words(" ".join(prompts)):
@@ -220,47 +208,15 @@ def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str])
     return found
 
 
-def router_of(folder: Path, device: str) -> Router | None:
-    """Load the router of a checkpoint, if it has one."""
-    part = folder / "router"
-    return weights.load_component(part, Router, device=device) if part.is_dir() else None
-
-
-def options_of(
-    pipe: Any,
-    sampling: Mapping[str, Any],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    num_frames: int | None,
-    *,
-    encoded: bool,
-) -> GenerationConfig:
+def options_of(pipe: Any, sampling: Mapping[str, Any]) -> GenerationConfig:
     """Return how to generate: what is asked for by fields of `GenerationConfig`, or the default.
 
     Raises:
         TypeError: there is no such keyword.
-        ValueError: no video can be made so.
     """
     calls = [*signature(pipe.generate).parameters, *signature(pipe.__call__).parameters]
     check_names(sampling, [*vars(pipe.sampling), *calls])
-    options = pipe.sampling.replaced(**sampling)
-    check_inputs(prompts, seeds, num_frames, options, encoded=encoded)
-    if sampling.get("negative_prompt") and options.guidance_scale == 1:
-        raise ValueError(
-            "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"
-            " is none: raise it, or leave the negative prompt out."
-        )
-    return options
-
-
-def place(transformer: VideoTransformer, device: str, *, offload: bool, compile: bool) -> None:
-    """Let a transformer compute on a device: by weights that visit it, or by compiled blocks."""
-    if offload:
-        weights.offload(transformer, transformer.blocks, device)
-    if compile:
-        from videoar.generation import compiled  # takes seconds
-
-        compiled.compile_blocks(transformer, device)
+    return pipe.sampling.replaced(**sampling)
 
 
 def network_of(pipe: Any, guidance_scale: float) -> Network:

@@ -60,5 +60,4 @@ class Assembler:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on like the one that gave `state`."""
-        self.done, begun = int(state["done"]), state.get("open")
-        self._open = None if begun is None else begun.clone()
+        self.done, self._open = int(state["done"]), state.get("open")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import check, check_types, check_whole, checked
+from videoar.checks import Count, check, check_types, checked
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
@@ -117,12 +117,19 @@ class VideoPipeline:
         checkpoint.check_preset(found, preset)
         prompts = checkpoint.text_encoder(dtype=wanted, device=host)
         transformer = found.build(dtype=weights.as_dtype(wanted or found.dtype), device=host)
-        inputs.place(transformer, device, offload=offload, compile=compile)
+        if offload:
+            weights.offload(transformer, transformer.blocks, device)
+        if compile:
+            from videoar.generation.compiled import compile_blocks  # takes seconds
+
+            compile_blocks(transformer, device)
+        part = checkpoint.source / "router"
+        router = weights.load_component(part, Router, device=device) if part.is_dir() else None
         return cls(
             transformer=transformer.eval(),
             prompt_encoder=prompts,
             codec=decoding.codec(dtype=weights.as_dtype(codec_dtype), device=device),
-            router=inputs.router_of(checkpoint.source, device),
+            router=router,
             sampling=weights.build_config(GenerationConfig, defaults, file=checkpoint.source),
             meta=checkpoint.meta,
             **own,
@@ -177,12 +184,12 @@ class VideoPipeline:
         video: Any = None,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int = 61,
+        num_frames: Count = 61,
         units: str | Scheme | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
-        num_videos_per_prompt: int = 1,
+        num_videos_per_prompt: Count = 1,
         seed: int | Sequence[int] | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "video",
@@ -223,8 +230,6 @@ class VideoPipeline:
         """
         kinds = inputs.OUTPUTS
         check("output_type", output_type, output_type in kinds, f"one of {', '.join(kinds)}")
-        check("num_frames", num_frames, num_frames is not None, "a number, or `stream` for no end")
-        check_whole("num_videos_per_prompt", num_videos_per_prompt, least=1)
         given = {"units": units, "num_inference_steps": num_inference_steps}
         given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
         options |= {name: value for name, value in given.items() if value is not None}
@@ -269,7 +274,7 @@ class VideoPipeline:
         self,
         prompts: Sequence[str],
         *,
-        num_frames: int | None,
+        num_frames: Count | None,
         seeds: Sequence[int],
         height: int | None = None,
         width: int | None = None,
@@ -304,10 +309,12 @@ class VideoPipeline:
         """
         started, batch = time.perf_counter(), len(prompts)
         encoded = {"encoded": prompt_embeds is not None}
-        options = inputs.options_of(self, sampling, prompts, seeds, num_frames, **encoded)
+        options = inputs.options_of(self, sampling)
         first, *others = inputs.menu_of(self, options.units)
         own = {"options": options.replaced(units=first), "routed": bool(others)}
-        plan = Plan(prompts=tuple(prompts), seeds=tuple(map(int, seeds)), **own)
+        plan = Plan(prompts=tuple(prompts), seeds=tuple(seeds), **own)
+        inputs.check_inputs(plan, negative=sampling.get("negative_prompt"), **encoded)
+        plan = replace(plan, seeds=tuple(map(int, seeds)))  # those of NumPy are no JSON
         given = {"height": height, "width": width}
         pipe = replace(self, **{side: n for side, n in given.items() if n is not None})
         lattice = pipe.lattice(first, num_frames)
@@ -352,34 +359,24 @@ class VideoPipeline:
         config.rows(lattice.count)  # what an endless stream cannot is said now
         return lattice, config
 
+    @torch.inference_mode()
     def text(self, plan: Plan, *, before: Tensor | None = None) -> TextContext:
         """Return what the passes of a plan read; `before` are rows of its prompts."""
         guided = plan.options.guidance_scale != 1
         negative = [plan.options.negative_prompt] * len(plan.prompts) if guided else []
-        if before is not None:
-            return self.encode(negative, before=before)
-        blended = [*plan.before, *negative] if plan.left else []
-        return self.encode([*plan.prompts, *negative], blended, plan.left / plan.over)
+        if before is None and plan.left:
+            both = ([*texts, *negative] for texts in (plan.prompts, plan.before))
+            now, then = map(self.prompt_encoder.encode, both)
+            return self.encode([], before=torch.lerp(now, then, plan.left / plan.over))
+        prompts = [*plan.prompts, *negative] if before is None else negative
+        return self.encode(prompts, before=before)
 
     @torch.inference_mode()
-    def encode(
-        self,
-        prompts: list[str],
-        blended: Sequence[str] = (),
-        share: float = 0.0,
-        *,
-        before: Tensor | None = None,
-    ) -> TextContext:
-        """Encode prompts, behind those of which there are rows, to what every pass reads.
-
-        Of `blended`, as many prompts, a share is mixed in.
-        """
+    def encode(self, prompts: list[str], *, before: Tensor | None = None) -> TextContext:
+        """Encode prompts, behind those of which there are rows, to what every pass reads."""
         rows = [] if before is None else [before]
         rows += [self.prompt_encoder.encode(prompts)] if prompts else []
-        whole = torch.cat(rows)
-        if blended:
-            whole = torch.lerp(whole, self.prompt_encoder.encode(list(blended)), share)
-        return self.transformer.encode_text(whole.to(self.transformer.proj_out.bias))
+        return self.transformer.encode_text(torch.cat(rows).to(self.transformer.proj_out.bias))
 
     def untrained(self, units: Iterable[str | Scheme]) -> str:
         """Say which units a checkpoint that states its own never learned; nothing if none is."""

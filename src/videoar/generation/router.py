@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from videoar.checks import check_options
+from videoar.checks import Count, Options, check
 from videoar.core.schemes import names, parse
 from videoar.core.tokens import Latents
 from videoar.core.transformer import TextContext
@@ -18,26 +18,26 @@ from videoar.weights import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Options):
     """Shape of a router, and what it chooses from."""
 
     menu: tuple[str, ...]
     """Units, each of a number of frames."""
-    latent_channels: int
+    latent_channels: Count
     """Of the latents."""
-    text_channels: int
+    text_channels: Count
     """Of the transformer, whose values of the words it reads."""
-    frames: int = 4
+    frames: Count = 4
     """Newest latent frames that it reads, as far as there are any."""
-    hidden_size: int = 64
+    hidden_size: Count = 64
     """Width of both layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ends = all(parse(name).frames is not None for name in self.menu)
         right = ends and 1 < len(self.menu) == len(set(names(self.menu)))
         says = "two or more units of a number of frames each, none twice"
-        sizes = ("latent_channels", "text_channels", "frames", "hidden_size")
-        check_options(self, ("menu", right, says), least=dict.fromkeys(sizes, 1))
+        check("menu", self.menu, right, says)
 
 
 class Router(nn.Module):

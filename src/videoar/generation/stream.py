@@ -143,10 +143,8 @@ class Generation:
             self.plan = replace(self.plan, stretch=self.plan.stretch + 1)
             self._begin_again()
         elif self.plan != before:
-            self.sampler.text, self.sampler.seeds = (
-                self.pipe.text(self.plan),
-                self.plan.noise_seeds,
-            )
+            self.sampler.text = self.pipe.text(self.plan)
+            self.sampler.seeds = self.plan.noise_seeds
         self._anew &= given
         self.wanted = replace(wanted, stretch=self.plan.stretch) if later else None
 
@@ -298,7 +296,7 @@ class Generation:
     def _decoded(
         self, unit: Unit, latents: Latents
     ) -> UInt8[np.ndarray, "batch shown rows columns 3"]:
-        """Return the frames that a unit finishes, as they are shown."""
+        """Return the frames that a unit finishes, as they are shown: given ones as given."""
         begun, finite = time.perf_counter(), latents.isfinite().all()
         frames = to_frames(self._decoder(latents))
         if not finite:  # asked behind the frames: a card is waited for once
@@ -306,12 +304,8 @@ class Generation:
                 f"latents of unit {unit.index} are not finite: the weights are damaged, or the"
                 " dtype is too narrow; try float32, or another copy"
             )
-        self.stats.decode_seconds += (now := time.perf_counter()) - begun
-        return self._shown(frames, now)
-
-    def _shown(self, frames: Batch, now: float) -> UInt8[np.ndarray, "batch shown height width 3"]:
-        """Return frames as they are shown: what is given as it was, and no more than asked for."""
         stats, shown = self.stats, self.stats.frames
+        stats.decode_seconds += (now := time.perf_counter()) - begun
         if self.num_frames is not None:
             frames = frames[:, : self.num_frames - shown]
         if self.conditioning is not None:
