@@ -47,8 +47,7 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    with written_whole(file) as partial:
-        write_safetensors(partial, tensors, {"format": "pt"})
+    write_safetensors(file, tensors, {"format": "pt"})
     write_json(file.parent / CONFIG, config, allow_nan=False)
 
 
@@ -81,11 +80,12 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def write_safetensors(
-    file: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file; a full disk is an `OSError`, as it is elsewhere."""
+    """Write a file whole or not at all; a full disk is an `OSError`, as it is elsewhere."""
     try:
-        save_file(dict(tensors), file, metadata)
+        with written_whole(file) as partial:
+            save_file(dict(tensors), partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
 

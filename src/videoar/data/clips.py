@@ -80,7 +80,7 @@ def make_parts(
             if count % SHEET_EVERY == 0:
                 tensors["sheet"] = torch.from_numpy(_triple(pixels))
             about = {"start": json.dumps(round(start, 6))}
-            write_safetensors(f"{stem}-{count:06d}.safetensors", tensors, about)
+            write_safetensors(Path(f"{stem}-{count:06d}.safetensors"), tensors, about)
             if held_out:
                 path = Path(f"{stem}-{count:06d}.mkv")
                 with VideoWriter(path, fps=config.fps, overwrite=True) as writer:

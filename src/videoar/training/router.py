@@ -27,7 +27,6 @@ from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.search import Clips, clips_of
 from videoar.evaluation.statistics import difference
 from videoar.evaluation.tables import cells, columns
-from videoar.files import written_whole
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.router import Router, RouterConfig
 from videoar.training.loop import TrainConfig
@@ -188,9 +187,8 @@ class RoutingTask:
             file = folder / f"{mark}-{start}.safetensors"
             if not file.exists():
                 found = clips.costs(menu, task.frames, start, self.report)
-                with written_whole(file) as partial:
-                    tensors = {name: torch.from_numpy(x) for (_, name), x in found.items()}
-                    write_safetensors(partial, tensors)
+                tensors = {name: torch.from_numpy(x) for (_, name), x in found.items()}
+                write_safetensors(file, tensors)
             for name, cost in read_safetensors(file).items():
                 passes = torch.full_like(cost, waves[name] * steps)
                 whole = torch.stack([cost + task.pass_cost * passes, cost, passes], dim=1)
