@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
@@ -277,9 +277,8 @@ class ReconstructionTask:
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TinyCodec, *, step: int) -> dict[str, float]:
         """Measure held-out clips, and keep a picture of some beside what became of them."""
-        assert isinstance(module, TinyCodec)
         device, latents = next(module.parameters()).device, list[Tensor]()
         pairs = list[tuple[Frames, Frames]]()
         for video in self.clips.held_out(32):
@@ -301,8 +300,7 @@ class ReconstructionTask:
         }
 
     @torch.no_grad()
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, TinyCodec)
+    def export(self, folder: Path, module: TinyCodec, meta: dict[str, Any]) -> None:
         codec, trained = module, self.objective.module.encoder
         if any(parameter.requires_grad for parameter in trained.parameters()):
             device = next(module.parameters()).device

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import fingerprints
@@ -224,13 +224,11 @@ class RoutingTask:
         found["router"] = added_up(values, self.sizes, choices)[0]
         return {name: each.double().numpy() for name, each in found.items()}
 
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: Router, *, step: int) -> dict[str, float]:
         """Return what choices cost, passes included."""
-        assert isinstance(module, Router)
         return {name: float(each[:, 0].mean()) for name, each in self.compared(module).items()}
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, Router)
+    def export(self, folder: Path, module: Router, meta: dict[str, Any]) -> None:
         whole = replace(self.pipe, router=module.cpu(), meta=self.pipe.meta | {"router": meta})
         whole.save_pretrained(folder, overwrite=True)
         self.report(self.table(module))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
@@ -221,9 +221,8 @@ class GeneratorTask:
         latents = {str(self.shards.folder): self.shards.fingerprint()}
         return latents | fingerprints(*self.made_of)
 
-    def with_networks(self, module: nn.Module) -> VideoPipeline:
+    def with_networks(self, module: TextToVideo) -> VideoPipeline:
         """Return the pipeline with what was trained of it."""
-        assert isinstance(module, TextToVideo)
         prompts = self.pipe.prompt_encoder.with_trained(module.text)
         # A router reads, and is right for, the transformer that it was trained beside.
         return replace(
@@ -231,7 +230,7 @@ class GeneratorTask:
         )
 
     def videos(
-        self, module: nn.Module, step: int, *, count: int
+        self, module: TextToVideo, step: int, *, count: int
     ) -> Iterator[tuple[str, list[Json], Clips]]:
         """Make videos of every kind of unit, yield them with their prompts, and keep a sheet."""
         if not count:
@@ -270,7 +269,7 @@ class GeneratorTask:
         clips = (LatentShards(apart) if apart.is_dir() else self.shards).clips[:count]
         return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+    def export(self, folder: Path, module: TextToVideo, meta: dict[str, Any]) -> None:
         said = learned(self.units, self.shards.captions, self.pipe.meta.get("words"))
         save_trained(self.with_networks(module), folder, said | meta)
 
@@ -323,9 +322,8 @@ class TextToVideoTask(GeneratorTask):
         return [{"latents": torch.stack(latents), "text": text}]
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TextToVideo, *, step: int) -> dict[str, float]:
         """Keep a sheet of videos; the loss of every scheme on the same clips and noise."""
-        assert isinstance(module, TextToVideo)
         device, flow, model = next(module.parameters()).device, self.task.flow, module.transformer
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
         for name, scheme in zip(self.units, self.schemes, strict=True) if count else ():

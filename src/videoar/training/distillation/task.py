@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from videoar.checks import Count, explained
 from videoar.core.schemes import names
@@ -19,6 +18,7 @@ from videoar.training.distillation import objectives, scores
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
+from videoar.training.objectives import TextToVideo
 from videoar.training.run_folder import Report
 from videoar.training.text_to_video import GeneratorConfig, GeneratorTask, Units
 
@@ -179,7 +179,7 @@ class StudentTask(GeneratorTask):
                 )
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TextToVideo, *, step: int) -> dict[str, float]:
         """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
 
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
