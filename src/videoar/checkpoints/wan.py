@@ -3,6 +3,7 @@
 Everything becomes a dictionary of tensors under our names, which are those of diffusers.
 """
 
+import json
 import math
 import re
 import warnings
@@ -38,29 +39,11 @@ FILE = "diffusion_pytorch_model.safetensors"
 # Put before and between names by FSDP, activation checkpointing, torch.compile and DDP.
 INFIXES = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|transformer)\.)+")
-# Original names and ours, of the model and of a block. The norms 2 and 3 change places.
-TOP = {
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
-ATTENTION |= {"norm_q": "norm_q", "norm_k": "norm_k"}
-BLOCK = {
-    "modulation": "scale_shift_table",
-    "norm2": "norm3",
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-} | {
-    f"{theirs}.{part}": f"{ours}.{new}"
-    for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for part, new in ATTENTION.items()
-}
+# Original names and ours, of the model and of a block, whose norms 2 and 3 change places; and how
+# each family was trained to be sampled: fields of `GenerationConfig`. Of CausVid the sigmas are the
+# timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; of rCM they are
+# sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80, so at 0.988.
+TOP, BLOCK, PRESETS = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).values()
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 # diffusers' config.json, by the fields of ours. What else it holds must have these values.
@@ -229,31 +212,6 @@ def _head_dim(stated: Mapping[str, Any]) -> int | None:
 
 # Where the codec lies: in a folder of diffusers, of the original.
 CODECS = ("vae", "*VAE*.pth")
-_ALL = {"height": 480, "width": 832, "fps": 16, "sink_frames": 0}
-_WHOLE = {"units": "full", "window_frames": None}
-_FEW = _ALL | {
-    "units": "chunk:3",
-    "num_inference_steps": 4,
-    "shift": 5.0,
-    "step": "renoise",
-    "guidance_scale": 1.0,
-    "context_noise": 0.0,
-    "window_frames": 21,
-}
-# How each family was trained to be sampled: fields of `GenerationConfig`.
-PRESETS: dict[str, dict[str, Any]] = {
-    "wan": _ALL | _WHOLE | {"num_inference_steps": 50, "shift": 3.0, "guidance_scale": 5.0},
-    "self-forcing": _FEW,
-    # The timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8.
-    "causvid": _FEW | {"num_inference_steps": 3, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522, 0.0)},
-    "longlive": _FEW | {"window_frames": 12, "sink_frames": 3, "moving_sinks": False},
-    "causal-forcing": _FEW,
-    "causal-forcing-frame": _FEW | {"units": "frame"},
-    # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1; it begins at sigma_max 80, so at 0.988.
-    "rcm": _FEW | _WHOLE | {"sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0)},
-}
-
-
 # Schedulers of diffusers: our step, the field of the shift, and what else they must state.
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
