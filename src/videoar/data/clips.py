@@ -158,7 +158,9 @@ class WorldEncoder:
                 yield latent, [caption(scene, rng) for _ in range(6)], scene
 
     def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
-        """Keep the latents and captions of the world's first videos in a new folder."""
+        """Keep the latents and captions of the world's first videos, unless the folder is there."""
+        if folder.exists() or not num_videos:
+            return
         started = time.perf_counter()
         with (
             replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,

@@ -69,12 +69,11 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
     digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
-    encoder = checkpoint.parts().get("text")
+    encoder, text = checkpoint.parts().get("text"), None
     if encoder is None or encoder.trainable is not None:
         encoder = None  # it is trained along
     else:
-        encoder.device = config.device
-    text = None if encoder is None else encoder.fingerprint()
+        encoder.device, text = config.device, encoder.fingerprint()
     sources = {"sources": digest[:16], "text": text}
     if (folder / INFO_NAME).exists():
         _claim(folder / ABOUT, about | sources, config)

@@ -142,10 +142,8 @@ class RoutingTask:
             hidden_size=task.hidden_size,
         )
         self.sizes = [parse(name).frames or task.frames for name in self.menu]
-        if task.num_videos and not task.latents.exists():
-            how = {"num_latents": task.frames, "seed": config.seed, "dtype": torch.float32}
-            world = WorldEncoder(codec=pipe.codec, **how)
-            world.write(task.latents, task.num_videos, report)
+        how = {"num_latents": task.frames, "seed": config.seed, "dtype": torch.float32}
+        WorldEncoder(codec=pipe.codec, **how).write(task.latents, task.num_videos, report)
         how = {"frames": task.frames, "count": task.clips, "draws": task.draws}
         steps = task.num_inference_steps
         how |= {} if steps is None else {"num_inference_steps": steps}

@@ -150,23 +150,6 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     return VideoPipeline(transformer, prompts, codec, sampling=sampling, meta=known)
 
 
-def trained_sampling(
-    task: TextToVideoConfig, init: GenerationConfig, shards: LatentShards
-) -> GenerationConfig:
-    """Return how the checkpoint samples by default: what its training does not say is of `init`."""
-    if task.sampling is not None:
-        return task.sampling
-    flow = task.flow
-    return init.trained(
-        schemes.names(task.units),
-        window=min(flow.clip_frames, max(clip["frames"] for clip in shards.clips)),
-        sink_frames=flow.sink_frames,
-        shift=flow.shift,
-        lag=init.lag if flow.context == "noisy" else None,
-        fps=round(shards.info.fps),
-    )
-
-
 def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str, Any]:
     """Return what a checkpoint says that it knows: units, some captions, and all their words.
 
@@ -287,7 +270,8 @@ class TextToVideoTask(GeneratorTask):
         shards = self._open(codec, report)
         pipe = loaded or make_generator(task, codec, shards)
         super().__init__(pipe, shards, config, report)
-        pipe.sampling = trained_sampling(task, pipe.sampling, shards)
+        self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
+        pipe.sampling = task.sampling or self._sampling(pipe.sampling)
         transformer, module = pipe.transformer, trainable(pipe, shards, rank=task.lora_rank)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             # Each kind of unit has shapes and masks of its own, in every stage.
@@ -298,17 +282,27 @@ class TextToVideoTask(GeneratorTask):
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
         self.objective = FlowMatching(module, schemes=self.schemes, **how)
         self.held_out = self._held_out()
-        self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
         task = self.task
-        if task.num_videos and not task.latents.exists():
-            WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
+        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init or shards.info.checkpoint)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
         return shards
+
+    def _sampling(self, init: GenerationConfig) -> GenerationConfig:
+        """Return how the checkpoint samples: what its training does not say is of `init`."""
+        flow = self.task.flow
+        return init.trained(
+            self.units,
+            window=self.clip_frames,
+            sink_frames=flow.sink_frames,
+            shift=flow.shift,
+            lag=init.lag if flow.context == "noisy" else None,
+            fps=round(self.shards.info.fps),
+        )
 
     def _held_out(self) -> list[dict[str, Tensor]]:
         """Return batches of unseen clips: of the world, or of what the folder holds out."""

@@ -14,7 +14,8 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.evaluation.judge import WORLD
 from videoar.generation.config import trained_flow
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation import objectives, scores
+from videoar.training.distillation import objectives
+from videoar.training.distillation.scores import Context
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
@@ -55,29 +56,6 @@ def load_role(name: str, role: str) -> VideoPipeline:
         return VideoPipeline.from_pretrained(name)
 
 
-def check_roles(
-    task: StudentConfig,
-    units: tuple[str, ...],
-    teacher: VideoPipeline,
-    others: dict[str, VideoPipeline],
-) -> scores.Context:
-    """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
-    context = trained_flow(teacher.meta, teacher.sampling).context
-    if context != "full" and (new := teacher.untrained(units)):
-        raise ValueError(
-            f"{task.teacher} was {new}: use one of these units, or a teacher that reads everything"
-        )
-    theirs = shared_traits(teacher)
-    for role, pipe in others.items():
-        for what, ours in shared_traits(pipe).items():
-            if ours != theirs[what]:
-                raise ValueError(
-                    f"the {role} has the {what} {ours}, but the teacher {task.teacher} has"
-                    f" {theirs[what]}: name checkpoints that share it"
-                )
-    return context
-
-
 def shared_traits(pipe: VideoPipeline) -> dict[str, Any]:
     """Return what must agree where transformers are to take the same clips and words."""
     config = pipe.transformer.config
@@ -115,11 +93,11 @@ class StudentTask(GeneratorTask):
         others, distillation = {"student": student}, task.distillation
         if distillation.stage == "dmd":
             others["critic"] = load_role(task.critic or task.teacher, "critic")
-        context = check_roles(task, units, teacher, others)
+        self.units, self.made_of = units, (task.teacher, task.student, task.critic)
+        context = self._check_roles(teacher, others)
         shards = LatentShards(task.latents)
         check_codec(task.latents, shards.info, student.codec, checkpoint=task.student)
         self._check_clips(shards, teacher)
-        self.units, self.made_of = units, (task.teacher, task.student, task.critic)
         super().__init__(student, shards, config, report)
         student.sampling = student.sampling.trained(
             units,
@@ -152,6 +130,23 @@ class StudentTask(GeneratorTask):
                 f"the student does not move: its first step is step {first} of {config.steps};"
                 " raise steps, or lower critic_warmup"
             )
+
+    def _check_roles(self, teacher: VideoPipeline, others: dict[str, VideoPipeline]) -> Context:
+        """Return what the teacher reads; raise if it does not fit, or if the others do not."""
+        context, name = trained_flow(teacher.meta, teacher.sampling).context, self.task.teacher
+        if context != "full" and (new := teacher.untrained(self.units)):
+            raise ValueError(
+                f"{name} was {new}: use one of these units, or a teacher that reads everything"
+            )
+        theirs = shared_traits(teacher)
+        for role, pipe in others.items():
+            for what, ours in shared_traits(pipe).items():
+                if ours != theirs[what]:
+                    raise ValueError(
+                        f"the {role} has the {what} {ours}, but the teacher {name} has"
+                        f" {theirs[what]}: name checkpoints that share it"
+                    )
+        return context
 
     def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
