@@ -1,5 +1,6 @@
 """Low-rank updates of published files, merged into the weights of their base model."""
 
+import contextlib
 import json
 import math
 import re
@@ -197,10 +198,7 @@ def _of_pattern(config: dict[str, Any], field: str, name: str, default: Any, pla
 
 
 def _number(value: Any, place: str, file: Path) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{place} gives {value!r}, but a number is needed for {file}; correct it")
-    return number
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"{place} gives {value!r}, but a number is needed for {file}; correct it")

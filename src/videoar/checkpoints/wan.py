@@ -43,7 +43,10 @@ PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|tran
 # each family was trained to be sampled: fields of `GenerationConfig`. Of CausVid the sigmas are the
 # timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; of rCM they are
 # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80, so at 0.988.
-TOP, BLOCK, PRESETS = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).values()
+# Of schedulers of diffusers: our step, the field of the shift, and what else they must state; and
+# what they may state of the rest: what is so by default, and nothing that is off.
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+TOP, BLOCK, PRESETS, SCHEDULERS, SOLVER = TABLES.values()
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 # diffusers' config.json, by the fields of ours. What else it holds must have these values.
@@ -212,19 +215,6 @@ def _head_dim(stated: Mapping[str, Any]) -> int | None:
 
 # Where the codec lies: in a folder of diffusers, of the original.
 CODECS = ("vae", "*VAE*.pth")
-# Schedulers of diffusers: our step, the field of the shift, and what else they must state.
-FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "FlowMatchEulerDiscreteScheduler": ("flow-match-euler", "shift", {}),
-    "UniPCMultistepScheduler": ("unipc", "flow_shift", FLOW),
-}
-# What they may state of the rest: what is so by default, and nothing that is off.
-SOLVER: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2"}
-SOLVER |= {"predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"}
-SOLVER |= dict.fromkeys(
-    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_dynamic_shifting shift_terminal"
-    " invert_sigmas stochastic_sampling thresholding disable_corrector solver_p".split()
-)
 
 
 def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
