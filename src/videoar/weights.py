@@ -45,8 +45,7 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     """Write tensors, which must not share memory, and their `config.json` beside them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    write_safetensors(file, tensors, {"format": "pt"})
+    write_safetensors(file, weights, {"format": "pt"})
     write_json(file.parent / CONFIG, config, allow_nan=False)
 
 
@@ -84,7 +83,7 @@ def write_safetensors(
     """Write a file whole or not at all; a full disk is an `OSError`, as it is elsewhere."""
     try:
         with written_whole(file) as partial:
-            save_file(dict(tensors), partial, metadata)
+            save_file({k: tensor.contiguous() for k, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
 

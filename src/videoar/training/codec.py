@@ -16,7 +16,6 @@ from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
 from videoar.checks import Count, Finite, Options
-from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
@@ -24,7 +23,7 @@ from videoar.data.options import Prepare, TestShare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames
-from videoar.data.world import FIRST_HELD_OUT, scene_of
+from videoar.data.world import FIRST_HELD_OUT, render, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
@@ -227,7 +226,7 @@ class WorldClips:
         for index in indices:
             scene, own = scene_of(index, seed=self.seed)
             start = int(own.integers(1000))
-            clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
+            clips.append(render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
     def held_out(self, count: int) -> Iterator[Video]:
