@@ -44,9 +44,10 @@ PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|tran
 # timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; of rCM they are
 # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80, so at 0.988.
 # Of schedulers of diffusers: our step, the field of the shift, and what else they must state; and
-# what they may state of the rest: what is so by default, and nothing that is off.
+# what they may state of the rest: what is so by default, and nothing that is off. And what else is
+# published beside transformers, or as low-rank updates and is none, by a part of its names.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-TOP, BLOCK, PRESETS, SCHEDULERS, SOLVER = TABLES.values()
+TOP, BLOCK, PRESETS, SCHEDULERS, SOLVER, NO_TRANSFORMER, NO_LORA = TABLES.values()
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 # diffusers' config.json, by the fields of ours. What else it holds must have these values.
@@ -57,14 +58,6 @@ FIELDS = {
 } | {name: name for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
 CODEC_FIXED = {"is_residual": False, "patch_size": None}
-
-
-# What else is published beside transformers, by a part of its names.
-OTHERS = {
-    "lora_": "holds low-rank updates: pass it as lora, beside the file of its base model",
-    "decoder.": "holds a codec: pass it as codec, beside a transformer",
-    "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     weights, wrappers = read_wrapped(folder, entry)
-    for part, says in OTHERS.items():
+    for part, says in NO_TRANSFORMER.items():
         if any(part in key for key in weights):
             raise ValueError(f"{folder} {says}")
     weights, names = our_names(weights)
