@@ -309,9 +309,8 @@ def _unscaled(weights: Weights, file: Path) -> Weights:
                 " alone are read; use the file in bfloat16, float16 or float8"
             )
         exact = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
-        plain[f"{layer}.weight"] = exact.to(
-            torch.bfloat16 if weight.itemsize == 1 else weight.dtype
-        )
+        dtype = torch.bfloat16 if weight.itemsize == 1 else weight.dtype
+        plain[f"{layer}.weight"] = exact.to(dtype)
     if scales:
         said = f"{file}: {len(scales)} matrices are scaled float8, and read as bfloat16"
         warnings.warn(Note(said), stacklevel=2)
