@@ -39,13 +39,15 @@ FILE = "diffusion_pytorch_model.safetensors"
 # Put before and between names by FSDP, activation checkpointing, torch.compile and DDP.
 INFIXES = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|transformer)\.)+")
-# Original names and ours, of the model and of a block, whose norms 2 and 3 change places; and how
-# each family was trained to be sampled: fields of `GenerationConfig`. Of CausVid the sigmas are the
-# timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; of rCM they are
-# sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80, so at 0.988.
-# Of schedulers of diffusers: our step, the field of the shift, and what else they must state; and
-# what they may state of the rest: what is so by default, and nothing that is off. And what else is
-# published beside transformers, or as low-rank updates and is none, by a part of its names.
+# What `wan.json` holds, in this order:
+#
+# - Original names and ours, of the model and of a block. The norms 2 and 3 change places.
+# - How each family was trained to be sampled: fields of `GenerationConfig`. The sigmas of CausVid
+#   are the timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; those of rCM
+#   sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80: at 0.988.
+# - Schedulers of diffusers: our step, the field of the shift, and what else they must state; and
+#   what they may state of the rest: what is so by default, and nothing that is off.
+# - What else is published beside transformers, and as low-rank updates, by a part of its names.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 TOP, BLOCK, PRESETS, SCHEDULERS, SOLVER, NO_TRANSFORMER, NO_LORA = TABLES.values()
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
