@@ -17,7 +17,6 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -141,9 +140,10 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub  # takes seconds
 
     try:
-        with suppress(huggingface_hub.errors.LocalEntryNotFoundError):
+        try:
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        return Path(huggingface_hub.snapshot_download(name))
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            return Path(huggingface_hub.snapshot_download(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
