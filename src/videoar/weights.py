@@ -11,7 +11,6 @@ import json
 import re
 import typing
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,7 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     """Write tensors, which must not share memory, and their `config.json` beside them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    with written_whole(file) as partial:
-        write_safetensors(partial, tensors, {"format": "pt"})
+    write_safetensors(file, weights, {"format": "pt"})
     write_json(file.parent / CONFIG, config, allow_nan=False)
 
 
@@ -81,11 +78,12 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def write_safetensors(
-    file: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file; a full disk is an `OSError`, as it is elsewhere."""
+    """Write a file whole or not at all; a full disk is an `OSError`, as it is elsewhere."""
     try:
-        save_file(dict(tensors), file, metadata)
+        with written_whole(file) as partial:
+            save_file({k: tensor.contiguous() for k, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
 
@@ -230,12 +228,10 @@ def _read_file(source: Path) -> dict[str, Any]:
     head = check_kind(source)
     if source.suffix == ".safetensors" or head[8:9] == b"{":
         return dict(read_safetensors(source))
-    mapped = head.startswith(b"PK")
-    if mapped and not zipfile.is_zipfile(source):
-        raise ValueError(_damaged(source))
     try:
         # What was saved before torch 1.6 is no zip file and cannot be mapped.
-        tree = torch.load(source, map_location="cpu", mmap=mapped or None, weights_only=True)
+        mapped = head.startswith(b"PK") or None
+        tree = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # whatever the bytes lead the unpickler to
         if not any(word in str(error) for word in ("GLOBAL", "Unsupported class")):
             raise ValueError(_damaged(source)) from error
@@ -313,9 +309,8 @@ def _unscaled(weights: Weights, file: Path) -> Weights:
                 " alone are read; use the file in bfloat16, float16 or float8"
             )
         exact = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
-        plain[f"{layer}.weight"] = exact.to(
-            torch.bfloat16 if weight.itemsize == 1 else weight.dtype
-        )
+        dtype = torch.bfloat16 if weight.itemsize == 1 else weight.dtype
+        plain[f"{layer}.weight"] = exact.to(dtype)
     if scales:
         said = f"{file}: {len(scales)} matrices are scaled float8, and read as bfloat16"
         warnings.warn(Note(said), stacklevel=2)

@@ -33,7 +33,7 @@ from videoar.data.prepare import held_out
 from videoar.data.prepare import run as run_preparation
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import read_video
-from videoar.data.workers import Pool
+from videoar.data.workers import perform
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig
 from videoar.generation.pipeline import VideoPipeline
 
@@ -573,8 +573,8 @@ def _sleepy() -> Callable[[Any, Callable[[Any], None]], Any]:
 
 def test_what_hangs_or_kills_its_process_costs_itself_only() -> None:
     """A video that never ends to decode meets a limit; one that crashes the decoder, too."""
-    with Pool(_sleepy, workers=2, timeout=2.0, preload="json") as pool:
-        events = list(pool.run(["hang", "a", "die", "b"]))
+    jobs = ["hang", "a", "die", "b"]
+    events = list(perform(jobs, _sleepy, workers=2, timeout=2.0, preload="json"))
     last = {event.job: event for event in events if event.kind != "beat"}
     assert (last["a"].value, last["b"].value) == ("A", "B")
     assert last["hang"].kind == last["die"].kind == "lost"

@@ -337,10 +337,10 @@ def test_average_forgets_the_start():
 def test_learning_rate_rises_stays_and_falls():
     """The schedule has known values at its corners, and neither end is a step of size zero."""
     config = OptimizerConfig(learning_rate=8.0, warmup_steps=4, decay_fraction=0.5)
-    rates = [learning_rate(config, step=step, steps=16) for step in range(16)]
+    rates = [learning_rate(config, step=step, steps=16, moved=step) for step in range(16)]
     assert rates == [2, 4, 6, 8, 8, 8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1]
     flat = OptimizerConfig(learning_rate=8.0, warmup_steps=0, decay_fraction=0.0)
-    assert {learning_rate(flat, step=step, steps=16) for step in range(16)} == {8.0}
+    assert {learning_rate(flat, step=step, steps=16, moved=step) for step in range(16)} == {8.0}
 
 
 def test_only_matrices_decay(tmp_path):

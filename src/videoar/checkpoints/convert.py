@@ -96,9 +96,8 @@ def convert(
         meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
         save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
-        how = {"scheduler": wan.scheduler_of(sampling), "home": checkpoint.home}
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
-            _write_diffusers(folder, found, parts, **how)
+            _write_diffusers(folder, found, parts, wan.scheduler_of(sampling), checkpoint.home)
     else:
         with replaced_folder(target, marker=CONFIG, overwrite=overwrite) as folder:
             save_wan(folder, found)
@@ -107,7 +106,7 @@ def convert(
 
 
 def _write_diffusers(
-    folder: Path, found: TransformerWeights, parts: Json, *, scheduler: Json, home: Path
+    folder: Path, found: TransformerWeights, parts: Json, scheduler: Json, home: Path
 ) -> None:
     """Write a folder that diffusers' `WanPipeline` loads, as far as there are its parts."""
     save_diffusers(folder / "transformer", found)

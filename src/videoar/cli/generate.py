@@ -17,7 +17,7 @@ from videoar.cli.progress import say
 from videoar.cli.prompts import Wanted, lines_of, read_text, wanted
 from videoar.data.options import ALL, turns
 from videoar.data.video import PICTURES, STREAMS
-from videoar.files import Json, check_folder, to_json, write_json, written_whole
+from videoar.files import Json, check_folder, to_json, write_json
 from videoar.generation import conditioning
 from videoar.generation.progress import Progress, how_far
 from videoar.generation.timing import Timing
@@ -263,8 +263,7 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
     held |= {"out": str(writer.path.absolute()), "prompt": generation.begun.prompts[0]}
     pending = torch.from_numpy(np.array(file.pop("pending"), dtype=np.uint8))
     parts = {"args": packed(held), "file": packed(file), "pending": pending}
-    with written_whole(args.save_state) as partial:
-        write_safetensors(partial, generation.state_dict() | parts)
+    write_safetensors(args.save_state, generation.state_dict() | parts)
 
 
 def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:

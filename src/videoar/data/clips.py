@@ -80,7 +80,7 @@ def make_parts(
             if count % SHEET_EVERY == 0:
                 tensors["sheet"] = torch.from_numpy(_triple(pixels))
             about = {"start": json.dumps(round(start, 6))}
-            write_safetensors(f"{stem}-{count:06d}.safetensors", tensors, about)
+            write_safetensors(Path(f"{stem}-{count:06d}.safetensors"), tensors, about)
             if held_out:
                 path = Path(f"{stem}-{count:06d}.mkv")
                 with VideoWriter(path, fps=config.fps, overwrite=True) as writer:
@@ -158,7 +158,9 @@ class WorldEncoder:
                 yield latent, [caption(scene, rng) for _ in range(6)], scene
 
     def write(self, folder: Path, num_videos: int, report: Callable[[str], None]) -> None:
-        """Keep the latents and captions of the world's first videos in a new folder."""
+        """Keep the latents and captions of the world's first videos, unless the folder is there."""
+        if folder.exists() or not num_videos:
+            return
         started = time.perf_counter()
         with (
             replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,

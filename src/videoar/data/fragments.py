@@ -16,7 +16,7 @@ import numpy as np
 from av.container import Flags
 from jaxtyping import UInt8
 
-Pixels = UInt8[np.ndarray, "frames height width 3"]
+Frames = UInt8[np.ndarray, "frames height width 3"]
 
 # Without B-frames the first moment of a fragment is its own; keys are where we begin.
 CLOSED = {"g": "9999"}
@@ -33,7 +33,7 @@ class Fragment:
     body: bytes
 
 
-def encode(frames: Pixels, *, fps: float, first: int, index: int, lossless: bool) -> Fragment:
+def encode(frames: Frames, *, fps: float, first: int, index: int, lossless: bool) -> Fragment:
     """Encode the frames of a video from `first` on as its fragment `index`, in H.264 or FFV1.
 
     An odd row or column of a lossy video is repeated: halved chroma needs even sizes, and browsers

@@ -33,7 +33,7 @@ from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo,
 from videoar.data.options import ALL, Prepare, turns
 from videoar.data.sources import Listing, Source, list_sources
 from videoar.data.video import Frames, contact_sheet
-from videoar.data.workers import Pool
+from videoar.data.workers import perform
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder
 from videoar.files import Json, first_written, write_json
@@ -69,12 +69,11 @@ def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Jso
     kept = {key: value for key, value in vars(config).items() if key not in FREE_FIELDS}
     about = {"codec": codec.fingerprint(), **json.loads(json.dumps(kept))}
     digest = hashlib.sha256("".join(source.key for source in listing.sources).encode()).hexdigest()
-    encoder = checkpoint.parts().get("text")
+    encoder, text = checkpoint.parts().get("text"), None
     if encoder is None or encoder.trainable is not None:
         encoder = None  # it is trained along
     else:
-        encoder.device = config.device
-    text = None if encoder is None else encoder.fingerprint()
+        encoder.device, text = config.device, encoder.fingerprint()
     sources = {"sources": digest[:16], "text": text}
     if (folder / INFO_NAME).exists():
         _claim(folder / ABOUT, about | sources, config)
@@ -145,25 +144,25 @@ def _make_parts(
     clips = old = sum(read_done(source, work)["clips"] for source in set(sources) - set(todo))
     workers = min(config.workers or os.cpu_count() or 1, len(todo))
     within, started = dict[Source, float](), time.perf_counter()
-    start = partial(begin, config, work)
-    with Pool(start, workers=workers, timeout=config.timeout, preload=__name__) as pool:
-        # Long ones first: no process should begin the longest when the others are done.
-        for event in pool.run(sorted(todo, key=lambda s: -s.size)):
-            source = event.job
-            if event.kind == "beat":
-                clips += 1
-                within[source] = event.value * source.size
-            else:
-                within.pop(source, None)
-                finished += source.size
-            if event.kind == "lost":
-                write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
-            done, seconds = finished + sum(within.values()), time.perf_counter() - started
-            said = f"{done / total:.0%}  {clips} clips  {(clips - old) / seconds:.1f} clips/s"
-            if done > before:  # nothing else tells
-                left = timedelta(seconds=int(seconds * (total - done) / (done - before)))
-                said += f"  {left} left"
-            show(said)
+    how: Json = {"workers": workers, "timeout": config.timeout, "preload": __name__}
+    # Long ones first: no process should begin the longest when the others are done.
+    longest = sorted(todo, key=lambda source: -source.size)
+    for event in perform(longest, partial(begin, config, work), **how):
+        source = event.job
+        if event.kind == "beat":
+            clips += 1
+            within[source] = event.value * source.size
+        else:
+            within.pop(source, None)
+            finished += source.size
+        if event.kind == "lost":
+            write_json(work / f"{source.key}.json", {"clips": 0, "note": event.value})
+        done, seconds = finished + sum(within.values()), time.perf_counter() - started
+        said = f"{done / total:.0%}  {clips} clips  {(clips - old) / seconds:.1f} clips/s"
+        if done > before:  # nothing else tells
+            left = timedelta(seconds=int(seconds * (total - done) / (done - before)))
+            said += f"  {left} left"
+        show(said)
 
 
 def held_out(clips: dict[Source, int], *, share: float, apart: Collection[str]) -> set[Source]:

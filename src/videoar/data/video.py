@@ -23,10 +23,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from videoar.checks import Finite, Options, checked
-from videoar.data.fragments import encode, remux
+from videoar.data.fragments import Frames, encode, remux
 from videoar.files import Json, check_place, written_whole
 
-Frames = UInt8[np.ndarray, "frames height width 3"]
 Picture = UInt8[np.ndarray, "rows columns 3"]
 
 STREAMS = {".mp4": "mp4", ".mkv": "matroska"}

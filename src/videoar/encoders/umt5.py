@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from videoar.checks import explained
 from videoar.encoders.text_encoder import Rows, check_length, check_text
-from videoar.files import contents, written_whole
+from videoar.files import contents
 from videoar.weights import (
     CONFIG,
     Weights,
@@ -113,8 +113,7 @@ class UMT5PromptEncoder:
                 rows[prompt] = model(inputs).last_hidden_state[0].cpu()
                 with contextlib.suppress(OSError):  # no disk to write to is no reason to stop
                     self.cache.mkdir(parents=True, exist_ok=True)
-                    with written_whole(files[prompt]) as partial:
-                        write_safetensors(partial, {"rows": rows[prompt].contiguous()})
+                    write_safetensors(files[prompt], {"rows": rows[prompt].contiguous()})
         found = [rows[prompt] for prompt in cleaned]
         return torch.stack([F.pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in found])
 

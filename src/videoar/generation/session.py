@@ -13,7 +13,6 @@ from jaxtyping import UInt8
 from videoar.checks import check_names
 from videoar.core.sampler import Finished
 from videoar.core.units import Unit
-from videoar.files import written_whole
 from videoar.generation.config import GenerationConfig, Plan
 from videoar.generation.inputs import warned
 from videoar.generation.state import State, unpacked
@@ -104,8 +103,7 @@ class Session:
         target = Path(path).expanduser()
         if target.exists() and not overwrite:
             raise ValueError(f"{target} exists already: name another file, or overwrite it")
-        with written_whole(target) as partial:
-            write_safetensors(partial, self.generation.state_dict())
+        write_safetensors(target, self.generation.state_dict())
         return target
 
     def branch(self) -> "Session":

@@ -6,7 +6,7 @@ import importlib.resources
 import re
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from videoar.data.video import Frames
-from videoar.data.workers import Pool
+from videoar.data.workers import perform
 from videoar.serve.decoding import decoder
 from videoar.serve.engine import Engine, Full, Live
 from videoar.serve.messages import Control, Event, Model, Refused, Start, plain
@@ -243,8 +243,9 @@ def decoded(data: bytes, height: int, width: int, fps: float) -> Frames:
         file = Path(folder) / "given"
         file.write_bytes(data)
         job = (file, height, width, fps)
-        with Pool(decoder, workers=1, timeout=20, preload="videoar.serve.decoding") as pool:
-            event = next(event for event in pool.run([job]) if event.kind != "beat")
+        events = perform([job], decoder, workers=1, timeout=20, preload="videoar.serve.decoding")
+        with closing(events):
+            event = next(event for event in events if event.kind != "beat")
     if event.kind == "lost" or isinstance(event.value, str):
         raise ValueError(str(event.value))
     return event.value

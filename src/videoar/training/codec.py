@@ -11,12 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
 from videoar.checks import Count, Finite, Options
-from videoar.data import world
 from videoar.data.batches import Batches
 from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
@@ -24,7 +23,7 @@ from videoar.data.options import Prepare, TestShare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames
-from videoar.data.world import FIRST_HELD_OUT, scene_of
+from videoar.data.world import FIRST_HELD_OUT, render, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
@@ -227,7 +226,7 @@ class WorldClips:
         for index in indices:
             scene, own = scene_of(index, seed=self.seed)
             start = int(own.integers(1000))
-            clips.append(world.render(scene, num_frames=self.task.num_frames, start=start))
+            clips.append(render(scene, num_frames=self.task.num_frames, start=start))
         return {"video": from_frames(np.stack(clips))}
 
     def held_out(self, count: int) -> Iterator[Video]:
@@ -277,9 +276,8 @@ class ReconstructionTask:
         self.batches = Batches(clips, batch_size=config.batch_size, seed=config.seed)
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TinyCodec, *, step: int) -> dict[str, float]:
         """Measure held-out clips, and keep a picture of some beside what became of them."""
-        assert isinstance(module, TinyCodec)
         device, latents = next(module.parameters()).device, list[Tensor]()
         pairs = list[tuple[Frames, Frames]]()
         for video in self.clips.held_out(32):
@@ -301,8 +299,7 @@ class ReconstructionTask:
         }
 
     @torch.no_grad()
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, TinyCodec)
+    def export(self, folder: Path, module: TinyCodec, meta: dict[str, Any]) -> None:
         codec, trained = module, self.objective.module.encoder
         if any(parameter.requires_grad for parameter in trained.parameters()):
             device = next(module.parameters()).device

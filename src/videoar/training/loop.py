@@ -38,10 +38,10 @@ class Task(Protocol):
     def sources(self) -> dict[str, str]:
         """Fingerprints of the data and checkpoints it is made of, by name."""
 
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: Any, *, step: int) -> dict[str, float]:
         """Measure the averaged weights, with generators of its own; may return nothing."""
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+    def export(self, folder: Path, module: Any, meta: dict[str, Any]) -> None:
         """Write the averaged weights and `meta`, replacing an earlier export."""
 
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from videoar.checks import import_extra
 from videoar.data.latents import LatentShards, text_module
-from videoar.files import written_whole
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.objectives import TextToVideo, own_weights
+from videoar.weights import write_safetensors
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 ADAPTER = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` of diffusers looks
@@ -52,5 +51,4 @@ def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> Non
     pipe.meta = meta
     pipe.save_pretrained(folder, overwrite=True)
     if updates:
-        with written_whole(folder / ADAPTER) as partial:
-            save_file(updates, partial, metadata={"format": "pt"})
+        write_safetensors(folder / ADAPTER, updates, {"format": "pt"})

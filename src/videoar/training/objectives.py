@@ -154,11 +154,8 @@ class FlowMatching(Objective):
         lattice = (side // model.config.patch for side in clip.shape[3:])
         size = sum(Units(scheme, clip.shape[1], *lattice).sizes)
         size *= 2 if config.context == "clean" else 1
-        once = model.flops(size, keys=size, words=words.shape[1])
-        return {"loss": loss} | {
-            name: torch.tensor(len(clip) * float(count))
-            for name, count in (("tokens", size), ("flops", 3 * once))
-        }
+        counts = {"tokens": size, "flops": 3 * model.flops(size, keys=size, words=words.shape[1])}
+        return {"loss": loss} | {k: torch.tensor(len(clip) * float(v)) for k, v in counts.items()}
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -32,15 +32,12 @@ class OptimizerConfig(Options):
     """Largest norm of the gradient."""
 
 
-def learning_rate(
-    config: OptimizerConfig, *, step: int, steps: int, moved: int | None = None
-) -> float:
+def learning_rate(config: OptimizerConfig, *, step: int, steps: int, moved: int) -> float:
     """Return the learning rate of `step`, from 0, in a run of `steps`; neither end is at zero.
 
-    `moved` counts the steps of who moves now, if not all have been: the rise is over those.
+    `moved` counts the steps of who moves now, which not all have been: the rise is over those.
     """
-    own = step if moved is None else moved
-    rise = (own + 1) / config.warmup_steps if config.warmup_steps else 1.0
+    rise = (moved + 1) / config.warmup_steps if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * steps
     fall = (steps - step) / decay_steps if decay_steps else 1.0
     return config.learning_rate * max(0.0, min(1.0, rise, fall))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import save_checkpoint
@@ -165,9 +165,8 @@ class JudgeTask:
     def sources(self) -> dict[str, str]:
         return {str(self.labels): hashlib.sha256(self.labels.read_bytes()).hexdigest()[:16]}
 
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: StateReader, *, step: int) -> dict[str, float]:
         """Return the share of the parts held out in which each attribute is read right."""
-        assert isinstance(module, StateReader)
         right = Counter[str]()
         for part in self.apart:
             frames = part.clip(module.config.num_frames, size=module.config.size)
@@ -175,5 +174,5 @@ class JudgeTask:
             right.update(scores(seen, part.told()))
         return {name: count / len(self.apart) for name, count in right.items()}
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+    def export(self, folder: Path, module: StateReader, meta: dict[str, Any]) -> None:
         save_checkpoint(folder, {"judge": module.half()}, meta, overwrite=True)

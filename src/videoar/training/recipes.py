@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import hint, import_named
+from videoar.checks import explained, hint, import_named
 from videoar.core.loss import FlowMatchingConfig
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
@@ -325,13 +325,10 @@ def find(name: str) -> TrainConfig:
     if name in RECIPES:
         return RECIPES[name]()
     if ":" in name:
-        try:
+        kinds = ImportError, AttributeError, ValueError, TypeError
+        with explained(f"Recipe {name!r} cannot be imported ({{}}): check both names.", *kinds):
             config = import_named(name)
             config = config() if callable(config) else config
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"Recipe {name!r} cannot be imported ({error}): check both names."
-            ) from error
         if not isinstance(config, TrainConfig):
             raise ValueError(
                 f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig."

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import fingerprints
@@ -27,7 +27,6 @@ from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.search import Clips, clips_of
 from videoar.evaluation.statistics import difference
 from videoar.evaluation.tables import cells, columns
-from videoar.files import written_whole
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.router import Router, RouterConfig
 from videoar.training.loop import TrainConfig
@@ -143,10 +142,8 @@ class RoutingTask:
             hidden_size=task.hidden_size,
         )
         self.sizes = [parse(name).frames or task.frames for name in self.menu]
-        if task.num_videos and not task.latents.exists():
-            how = {"num_latents": task.frames, "seed": config.seed, "dtype": torch.float32}
-            world = WorldEncoder(codec=pipe.codec, **how)
-            world.write(task.latents, task.num_videos, report)
+        how = {"num_latents": task.frames, "seed": config.seed, "dtype": torch.float32}
+        WorldEncoder(codec=pipe.codec, **how).write(task.latents, task.num_videos, report)
         how = {"frames": task.frames, "count": task.clips, "draws": task.draws}
         steps = task.num_inference_steps
         how |= {} if steps is None else {"num_inference_steps": steps}
@@ -188,9 +185,8 @@ class RoutingTask:
             file = folder / f"{mark}-{start}.safetensors"
             if not file.exists():
                 found = clips.costs(menu, task.frames, start, self.report)
-                with written_whole(file) as partial:
-                    tensors = {name: torch.from_numpy(x) for (_, name), x in found.items()}
-                    write_safetensors(partial, tensors)
+                tensors = {name: torch.from_numpy(x) for (_, name), x in found.items()}
+                write_safetensors(file, tensors)
             for name, cost in read_safetensors(file).items():
                 passes = torch.full_like(cost, waves[name] * steps)
                 whole = torch.stack([cost + task.pass_cost * passes, cost, passes], dim=1)
@@ -226,13 +222,11 @@ class RoutingTask:
         found["router"] = added_up(values, self.sizes, choices)[0]
         return {name: each.double().numpy() for name, each in found.items()}
 
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: Router, *, step: int) -> dict[str, float]:
         """Return what choices cost, passes included."""
-        assert isinstance(module, Router)
         return {name: float(each[:, 0].mean()) for name, each in self.compared(module).items()}
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
-        assert isinstance(module, Router)
+    def export(self, folder: Path, module: Router, meta: dict[str, Any]) -> None:
         whole = replace(self.pipe, router=module.cpu(), meta=self.pipe.meta | {"router": meta})
         whole.save_pretrained(folder, overwrite=True)
         self.report(self.table(module))

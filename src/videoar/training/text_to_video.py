@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
@@ -150,23 +150,6 @@ def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) 
     return VideoPipeline(transformer, prompts, codec, sampling=sampling, meta=known)
 
 
-def trained_sampling(
-    task: TextToVideoConfig, init: GenerationConfig, shards: LatentShards
-) -> GenerationConfig:
-    """Return how the checkpoint samples by default: what its training does not say is of `init`."""
-    if task.sampling is not None:
-        return task.sampling
-    flow = task.flow
-    return init.trained(
-        schemes.names(task.units),
-        window=min(flow.clip_frames, max(clip["frames"] for clip in shards.clips)),
-        sink_frames=flow.sink_frames,
-        shift=flow.shift,
-        lag=init.lag if flow.context == "noisy" else None,
-        fps=round(shards.info.fps),
-    )
-
-
 def learned(units: tuple[str, ...], captions: list[str], words: Any) -> dict[str, Any]:
     """Return what a checkpoint says that it knows: units, some captions, and all their words.
 
@@ -221,9 +204,8 @@ class GeneratorTask:
         latents = {str(self.shards.folder): self.shards.fingerprint()}
         return latents | fingerprints(*self.made_of)
 
-    def with_networks(self, module: nn.Module) -> VideoPipeline:
+    def with_networks(self, module: TextToVideo) -> VideoPipeline:
         """Return the pipeline with what was trained of it."""
-        assert isinstance(module, TextToVideo)
         prompts = self.pipe.prompt_encoder.with_trained(module.text)
         # A router reads, and is right for, the transformer that it was trained beside.
         return replace(
@@ -231,7 +213,7 @@ class GeneratorTask:
         )
 
     def videos(
-        self, module: nn.Module, step: int, *, count: int
+        self, module: TextToVideo, step: int, *, count: int
     ) -> Iterator[tuple[str, list[Json], Clips]]:
         """Make videos of every kind of unit, yield them with their prompts, and keep a sheet."""
         if not count:
@@ -270,7 +252,7 @@ class GeneratorTask:
         clips = (LatentShards(apart) if apart.is_dir() else self.shards).clips[:count]
         return [{"prompt": clip["captions"][0], "seed": k} for k, clip in enumerate(clips)]
 
-    def export(self, folder: Path, module: nn.Module, meta: dict[str, Any]) -> None:
+    def export(self, folder: Path, module: TextToVideo, meta: dict[str, Any]) -> None:
         said = learned(self.units, self.shards.captions, self.pipe.meta.get("words"))
         save_trained(self.with_networks(module), folder, said | meta)
 
@@ -288,7 +270,8 @@ class TextToVideoTask(GeneratorTask):
         shards = self._open(codec, report)
         pipe = loaded or make_generator(task, codec, shards)
         super().__init__(pipe, shards, config, report)
-        pipe.sampling = trained_sampling(task, pipe.sampling, shards)
+        self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
+        pipe.sampling = task.sampling or self._sampling(pipe.sampling)
         transformer, module = pipe.transformer, trainable(pipe, shards, rank=task.lora_rank)
         if task.compile:  # of the averaged copy, made later, nothing is compiled
             # Each kind of unit has shapes and masks of its own, in every stage.
@@ -299,17 +282,27 @@ class TextToVideoTask(GeneratorTask):
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
         self.objective = FlowMatching(module, schemes=self.schemes, **how)
         self.held_out = self._held_out()
-        self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
 
     def _open(self, codec: Codec, report: Report) -> LatentShards:
         """Open the latents, made first if they are of the world and not there."""
         task = self.task
-        if task.num_videos and not task.latents.exists():
-            WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
+        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init or shards.info.checkpoint)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
         return shards
+
+    def _sampling(self, init: GenerationConfig) -> GenerationConfig:
+        """Return how the checkpoint samples: what its training does not say is of `init`."""
+        flow = self.task.flow
+        return init.trained(
+            self.units,
+            window=self.clip_frames,
+            sink_frames=flow.sink_frames,
+            shift=flow.shift,
+            lag=init.lag if flow.context == "noisy" else None,
+            fps=round(self.shards.info.fps),
+        )
 
     def _held_out(self) -> list[dict[str, Tensor]]:
         """Return batches of unseen clips: of the world, or of what the folder holds out."""
@@ -323,9 +316,8 @@ class TextToVideoTask(GeneratorTask):
         return [{"latents": torch.stack(latents), "text": text}]
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TextToVideo, *, step: int) -> dict[str, float]:
         """Keep a sheet of videos; the loss of every scheme on the same clips and noise."""
-        assert isinstance(module, TextToVideo)
         device, flow, model = next(module.parameters()).device, self.task.flow, module.transformer
         count, losses = sum(len(batch["text"]) for batch in self.held_out), {}
         for name, scheme in zip(self.units, self.schemes, strict=True) if count else ():

@@ -25,7 +25,6 @@ from videoar.core.units import Units, Visible
 from videoar.encoders.text_encoder import TextEncoder
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.distillation.objectives import (
-    Clip,
     DistillationConfig,
     DistributionMatching,
     Initialisation,
@@ -478,7 +477,7 @@ def test_a_teacher_of_clean_contexts_needs_a_causal_critic() -> None:
 def test_a_causal_teacher_and_critic_score_the_units_of_a_clip_at_one_sigma() -> None:
     """Clips have sigmas of their own; the loss is finite and reaches the student."""
     objective = _objective(context="clean", critic="causal", critic_warmup=0, critic_steps=1)
-    clip = Clip.of(_batch(), parse("frame"), frames=4, patch=2)
+    clip = objective.clip(_batch(), _rng())
     _, sigma, _ = objective.noised(clip.tokens, clip, _rng())
     assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
     assert len(sigma.unique()) == len(sigma)

@@ -116,15 +116,6 @@ class Clip:
     unit: Int[Tensor, " tokens"]
     """On the device of the tokens."""
 
-    @classmethod
-    def of(cls, batch: dict[str, Tensor], scheme: Scheme, *, frames: int, patch: int) -> "Clip":
-        """Cut the first frames of a batch into units."""
-        latents = batch["latents"][:, :frames]
-        height, width = latents.shape[3] // patch, latents.shape[4] // patch
-        units = Units(scheme, latents.shape[1], height, width)
-        tokens = to_tokens(latents, units, patch=patch)
-        return cls(units, tokens, batch["text"], units.unit.to(tokens.device))
-
 
 class TeacherObjective(Objective):
     """What all stages share: a teacher, and what it says."""
@@ -143,10 +134,14 @@ class TeacherObjective(Objective):
         self.context, self.schemes, self.config, self.seed = context, schemes, config, seed
 
     def clip(self, batch: dict[str, Tensor], drawn: torch.Generator) -> Clip:
-        """Cut a batch by a scheme that is drawn for the whole step."""
+        """Cut the first frames of a batch by a scheme that is drawn for the whole step."""
         scheme = self.schemes[int(torch.randint(len(self.schemes), (), generator=drawn))]
-        patch = self.teacher.transformer.config.patch
-        return Clip.of(batch, scheme, frames=self.config.clip_frames, patch=patch)
+        latents, patch = batch["latents"], self.teacher.transformer.config.patch
+        latents = latents[:, : self.config.clip_frames]
+        lattice = (side // patch for side in latents.shape[3:])
+        units = Units(scheme, latents.shape[1], *lattice)
+        tokens = to_tokens(latents, units, patch=patch)
+        return Clip(units, tokens, batch["text"], units.unit.to(tokens.device))
 
     def copies(self, clean: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
         """Return clean copies as context, with their sigmas."""

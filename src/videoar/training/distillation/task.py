@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from videoar.checks import Count, explained
 from videoar.core.schemes import names
@@ -15,10 +14,12 @@ from videoar.data.latents import LatentShards, check_codec
 from videoar.evaluation.judge import WORLD
 from videoar.generation.config import trained_flow
 from videoar.generation.pipeline import VideoPipeline
-from videoar.training.distillation import objectives, scores
+from videoar.training.distillation import objectives
+from videoar.training.distillation.scores import Context
 from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
+from videoar.training.objectives import TextToVideo
 from videoar.training.run_folder import Report
 from videoar.training.text_to_video import GeneratorConfig, GeneratorTask, Units
 
@@ -53,29 +54,6 @@ def load_role(name: str, role: str) -> VideoPipeline:
     """Load who takes a role, or say which checkpoint is missing."""
     with explained(f"the {role}: {{}}"):
         return VideoPipeline.from_pretrained(name)
-
-
-def check_roles(
-    task: StudentConfig,
-    units: tuple[str, ...],
-    teacher: VideoPipeline,
-    others: dict[str, VideoPipeline],
-) -> scores.Context:
-    """Return what the teacher reads; raise if it does not fit, or if the others do not fit it."""
-    context = trained_flow(teacher.meta, teacher.sampling).context
-    if context != "full" and (new := teacher.untrained(units)):
-        raise ValueError(
-            f"{task.teacher} was {new}: use one of these units, or a teacher that reads everything"
-        )
-    theirs = shared_traits(teacher)
-    for role, pipe in others.items():
-        for what, ours in shared_traits(pipe).items():
-            if ours != theirs[what]:
-                raise ValueError(
-                    f"the {role} has the {what} {ours}, but the teacher {task.teacher} has"
-                    f" {theirs[what]}: name checkpoints that share it"
-                )
-    return context
 
 
 def shared_traits(pipe: VideoPipeline) -> dict[str, Any]:
@@ -115,11 +93,11 @@ class StudentTask(GeneratorTask):
         others, distillation = {"student": student}, task.distillation
         if distillation.stage == "dmd":
             others["critic"] = load_role(task.critic or task.teacher, "critic")
-        context = check_roles(task, units, teacher, others)
+        self.units, self.made_of = units, (task.teacher, task.student, task.critic)
+        context = self._check_roles(teacher, others)
         shards = LatentShards(task.latents)
         check_codec(task.latents, shards.info, student.codec, checkpoint=task.student)
         self._check_clips(shards, teacher)
-        self.units, self.made_of = units, (task.teacher, task.student, task.critic)
         super().__init__(student, shards, config, report)
         student.sampling = student.sampling.trained(
             units,
@@ -153,6 +131,23 @@ class StudentTask(GeneratorTask):
                 " raise steps, or lower critic_warmup"
             )
 
+    def _check_roles(self, teacher: VideoPipeline, others: dict[str, VideoPipeline]) -> Context:
+        """Return what the teacher reads; raise if it does not fit, or if the others do not."""
+        context, name = trained_flow(teacher.meta, teacher.sampling).context, self.task.teacher
+        if context != "full" and (new := teacher.untrained(self.units)):
+            raise ValueError(
+                f"{name} was {new}: use one of these units, or a teacher that reads everything"
+            )
+        theirs = shared_traits(teacher)
+        for role, pipe in others.items():
+            for what, ours in shared_traits(pipe).items():
+                if ours != theirs[what]:
+                    raise ValueError(
+                        f"the {role} has the {what} {ours}, but the teacher {name} has"
+                        f" {theirs[what]}: name checkpoints that share it"
+                    )
+        return context
+
     def _check_clips(self, shards: LatentShards, teacher: VideoPipeline) -> None:
         """Raise unless the clips, and those of the objective, have lengths and sizes that fit."""
         task, clips = self.task, shards.clips
@@ -179,7 +174,7 @@ class StudentTask(GeneratorTask):
                 )
 
     @torch.no_grad()
-    def validate(self, module: nn.Module, *, step: int) -> dict[str, float]:
+    def validate(self, module: TextToVideo, *, step: int) -> dict[str, float]:
         """Make videos, keep a sheet of them, and measure them; the judge reads those of its world.
 
         `change` from frame to frame and `contrast`, as shares of the range of pixels, fall when a
