@@ -11,6 +11,7 @@ import json
 import re
 import typing
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -228,10 +229,12 @@ def _read_file(source: Path) -> dict[str, Any]:
     head = check_kind(source)
     if source.suffix == ".safetensors" or head[8:9] == b"{":
         return dict(read_safetensors(source))
+    mapped = head.startswith(b"PK")
+    if mapped and not zipfile.is_zipfile(source):
+        raise ValueError(_damaged(source))
     try:
         # What was saved before torch 1.6 is no zip file and cannot be mapped.
-        mapped = head.startswith(b"PK") or None
-        tree = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+        tree = torch.load(source, map_location="cpu", mmap=mapped or None, weights_only=True)
     except Exception as error:  # whatever the bytes lead the unpickler to
         if not any(word in str(error) for word in ("GLOBAL", "Unsupported class")):
             raise ValueError(_damaged(source)) from error

@@ -1,6 +1,5 @@
 """Low-rank updates of published files, merged into the weights of their base model."""
 
-import contextlib
 import json
 import math
 import re
@@ -9,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from videoar.checkpoints.wan import INFIXES, NO_LORA, PREFIXES, wan_names
+from videoar.checkpoints.wan import INFIXES, PREFIXES, wan_names
 from videoar.checks import explained
 from videoar.weights import Weights, read_json, read_weights, split_entry
 
@@ -21,6 +20,15 @@ LAYER = re.compile(r"\.(weight|bias)$")
 SIDES = {"down": "A", "up": "B"}
 # What trainers that write underscores for dots put before a name.
 TRAINERS = re.compile(r"^(?:lora_unet|lora_transformer|lycoris)_+")
+# What is published under the name of low-rank updates and is none, by a part of its names.
+OTHERS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "lora_mid": "LoCon in Tucker's form",
+    "oft_": "OFT",
+}
 # What PEFT and diffusers put before the names that their patterns are for.
 WRAPPED = re.compile(r"^(?:base_model\.model|transformer)\.")
 CONFIG = "adapter_config.json"
@@ -72,7 +80,7 @@ def _updates(source: Path, weights: Weights) -> dict[str, tuple[str, Weights]]:
     updates: dict[str, tuple[str, Weights]] = {}
     layers, wrong = _layers(weights), []
     for key, tensor in read_weights(source).items():
-        if kind := next((NO_LORA[part] for part in NO_LORA if part in key), None):
+        if kind := next((OTHERS[part] for part in OTHERS if part in key), None):
             raise ValueError(f"{source} holds {key!r}, as {kind} has it: use a plain LoRA")
         match = PART.fullmatch(key)
         name, part = (match[1], match[2] or match[3] or match[4]) if match else (key, "")
@@ -189,7 +197,10 @@ def _of_pattern(config: dict[str, Any], field: str, name: str, default: Any, pla
 
 
 def _number(value: Any, place: str, file: Path) -> float:
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if math.isfinite(number := float(value)):
-            return number
-    raise ValueError(f"{place} gives {value!r}, but a number is needed for {file}; correct it")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{place} gives {value!r}, but a number is needed for {file}; correct it")
+    return number

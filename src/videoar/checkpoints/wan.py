@@ -3,7 +3,6 @@
 Everything becomes a dictionary of tensors under our names, which are those of diffusers.
 """
 
-import json
 import math
 import re
 import warnings
@@ -39,17 +38,29 @@ FILE = "diffusion_pytorch_model.safetensors"
 # Put before and between names by FSDP, activation checkpointing, torch.compile and DDP.
 INFIXES = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 PREFIXES = re.compile(r"^(?:(?:base_model|model|net_ema|net|diffusion_model|transformer)\.)+")
-# What `wan.json` holds, in this order:
-#
-# - Original names and ours, of the model and of a block. The norms 2 and 3 change places.
-# - How each family was trained to be sampled: fields of `GenerationConfig`. The sigmas of CausVid
-#   are the timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8; those of rCM
-#   sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1, and it begins at sigma_max 80: at 0.988.
-# - Schedulers of diffusers: our step, the field of the shift, and what else they must state; and
-#   what they may state of the rest: what is so by default, and nothing that is off.
-# - What else is published beside transformers, and as low-rank updates, by a part of its names.
-TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-TOP, BLOCK, PRESETS, SCHEDULERS, SOLVER, NO_TRANSFORMER, NO_LORA = TABLES.values()
+# Original names and ours, of the model and of a block. The norms 2 and 3 change places.
+TOP = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+ATTENTION |= {"norm_q": "norm_q", "norm_k": "norm_k"}
+BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm2": "norm3",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+} | {
+    f"{theirs}.{part}": f"{ours}.{new}"
+    for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for part, new in ATTENTION.items()
+}
 # These stay in float32 when the rest is narrower, as in diffusers and in the original.
 KEEP = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 # diffusers' config.json, by the fields of ours. What else it holds must have these values.
@@ -60,6 +71,14 @@ FIELDS = {
 } | {name: name for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
 CODEC_FIXED = {"is_residual": False, "patch_size": None}
+
+
+# What else is published beside transformers, by a part of its names.
+OTHERS = {
+    "lora_": "holds low-rank updates: pass it as lora, beside the file of its base model",
+    "decoder.": "holds a codec: pass it as codec, beside a transformer",
+    "img_emb": "needs a picture beside the text, which cannot be run: use text-to-video of Wan 2.1",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ def read_transformer(source: Path, *, base: Path) -> TransformerWeights:
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     stated = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     weights, wrappers = read_wrapped(folder, entry)
-    for part, says in NO_TRANSFORMER.items():
+    for part, says in OTHERS.items():
         if any(part in key for key in weights):
             raise ValueError(f"{folder} {says}")
     weights, names = our_names(weights)
@@ -210,6 +229,44 @@ def _head_dim(stated: Mapping[str, Any]) -> int | None:
 
 # Where the codec lies: in a folder of diffusers, of the original.
 CODECS = ("vae", "*VAE*.pth")
+_ALL = {"height": 480, "width": 832, "fps": 16, "sink_frames": 0}
+_WHOLE = {"units": "full", "window_frames": None}
+_FEW = _ALL | {
+    "units": "chunk:3",
+    "num_inference_steps": 4,
+    "shift": 5.0,
+    "step": "renoise",
+    "guidance_scale": 1.0,
+    "context_noise": 0.0,
+    "window_frames": 21,
+}
+# How each family was trained to be sampled: fields of `GenerationConfig`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "wan": _ALL | _WHOLE | {"num_inference_steps": 50, "shift": 3.0, "guidance_scale": 5.0},
+    "self-forcing": _FEW,
+    # The timesteps 1000, 757 and 522 of its configuration, from a grid of shift 8.
+    "causvid": _FEW | {"num_inference_steps": 3, "shift": 8.0, "sigmas": (1.0, 0.757, 0.522, 0.0)},
+    "longlive": _FEW | {"window_frames": 12, "sink_frames": 3, "moving_sinks": False},
+    "causal-forcing": _FEW,
+    "causal-forcing-frame": _FEW | {"units": "frame"},
+    # sin t / (sin t + cos t) of its angles 1.5, 1.4 and 1; it begins at sigma_max 80, so at 0.988.
+    "rcm": _FEW | _WHOLE | {"sigmas": (1.0, 0.933781, 0.852895, 0.608979, 0.0)},
+}
+
+
+# Schedulers of diffusers: our step, the field of the shift, and what else they must state.
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "FlowMatchEulerDiscreteScheduler": ("flow-match-euler", "shift", {}),
+    "UniPCMultistepScheduler": ("unipc", "flow_shift", FLOW),
+}
+# What they may state of the rest: what is so by default, and nothing that is off.
+SOLVER: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2"}
+SOLVER |= {"predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"}
+SOLVER |= dict.fromkeys(
+    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_dynamic_shifting shift_terminal"
+    " invert_sigmas stochastic_sampling thresholding disable_corrector solver_p".split()
+)
 
 
 def sampling(folder: Path, preset: str | None) -> dict[str, Any]:

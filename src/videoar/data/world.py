@@ -4,8 +4,6 @@ Frame k of a scene is a closed form of k, so a clip may start anywhere in an end
 are units of 1/64 frame, y points down, and opposite edges are glued: the world is a torus.
 """
 
-import json
-import pathlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -22,10 +20,27 @@ Series = Float[np.ndarray, " frames"]
 Path = Float[np.ndarray, "frames 3"]  # centre x, centre y and radius; centres are not wrapped
 
 EXTENT = 64.0
-# Of shapes, sizes and motions the words for them in captions, and of colours their values.
-TABLES = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text("utf-8"))
-SHAPES, SIZE_WORDS, MOTIONS, COLORS, BACKGROUNDS, LANE_MOTIONS, *PHRASES = TABLES.values()
+SHAPES = ("ball", "square", "triangle", "cross")
 SIZES = {"small": 8.0, "large": 12.0}
+MOTIONS = {
+    "left": ("moves left", "is moving to the left", "drifts leftwards", "slides left"),
+    "right": ("moves right", "is moving to the right", "drifts rightwards", "slides right"),
+    "up": ("moves up", "is drifting upwards", "rises", "floats up"),
+    "down": ("moves down", "is drifting downwards", "falls", "sinks down"),
+    "bouncing": ("bounces up and down", "bounces", "is bouncing", "hops up and down"),
+    "circling": ("moves in a circle", "circles around", "is circling", "goes round and round"),
+    "growing": ("grows and shrinks", "is growing and shrinking", "pulses", "swells and shrinks"),
+    "still": ("stays still", "stands still", "does not move", "is at rest"),
+}
+COLORS = {
+    "red": (230, 40, 40),
+    "green": (30, 185, 50),
+    "blue": (40, 80, 255),
+    "yellow": (245, 220, 40),
+    "cyan": (40, 220, 235),
+    "magenta": (225, 50, 220),
+}
+BACKGROUNDS = {"black": (5,) * 3, "white": (245,) * 3, "grey": (125,) * 3, "navy": (12, 18, 80)}
 WORDS = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES}
 
 DRIFTS = {"left": (-20.0, 0.0), "right": (20.0, 0.0), "up": (0.0, -20.0), "down": (0.0, 20.0)}
@@ -35,6 +50,10 @@ BOUNCE_HEIGHT, ORBIT_RADIUS, GROWTH_MEAN, GROWTH_SWING = 24.0, 12.0, 0.875, 0.32
 SQUARE, BAR = 0.9, 0.36  # half width of a square and of a bar of the cross, in radii
 AREAS = {"ball": np.pi, "square": 4 * SQUARE**2, "triangle": 2.0, "cross": 4 * BAR * (2 - BAR)}
 """Of shapes of radius 1."""
+LANE_MOTIONS = {
+    "rows": ("left", "right", "growing", "still"),
+    "columns": ("up", "down", "bouncing", "growing", "still"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,17 +180,22 @@ def wrap(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return (distance + EXTENT / 2) % EXTENT - EXTENT / 2
 
 
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+SHAPE_WORDS = {"ball": ("ball", "disc", "circle"), "square": ("square", "box")}
+GROUND_PHRASES = ("on a {} background", "over {}", "against a {} backdrop", "in front of a {} wall")
+NOUN_PHRASES = ("a {0} {1} {2}", "one {0} {1} {2}", "a {0}, {1} {2}", "a {1} {2} of {3} size")
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe a scene in one of many phrasings that all name every attribute."""
     words = ("grey", "gray") if scene.background == "grey" else (scene.background,)
-    nouns, grounds = PHRASES
-    ground = _pick(rng, grounds).format(_pick(rng, words))
+    ground = _pick(rng, GROUND_PHRASES).format(_pick(rng, words))
     clauses = []
     for index in rng.permutation(len(scene.things)):
         thing = scene.things[index]
         size = _pick(rng, SIZE_WORDS[thing.size])
-        shape = _pick(rng, SHAPES[thing.shape])
-        noun = _pick(rng, nouns).format(size, thing.color, shape, thing.size)
+        shape = _pick(rng, SHAPE_WORDS.get(thing.shape, (thing.shape,)))
+        noun = _pick(rng, NOUN_PHRASES).format(size, thing.color, shape, thing.size)
         clauses.append(f"{noun} {_pick(rng, MOTIONS[thing.motion])}")
     text = _pick(rng, (" while ", " and ")).join(clauses)
     text = f"{text} {ground}" if rng.random() < 0.7 else f"{ground}, {text}"
