@@ -79,6 +79,25 @@ def test_checkpoints_are_compared_in_pairs(done: Path) -> None:
     assert "| real clips | 100.0 [100.0, 100.0]" in text
 
 
+def test_no_difference_is_larger_than_a_score_can_be(
+    words: Lines, done: Path, tmp_path: Path
+) -> None:
+    """Three prompts have an interval of hundreds of points, and would have shown nothing."""
+    folder = tmp_path / "few"
+    shutil.copytree(done, folder)
+    for path in (folder / "figures").iterdir():
+        lines = list(map(json.loads, filter(None, path.read_text().splitlines())))
+        for line in lines:
+            if line["entry"].startswith("two frame") and line["index"] >= 0:
+                line["scores"]["shape"] = float(line["index"] == 1)
+            elif line["index"] >= 0:
+                line["scores"]["shape"] = 0.5
+        path.write_text("\n".join(map(json.dumps, lines)))
+    assert main([*words, "--out", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "| -16.7 [-100.0, 100.0] none, too few, p 1 |" in text
+
+
 def test_a_killed_study_goes_on(words: Lines, done: Path, tmp_path: Path, capsys) -> None:
     """Shares of it, of which one was killed in a line, hold what one never killed holds."""
     folder = tmp_path / "killed"

@@ -6,7 +6,7 @@ What compares two generators gives an interval.
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -130,6 +130,10 @@ class Interval:
     def times(self, factor: float) -> "Interval":
         """Return the interval of values that are so many times as large."""
         return Interval(**{name: factor * value for name, value in vars(self).items()})
+
+    def within(self, limit: float) -> "Interval":
+        """Return the interval of what cannot be farther than this from zero."""
+        return replace(self, low=max(self.low, -limit), high=min(self.high, limit))
 
 
 def bootstrap_interval(values: Values, *, clusters: Sequence[int | str] | None = None) -> Interval:

@@ -23,7 +23,8 @@ from videoar.files import Json, written_whole
 ABOUT = """95 % bootstrap intervals over prompts, and over trainings where there are several. \
 Differences are of the same prompts and noise; Holm's correction is for all those of a table. \
 "none" is what it does not let pass as a difference; the number behind it is the smallest true one \
-that would have been found in 8 of 10 such studies. Scores are in points of 100."""
+that would have been found in 8 of 10 such studies; too few: not even the largest. Scores are in \
+points of 100."""
 COST = """What it costs: one video at a time, medians of repeats [lowest, highest]; processes that \
 share a machine share its speed"""
 SEAMS = """Seams: how much more the luma changes across borders of units than elsewhere, beside \
@@ -115,11 +116,15 @@ def _grid(title: str, head: str, compared: Compared, scale: float = 100) -> Tabl
     for row, name in itertools.product(rows.values(), dict.fromkeys(b for _, b in compared)):
         row[name] = ""
     for (a, b), one, p in _sure(compared):
-        least = scale * one.least(len(compared))
-        verdict = "more" if one.change.mean > 0 else "less"
+        least, change = scale * one.least(len(compared)), one.change.times(scale)
+        verdict = "more" if change.mean > 0 else "less"
+        known = f"{least:.1f}" if one.error else "no spread"
+        if scale == 100:  # no score differs by more
+            change = change.within(scale)
+            known = known if least < scale else "too few"
         if p >= LEVEL:
-            verdict = f"none, {least:.1f}" if one.error else "none, no spread"
-        rows[a][b] = f"{one.change.times(scale):.1f} {verdict}, p {p:.2g}"
+            verdict = f"none, {known}"
+        rows[a][b] = f"{change:.1f} {verdict}, p {p:.2g}"
     return {title: list(rows.values())}
 
 
