@@ -34,7 +34,7 @@ from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
 from videoar.generation.timing import Timing
 
-STORY = Path(__file__).with_name("story.txt")
+STORY = Path(__file__).parent / "robot" / "story.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Demo(Options):
 
     out: Path = Path("demo")
     """Folder; the files of an earlier demo in it are replaced."""
-    model: str = "toy"
-    """Checkpoint: a bundled name or a folder."""
+    model: str = "robot"
+    """Checkpoint: a bundled name or a folder; `toy` wants the script examples/story.txt."""
     script: Path = STORY
     """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
     seconds: Finite = 60.0
@@ -72,7 +72,7 @@ def demo(args: Demo) -> None:
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
     long = replace(long, seconds=args.seconds, out=minute)  # in the units of the checkpoint
     fps = _row(long, rows)
-    rows[-1]["seen"] = "told below"
+    rows[-1]["seen"] = "see below, part by part"
     told = [
         {
             "from": f"{second:.0f} s",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from examples.demo import main, side_by_side, upscale
+from examples.demo import STORY, main, side_by_side, upscale
 from jaxtyping import UInt8
 from PIL import Image
 from tiny import TEXT, tiny_pipeline
@@ -25,7 +25,9 @@ def test_the_demo_makes_its_files(
     encoder = TextEncoder(replace(TEXT, max_tokens=96)).eval()
     pipe.prompt_encoder = TinyPromptEncoder(pipe.prompt_encoder.tokenizer, encoder)
     checkpoint = str(pipe.save_pretrained(tmp_path / "tiny"))
-    assert main(["--model", checkpoint, "--seconds", "5", "--out", "demo"]) == 0
+    story = str(STORY.parent.with_name("story.txt"))
+    words = ["--model", checkpoint, "--script", story, "--seconds", "5", "--out", "demo"]
+    assert main(words) == 0
     assert len(read_video("demo/minute.mp4").frames) == 80
     with Image.open("demo/units.webp") as picture:
         assert picture.n_frames > 1
