@@ -26,9 +26,8 @@ from videoar.data.video import (
     read_video,
 )
 from videoar.evaluation.entries import find_judge
-from videoar.evaluation.judge import WINDOW_SECONDS, Clips, Judge, read, windows
+from videoar.evaluation.judge import WINDOW_SECONDS, Judge, windows
 from videoar.evaluation.options import Judged
-from videoar.evaluation.reader import TrainedJudge
 from videoar.evaluation.speed import apart
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
@@ -148,20 +147,7 @@ def watched(args: options.Generate, fps: int, judge: Judge) -> Iterator[tuple[fl
     size, frames = round(WINDOW_SECONDS * fps), decode_frames(args.out)
     for k, clip in enumerate(windows((frame[None, None] for frame in frames), size=size)):
         if clip.shape[1] > size // 2:
-            yield k * WINDOW_SECONDS, described(judge, clip, fps=fps)
-
-
-def described(judge: Judge, clip: Clips, *, fps: int) -> str:
-    """Say what a judge sees in a clip."""
-    if isinstance(judge, TrainedJudge):
-        words = judge.reader.read(clip)[0].values()
-        return ", ".join(w if isinstance(w, str) else " then ".join(w) for w in words)
-    seen = read(clip[0], fps=fps)
-    said = [
-        f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
-        for thing in seen.things
-    ]
-    return f"{' and '.join(said) or 'nothing'} on {seen.background or 'another colour'}"
+            yield k * WINDOW_SECONDS, judge.describe(clip, fps=fps)[0]
 
 
 def main(words: Sequence[str]) -> int:

@@ -40,10 +40,10 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
     box = io.StringIO()
     how: dict[str, Any] = {"prog": prog, "config": (tyro.conf.FlagCreatePairsOff,)}
     how["default"] = tyro.MISSING_NONPROP if default is None else default
-    options, said = None, ""
+    options, said, strange = None, "", list[str]()
     try:
         with contextlib.redirect_stderr(box):
-            options, unknown = tyro.cli(kind, args=words, return_unknown_args=True, **how)
+            options, strange = tyro.cli(kind, args=words, return_unknown_args=True, **how)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -51,18 +51,21 @@ def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) ->
         # Where the terminal is not UTF-8, boxes are of hyphens.
         text = " ".join(filter(None, lines)).lstrip("-─ ")
         said = _sentence(re.split(r" ?(?:[─-]{3,}|Got errors:)", text)[0].rstrip("."))
-        unknown = [word for word in words if word.startswith("--")]
-    if unknown:  # or, if something else is missing, perhaps
-        help_text = io.StringIO()
-        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+    # The parser names what is missing before what it does not know.
+    doubtful = strange or [word for word in words if said and word.startswith("--")]
+    if doubtful:
+        page = io.StringIO()
+        with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
             tyro.cli(kind, args=["--help"], **how)
-        known = re.findall(r"--[a-z][\w.-]*", help_text.getvalue())
-        names = [word.partition("=")[0].replace("_", "-") for word in unknown]
-        strange = [word for word, name in zip(unknown, names, strict=True) if name not in known]
-        if strange:
-            name = next((word for word in strange if word.startswith("-")), strange[0])
-            close = checks.hint(name.partition("=")[0].replace("_", "-"), known)
-            said = f"unknown option {name!r}{close}"
+        known = re.findall(r"--[a-z][\w.-]*", page.getvalue())
+        new = [word for word in doubtful if word.startswith("-") and _name(word) not in known]
+        if name := next(iter([*new, *strange]), ""):
+            said = f"unknown option {name!r}{checks.hint(_name(name), known)}"
     if said:
         raise ValueError(f"{said} (see `{prog} --help`)")
     return options
+
+
+def _name(word: str) -> str:
+    """Return the name of an option as its help has it."""
+    return word.partition("=")[0].replace("_", "-")

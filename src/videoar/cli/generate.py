@@ -41,13 +41,14 @@ SHARE = 20
 
 def generate(args: options.Generate) -> int:
     """Generate a video, and say what it took; or several."""
-    told = {k: v for k, v in to_json(args).items() if k not in FREE}
+    asked = args
     if args.seed is None:
         args = replace(args, seed=secrets.randbelow(2**32))
         say(f"seed {args.seed}")
     if args.several:
         prompts, count = args.prompts or str(args.prompt), args.num_videos_per_prompt
         todo = wanted(prompts, seed=args.seed or 0, count=count)
+        told = {name: v for name, v in to_json(asked).items() if name not in FREE}
         return generate_several(args, todo, told=told)
     timing, scheme, target = make(args)
     if not timing.frames:
@@ -75,21 +76,23 @@ def generate_several(
     check_folder(folder)
     if told and old and not args.force and record.exists():
         held = json.loads(record.read_text(encoding="utf-8"))
-        check_same(held, told, held=f"{folder} holds videos", other="folder, or pass --force")
+        how: Json = {"other": "folder, or pass --force", "options": args}
+        check_same(held, told, held=f"{folder} holds videos", **how)
     left = [v for v in todo if args.force or not (folder / v.name).exists()]
     seeds = {v.prompt: v.seed for v in sorted(left, key=lambda v: v.seed)}
     if left and pipe is None:
         pipe = load(args)
     for prompt, seed in seeds.items():  # what is wrong with one is said before others take hours
         pipe.generate([prompt], num_frames=1, seeds=[seed])
+    if left:
+        folder.mkdir(exist_ok=True)
+    if left and told:
+        write_json(record, told)
     for number, video in enumerate(todo, start=1):
         target, said = folder / video.name, f"{number}/{len(todo)}  {folder / video.name}"
         if target.exists() and not args.force:
             say(f"{said} is there already and is skipped")
             continue
-        folder.mkdir(exist_ok=True)
-        if told:
-            write_json(record, told)
         # What is not whole has a hidden name, so that it is not skipped later.
         hidden = folder / f".{video.name}"
         one: dict[str, Any] = {"prompt": video.prompt, "prompts": None, "num_videos_per_prompt": 1}

@@ -188,6 +188,9 @@ class Footage:
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         return [{"seen": {}, "scores": {}} for _ in clips]
 
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        return ["" for _ in clips]
+
 
 class TrainedJudge(Footage):
     """The judge of labelled videos."""
@@ -203,3 +206,9 @@ class TrainedJudge(Footage):
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         told = zip(self.reader.read(clips), prompts, strict=True)
         return [{"seen": seen, "scores": scores(seen, asked["told"])} for seen, asked in told]
+
+    def describe(self, clips: Clips, *, fps: int) -> list[str]:
+        words = [seen.values() for seen in self.reader.read(clips)]
+        return [
+            ", ".join(w if isinstance(w, str) else " then ".join(w) for w in each) for each in words
+        ]

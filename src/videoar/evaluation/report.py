@@ -76,7 +76,9 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
         first, last = (found.sides(line, end) for end in ("first", "last"))
         both = tables.columns_of(first).items() if CHIEF in slopes else ()
         ends |= {(line, column): difference(last[key], first[key]) for key, column in both}
-    shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(DRIFT, "videos of", drifts, 1000)
+    shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(
+        DRIFT, "videos of", drifts, 1000, math.inf
+    )
     shown |= _grid(ENDS, "videos of", ends)
     real = found.entries[CODEC]
     if "nearest" in real["videos"][0]:
@@ -110,20 +112,22 @@ def _sure(compared: Compared) -> list[tuple[tuple[str, str], Difference, float]]
     return [(key, one, p) for (key, one), p in zip(compared.items(), corrected, strict=True)]
 
 
-def _grid(title: str, head: str, compared: Compared, scale: float = 100) -> Tables:
-    """Return the table of differences, the first names of their keys below each other."""
+def _grid(
+    title: str, head: str, compared: Compared, scale: float = 100, most: float = 100
+) -> Tables:
+    """Return the table of differences, the first names of their keys below each other.
+
+    None is larger than `most`.
+    """
     rows: dict[str, dict[str, str]] = {a: {head: a} for a, _ in compared}
     for row, name in itertools.product(rows.values(), dict.fromkeys(b for _, b in compared)):
         row[name] = ""
     for (a, b), one, p in _sure(compared):
-        least, change = scale * one.least(len(compared)), one.change.times(scale)
+        least, change = scale * one.least(len(compared)), one.change.times(scale).within(most)
         verdict = "more" if change.mean > 0 else "less"
-        known = f"{least:.1f}" if one.error else "no spread"
-        if scale == 100:  # no score differs by more
-            change = change.within(scale)
-            known = known if least < scale else "too few"
         if p >= LEVEL:
-            verdict = f"none, {known}"
+            known = f"{least:.1f}" if least < most else "too few"
+            verdict = f"none, {known if one.error else 'no spread'}"
         rows[a][b] = f"{change:.1f} {verdict}, p {p:.2g}"
     return {title: list(rows.values())}
 

@@ -145,7 +145,8 @@ def speed_cells(row: Json) -> dict[str, str]:
 
 def load_pipeline(config: Bench) -> VideoPipeline:
     """Load the checkpoint, to be used with the threads that are asked for."""
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     return VideoPipeline.from_pretrained(config.checkpoint)
 
 
@@ -167,7 +168,8 @@ def measure(config: Bench) -> Json:
 
 def measure_shape(config: Bench, dtype: str) -> Json:
     """Time passes of one kind over random weights of a shape; speed does not depend on values."""
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     model = VideoTransformer(ModelConfig(num_layers=config.layers or 2))
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
