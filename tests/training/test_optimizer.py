@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from videoar.training.optimizer import OptimizerConfig, ParameterGroup
+from videoar.training.optimizer import OptimizerConfig, ParameterGroup, StackedMuon
 
 CONFIG = OptimizerConfig(learning_rate=0.01, muon_learning_rate=0.1, weight_decay=0.0)
 
@@ -29,6 +29,24 @@ def test_muon_moves_hidden_matrices_alone() -> None:
     scale = 0.1 * (6 / 4) ** 0.5  # tall matrices get steps of the same size per output
     assert values.min() > 0.6 * scale
     assert values.max() < 1.3 * scale
+
+
+def test_a_stack_of_matrices_moves_as_each_alone() -> None:
+    """Tall, wide, of several sizes, and one without a gradient: all as torch's own moves them."""
+    shapes, found = [(6, 4), (6, 4), (4, 8), (5, 5), (5, 5), (6, 4)], []
+    for kind in (torch.optim.Muon, StackedMuon):
+        rng = torch.Generator().manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+        optimizer = kind(matrices, lr=0.1, weight_decay=0.1)
+        optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in matrices}
+        for _ in range(3):
+            for matrix in matrices[:-1]:
+                matrix.grad = torch.randn(matrix.shape, generator=rng)
+            optimizer.step()
+        found.append([matrix.detach() for matrix in matrices])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # bfloat16, in another order
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 def test_moments_are_there_before_the_first_step() -> None:

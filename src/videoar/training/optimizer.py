@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from videoar.checks import Natural, Options, Positive, Share
@@ -48,6 +49,46 @@ def ema_decay_at(decay: float, *, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+class StackedMuon(torch.optim.Muon):
+    """Muon that takes matrices of one shape as one stack.
+
+    The steps are the same: with small matrices a card waited a third of the time for the launch of
+    the kernels of each (`docs/log.md`).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    momentum = self.state[parameter]["momentum_buffer"]
+                    momentum.lerp_(gradient, 1 - group["momentum"])
+                    pair = parameter, gradient.lerp(momentum, group["momentum"])
+                    stacks.setdefault(parameter.shape, []).append(pair)
+            for (rows, columns), pairs in stacks.items():
+                parameters, moved = zip(*pairs, strict=True)
+                turned = orthogonal(torch.stack(moved), group["ns_coefficients"], group["ns_steps"])
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                for parameter, update in zip(parameters, turned, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-rate)
+
+
+def orthogonal(
+    x: Float[Tensor, "stack rows columns"], coefficients: tuple[float, float, float], steps: int
+) -> Float[Tensor, "stack rows columns"]:
+    """Bring singular values near 1, by Newton and Schulz in bfloat16 (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class ParameterGroup:
     """Parameters that move together, with the state of their optimizers.
 
@@ -83,7 +124,7 @@ class ParameterGroup:
                 " none: set --optimizer.muon-learning-rate None"
             )
         if muon is not None:
-            self.optimizers.append(torch.optim.Muon(hidden, lr=muon, weight_decay=decay))
+            self.optimizers.append(StackedMuon(hidden, lr=muon, weight_decay=decay))
             self.optimizers[-1].state |= {
                 p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden
             }
