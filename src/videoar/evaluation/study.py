@@ -24,23 +24,9 @@ from videoar.checks import check_same
 from videoar.core.schemes import KINDS
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.options import ALL, turns
-from videoar.evaluation import designs, report
+from videoar.evaluation import designs, entries, report
 from videoar.evaluation.designs import Design
-from videoar.evaluation.entries import (
-    Job,
-    Report,
-    UnitsOf,
-    coded,
-    find_judge,
-    generated,
-    load_pipeline,
-    measured,
-    plan,
-    read_line,
-    real,
-    speed,
-    written,
-)
+from videoar.evaluation.entries import Job, Report, UnitsOf, generated, load_pipeline, plan
 from videoar.evaluation.judge import Judge
 from videoar.evaluation.metrics import PixelUnits
 from videoar.evaluation.nearest import find_nearest
@@ -65,7 +51,7 @@ WORDS["num_inference_steps"] = "steps {}"
 def run(config: Study, say: Report) -> str:
     """Do a share of a study by a design that has a name, or is a file: see `compare`."""
     design = designs.find(config)
-    lines = dict(map(read_line, design.checkpoints))
+    lines = dict(map(entries.read_line, design.checkpoints))
     if len(lines) < len(design.checkpoints):
         raise ValueError("two checkpoints have one name: write NAME=CHECKPOINT with other names")
     return compare(design, lines, config, say)
@@ -101,7 +87,7 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     """
     folder = config.out
     paths = [path.partition("?")[0] for several in lines.values() for path in several]
-    judge, mark = find_judge(config, paths[0], seconds=design.seconds)
+    judge, mark = entries.find_judge(config, paths[0], seconds=design.seconds)
     found = judge.prompts(design.num_prompts, seed=config.seed)  # raises if there are too few
     prompts = [prompt["prompt"] for prompt in found]
     about = {"seed": config.seed, "batch_size": config.batch_size} | mark
@@ -142,8 +128,8 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
         return f"{missing} videos are missing: other shares make them, or this command again\n"
     if training:
         find_nearest(found, training, codec, folder, keep=design.keep, say=Paced(say).hear)
-    entries = held["entries"].items()
-    members = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in entries}
+    ways = held["entries"].items()
+    members = {k: [report.member(k, n) for n, _ in enumerate(v)] for k, (v, _) in ways}
     for job in {str(job.sampling.units): job for job in jobs if not job.routed}.values():
         units = job.pipeline().lattice(job.sampling.units, job.settings["num_frames"])
         said["lattices"][str(job.sampling.units)] = report.lattice(units)
@@ -155,7 +141,7 @@ def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) ->
 
     Steps that make seconds equal are measured, once.
     """
-    groups, entries = defaultdict[str, list[str]](list), Json()
+    groups, ways = defaultdict[str, list[str]](list), Json()
     for title, steps in _steps(design, lines, say):
         for (line, several), cell in itertools.product(lines.items(), design.cells()):
             chosen = {} if steps is None else {"num_inference_steps": steps[cell.get("units")]}
@@ -163,9 +149,9 @@ def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) ->
             for name, value in (cell | chosen).items():
                 text = "all" if value is None else str(value)
                 words.append(WORDS[name].format(text))
-            entries[name := " ".join(words)] = several, cell | chosen
+            ways[name := " ".join(words)] = several, cell | chosen
             groups[title].append(name)
-    return {"groups": groups, "entries": entries}
+    return {"groups": groups, "entries": ways}
 
 
 def _steps(
@@ -184,7 +170,7 @@ def _steps(
         for kind, steps in itertools.product(kinds, LINE):
             own = {"units": kind, "num_inference_steps": steps, "about": {}, "seconds": 1.0}
             tried = plan("", next(iter(lines.values()))[0], **own).pipeline()
-            tries[kind, steps].append(speed(tried, num_frames=TRIED_FRAMES))
+            tries[kind, steps].append(entries.speed(tried, num_frames=TRIED_FRAMES))
     for kind in kinds if design.equal else ():
         both = [tries[kind, steps] for steps in LINE]
         runs = [{name: min(each[name] for each in own) for name in own[0]} for own in both]
@@ -200,13 +186,13 @@ def _steps(
         yield f"equal {what}", found
 
 
-def _jobs(entries: Json, design: Design, first: str, about: Json) -> list[Job]:
+def _jobs(ways: Json, design: Design, first: str, about: Json) -> list[Job]:
     """Return what is made: real clips, those through the codec, and videos of every checkpoint."""
     one = about | {"num_prompts": design.num_prompts, "seeds": 1}
     both: Json = {"about": one | {"seeds": design.seeds}, "seconds": design.seconds}
     whole = plan(CLEAN, first, about=one, seconds=design.seconds)
-    jobs = [replace(whole, make=real), replace(whole, name=CODEC, make=coded)]
-    for name, (lines, changes) in entries.items():
+    jobs = [replace(whole, make=entries.real), replace(whole, name=CODEC, make=entries.coded)]
+    for name, (lines, changes) in ways.items():
         jobs += [plan(report.member(name, k), v, **both, **changes) for k, v in enumerate(lines)]
     return jobs
 
@@ -233,16 +219,16 @@ def _work(config: Judged, design: Design, jobs: Sequence[Job], judge: Judge, say
         name, pipe, frames = job.name, job.pipeline(), job.settings["num_frames"]
         if rows == [TIMED]:
             tried = min(frames, round(TIMED_SECONDS * job.sampling.fps))
-            found = [{"runs": [speed(pipe, num_frames=tried) for _ in range(REPEATS)]}]
+            found = [{"runs": [entries.speed(pipe, num_frames=tried) for _ in range(REPEATS)]}]
         else:
             asked = job.asked(judge, seed=config.seed)[rows[0] : rows[-1] + 1]
             files = {i: config.out / report.video_of(name, i) for i in rows if i < design.keep}
             blocks = job.make(pipe, asked, judge, num_frames=frames)
-            blocks = written(blocks, files, first=rows[0], fps=job.sampling.fps)
+            blocks = entries.written(blocks, files, first=rows[0], fps=job.sampling.fps)
             own = [k for k in kinds if k == str(job.sampling.units)]
             own = own if job.make is generated else kinds
             how: Json = {"labels": _labels(pipe, own, frames), "fps": job.sampling.fps}
-            found = measured(blocks, asked, judge=judge, **how)
+            found = entries.measured(blocks, asked, judge=judge, **how)
         with path.open("a", encoding="utf-8") as file:
             for i in _new(job, rows, there):
                 line = {"entry": name, "index": i} | found[rows.index(i)]

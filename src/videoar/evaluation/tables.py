@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from videoar.evaluation.metrics import (
-    Interval,
-    bootstrap_interval,
-    frechet_interval,
-    kid,
-    motion_distance,
-)
+from videoar.evaluation import metrics
 from videoar.files import Json
 
 
@@ -75,12 +69,12 @@ def looks(samples: Sequence[Json], real: Json) -> dict[str, str]:
     if all("pictures" in videos[0] for videos in (made, others)):
         frames = np.array([video["pictures"] for video in made])
         frames = np.concatenate(np.split(frames, len(made) // len(others)), axis=1)
-        distance = kid(frames, np.array([video["pictures"] for video in others]))
+        distance = metrics.kid(frames, np.array([video["pictures"] for video in others]))
         rows["KID, EfficientNet-lite0"] = f"{distance:.3f}"
     moved, moves = ([video["motion"] for video in videos] for videos in (made, others))
-    rows["motion vectors, Fréchet"] = f"{motion_distance(moved, moves):.2f}"
+    rows["motion vectors, Fréchet"] = f"{metrics.motion_distance(moved, moves):.2f}"
     usual = np.mean([video["amount"] for video in moves])
-    amount = bootstrap_interval([video["amount"] / usual for video in moved])
+    amount = metrics.bootstrap_interval([video["amount"] / usual for video in moved])
     return rows | {"motion, % of real": f"{amount.times(100):.0f}"}
 
 
@@ -91,16 +85,16 @@ def _features(sample: Json) -> Float[np.ndarray, "videos features"]:
 def distance(samples: Sequence[Json], real: Json) -> str:
     """Return the Fréchet distance, the mean over samples: more videos would be nearer."""
     known = _features(real)
-    found = [vars(frechet_interval(_features(sample), known)) for sample in samples]
+    found = [vars(metrics.frechet_interval(_features(sample), known)) for sample in samples]
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    return f"{Interval(**means):.2f}"
+    return f"{metrics.Interval(**means):.2f}"
 
 
 def nearest(samples: Sequence[Json], real: Json) -> dict[str, str]:
     """Return how far videos are from the nearest training clips, and the share of suspects."""
     sides = [video["nearest"]["distance"] for sample in samples for video in sample["videos"]]
     least = np.percentile([video["nearest"]["distance"] for video in real["videos"]], FEW)
-    row = {"distance": f"{bootstrap_interval(sides):.2f}"}
+    row = {"distance": f"{metrics.bootstrap_interval(sides):.2f}"}
     return row | {f"nearer than {100 - FEW} % of real clips": f"{np.mean(sides < least):.0%}"}
 
 
@@ -113,7 +107,7 @@ def diversity(samples: Sequence[Json]) -> str:
     for described in map(_features, samples):
         first, second = described.reshape(seeds, -1, described.shape[1])[:2]
         apart += np.linalg.norm(first - second, axis=1).tolist()
-    return f"{bootstrap_interval(apart):.2f}"
+    return f"{metrics.bootstrap_interval(apart):.2f}"
 
 
 def spread(values: Sequence[float]) -> str:
