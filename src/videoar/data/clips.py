@@ -162,10 +162,9 @@ class WorldEncoder:
         if folder.exists() or not num_videos:
             return
         started = time.perf_counter()
-        with (
-            replaced_folder(folder, marker=INFO_NAME, overwrite=False) as partial,
-            ShardWriter(partial, info=LatentsInfo.of(self.codec, fps=16.0)) as writer,
-        ):
+        info = LatentsInfo.of(self.codec, fps=16.0)
+        whole = replaced_folder(folder, marker=INFO_NAME, overwrite=False)
+        with whole as partial, ShardWriter(partial, info=info) as writer:
             for done, (latents, captions, scene) in enumerate(self.encode(range(num_videos))):
                 if done and done % 512 == 0:
                     rate = done / (time.perf_counter() - started)

@@ -1,10 +1,10 @@
 """One training loop for everything; it knows of no videos. `run_folder` says what a run leaves."""
 
-import contextlib
 import copy
 import functools
 import math
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -113,7 +113,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
             f"{config.out} is at step {step} already, past the {config.steps} steps asked for:"
             " raise steps, or name another folder"
         )
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         run = _Run(config, report, held)
         if run.step:
             run.report(f"going on from step {run.step} of {config.out}")
@@ -143,10 +143,7 @@ def export(config: TrainConfig) -> Path:
 def _loop(run: "_Run") -> None:
     config, ranks = run.config, run.ranks
     log = run_folder.Log(config.out, after=run.step, report=run.report) if ranks.first else None
-    with (
-        contextlib.closing(log or contextlib.ExitStack()),
-        run_folder.deferred_interrupt() as asked,
-    ):
+    with closing(log or ExitStack()), run_folder.deferred_interrupt() as asked:
         while run.step < config.steps:
             run.advance()
             run.paced.hear(f"step {run.step}/{config.steps}")
@@ -175,9 +172,7 @@ def _loop(run: "_Run") -> None:
 class _Run:
     """Everything that a step changes, as the newest checkpoint has it, and how it is kept."""
 
-    def __init__(
-        self, config: TrainConfig, report: Report, held: contextlib.ExitStack | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, report: Report, held: ExitStack | None = None) -> None:
         self.config = config
         self.ranks, self.device = join(config.device)
         self.paced = Paced(report if self.ranks.first else lambda line: None)
