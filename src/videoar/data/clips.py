@@ -76,7 +76,8 @@ def make_parts(
     stride = config.stride or max(config.num_frames)
     try:
         for start, pixels in cut(frames, lengths=config.num_frames, stride=stride):
-            tensors = {"latents": _encode(codec, pixels, config.device, beat)}
+            latents = codec.encode(from_frames(pixels)[None].to(config.device), beat=beat)
+            tensors = {"latents": latents[0].to("cpu", torch.float16)}
             if count % SHEET_EVERY == 0:
                 tensors["sheet"] = torch.from_numpy(_triple(pixels))
             about = {"start": json.dumps(round(start, 6))}
@@ -94,17 +95,6 @@ def make_parts(
         note = f"shorter than a clip: no scene has {shortest}"
     note = "; ".join(text for text in (note, *notes) if text)
     write_json(Path(f"{stem}.json"), {"clips": count, "note": note})
-
-
-@torch.no_grad()
-def _encode(codec: Codec, pixels: Frames, device: str, beat: Callable[[Any], None]) -> Tensor:
-    """Encode a clip as the codec does, and say after every latent frame that it goes on."""
-    video, memory, latents = from_frames(pixels)[None].to(device), None, list[Tensor]()
-    for group in codec.pad(video).split(codec.stride[0], dim=1):
-        latent, memory = codec.encode_step(group, memory)
-        latents.append(latent[0].to("cpu", torch.float16))
-        beat(None)
-    return torch.cat(latents)
 
 
 def _triple(pixels: Frames) -> UInt8[np.ndarray, "3 side side 3"]:

@@ -73,13 +73,14 @@ class Codec(nn.Module, ABC):
         return torch.cat([video[:, :1].repeat(1, self.stride[0] - 1, 1, 1, 1), video], dim=1)
 
     @torch.no_grad()
-    def encode(self, video: Video) -> Latents:
-        """Encode whole clips, without gradient."""
+    def encode(self, video: Video, *, beat: Callable[[Any], None] = lambda _: None) -> Latents:
+        """Encode whole clips, without gradient; `beat` is called after every latent frame."""
         self.check_video(video)
         memory, latents = None, []
         for group in self.pad(video).split(self.stride[0], dim=1):
             frame, memory = self.encode_step(group, memory)
             latents.append(frame)
+            beat(None)
         return torch.cat(latents, dim=1)
 
     def decode(self, latents: Latents) -> Video:
