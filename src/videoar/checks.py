@@ -55,12 +55,16 @@ def check(name: str, value: Any, right: bool, remedy: str) -> None:
 
 @contextlib.contextmanager
 def explained(says: str, *kinds: type[BaseException]) -> Iterator[None]:
-    """Say in a sentence, as a `ValueError`, what is raised: its words come where `says` has {}."""
+    """Say in a sentence, as a `ValueError`, what is raised: its words come where `says` has {}.
+
+    Where it has {first}, the first line of them comes.
+    """
     kinds = kinds or (ValueError,)
     try:
         yield
     except kinds as error:
-        raise ValueError(says.replace("{}", str(error))) from error
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(says.replace("{}", str(error)).replace("{first}", first)) from error
 
 
 @dataclasses.dataclass(frozen=True)

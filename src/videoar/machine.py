@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from videoar.checks import explained
+
 
 def peak_bytes() -> int:
     """Return the most memory that this process has held."""
@@ -111,10 +113,6 @@ def sent(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None =
 
 def check_device(device: str) -> None:
     """Raise unless tensors can be made on a device."""
-    try:
+    says = f"device {device!r} cannot be used ({{first}}); use another one, such as cpu"
+    with explained(says, RuntimeError, AssertionError):
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {device!r} cannot be used ({reason}); use another one, such as cpu"
-        ) from error

@@ -139,18 +139,16 @@ def _from_hub(name: str) -> Path:
     """Return the snapshot of a Hugging Face repository, downloaded if it is not there yet."""
     import huggingface_hub  # takes seconds
 
-    try:
+    says = (
+        f"there is no folder {name!r}, and the Hugging Face repository of that name is not in the"
+        " local cache and cannot be downloaded ({first}); where there is a network, run"
+        f" `hf download {name} --local-dir {name.split('/')[1]}` and pass that folder"
+    )
+    with explained(says, OSError, ValueError):
         try:
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
         except huggingface_hub.errors.LocalEntryNotFoundError:
             return Path(huggingface_hub.snapshot_download(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"there is no folder {name!r}, and the Hugging Face repository of that name is not in "
-            f"the local cache and cannot be downloaded ({reason}); where there is a network, run "
-            f"`hf download {name} --local-dir {name.split('/')[1]}` and pass that folder"
-        ) from error
 
 
 def _assets() -> Path:

@@ -114,12 +114,11 @@ def _score(config: VBenchScore, folder: Path, info: Path, name: str, *, still: b
         videos = apart / "filtered_videos"
     for words in (*runs, [SCORE, config.device, info, out, videos, name]):
         command = list(map(str, [config.python, "-c", *words]))
+        late = f"{config.timeout:g} s were too few, raise --timeout"
         try:
-            with log.open("wb") as file:
+            with explained(late, subprocess.TimeoutExpired), log.open("wb") as file:
                 how: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
                 subprocess.run(command, timeout=config.timeout, check=True, **how)
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"{config.timeout:g} s were too few, raise --timeout") from error
         except subprocess.CalledProcessError as error:
             last = log.read_text("utf-8", "replace").strip().rpartition("\n")[-1].strip()
             needs = f"it needs the weights {DIMENSIONS[name]['files']}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videoar.checks import import_extra
+from videoar.checks import explained, import_extra
 from videoar.core.attention import Mask
 from videoar.core.cache import KVCache
 from videoar.core.transformer import Output, VideoTransformer
@@ -60,11 +60,9 @@ def compile_blocks(transformer: VideoTransformer, device: torch.device | str) ->
 
     if torch.device(device).type == "cuda":
         import_extra("triton", "compile needs Triton: `pip install triton`, or leave it out ({})")
-    try:
+    needed = "compile needs a compiler of C++, such as g++: install it, or leave compile out"
+    with explained(needed, exc.InvalidCxxCompiler):
         cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        needed = "a compiler of C++, such as g++: install it, or leave compile out"
-        raise ValueError(f"compile needs {needed}") from error
     # The rotation is complex, and stays a kernel of its own.
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for")
     for block in transformer.blocks:
