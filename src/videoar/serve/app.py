@@ -10,15 +10,16 @@ from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs
 
 from fastapi import FastAPI, HTTPException, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
+from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from videoar.data.video import Frames
 from videoar.data.workers import perform
+from videoar.generation.pipeline import VideoPipeline
 from videoar.serve.decoding import decoder
 from videoar.serve.engine import Engine, Full, Live
 from videoar.serve.messages import Control, Event, Model, Refused, Start, plain
@@ -60,15 +61,13 @@ class Door:
 
     def allows(self, scope: Any) -> bool:
         """Say whether a request may come in."""
-        headers = {
-            name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
-        }
-        host, origin = headers.get("host", ""), headers.get("origin")
+        asked = HTTPConnection(scope)
+        host, origin = asked.headers.get("host", ""), asked.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return False
         if not self.token:
             return re.sub(r":\d+$", "", host) in LOCAL
-        given = parse_qs(scope["query_string"].decode("latin1")).get("token", [""])[0]
+        given = asked.query_params.get("token", "")
         known = hmac.compare_digest(given.encode(), self.token.encode())
         return known or scope["path"] in FILES  # which say nothing of a session
 
@@ -164,11 +163,8 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
             data += part
             if len(data) > MAX_UPLOAD:
                 raise HTTPException(413, f"the file is larger than {MAX_UPLOAD >> 20} MiB: cut it")
-        pipe = engine.pipe
         async with decoding:
-            frames = await asyncio.to_thread(
-                decoded, bytes(data), pipe.height, pipe.width, float(pipe.sampling.fps)
-            )
+            frames = await asyncio.to_thread(decoded, bytes(data), engine.pipe)
         live.given = {"video": frames}
         return {"frames": len(frames)}
 
@@ -199,10 +195,7 @@ async def _watched(engine: Engine, socket: WebSocket, session: str) -> None:
         await socket.close()
         return
     await _called(engine, live.watch, viewer)
-    tasks = [
-        asyncio.create_task(viewer.pump()),
-        asyncio.create_task(listened(engine, live, viewer)),
-    ]
+    tasks = [asyncio.create_task(each) for each in (viewer.pump(), listened(engine, live, viewer))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -233,7 +226,7 @@ async def listened(engine: Engine, live: Live, viewer: Connection) -> None:
         engine.call(engine.obey, live, asked)
 
 
-def decoded(data: bytes, height: int, width: int, fps: float) -> Frames:
+def decoded(data: bytes, pipe: VideoPipeline) -> Frames:
     """Decode a picture or clip in a process of its own, as `prepare` does, to the model's size.
 
     Raises:
@@ -242,7 +235,7 @@ def decoded(data: bytes, height: int, width: int, fps: float) -> Frames:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given"
         file.write_bytes(data)
-        job = (file, height, width, fps)
+        job = (file, pipe.height, pipe.width, float(pipe.sampling.fps))
         events = perform([job], decoder, workers=1, timeout=20, preload="videoar.serve.decoding")
         with closing(events):
             event = next(event for event in events if event.kind != "beat")
