@@ -33,6 +33,8 @@ WEIGHTS = "model.safetensors"
 AGAIN = "copy or download the checkpoint again"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Device = torch.device | str
+Weights = dict[str, Tensor]
 
 
 def save_component(folder: Path, module: nn.Module) -> None:
@@ -50,9 +52,7 @@ def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     write_json(file.parent / CONFIG, config, allow_nan=False)
 
 
-def load_component(
-    folder: Path, *classes: type[ModuleT], device: torch.device | str = "cpu"
-) -> ModuleT:
+def load_component(folder: Path, *classes: type[ModuleT], device: Device = "cpu") -> ModuleT:
     """Build what `save_component` wrote, with the weights in the precision they have there.
 
     `classes` are those that may occur; each is made from the config that its `__init__` names.
@@ -89,7 +89,7 @@ def write_safetensors(
         raise OSError(f"{file} cannot be written: {error}") from error
 
 
-def read_safetensors(file: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def read_safetensors(file: Path, *, device: Device = "cpu") -> Weights:
     """Read a file; on the CPU its tensors are views of the mapped file and cost no memory."""
     head = check_kind(file)  # the size of the header comes first, in 8 bytes
     if head.startswith((b"PK", b"\x80")) and head[8:9] != b"{":
@@ -191,7 +191,6 @@ def library(name: str) -> Any:
     return import_extra(name, f"{needed} ({{}}); run `pip install 'videoar[wan]'`")
 
 
-Weights = dict[str, Tensor]
 # What trainers wrap around the weights; where there are several, the first is what is used.
 WRAPPERS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
 
@@ -353,7 +352,7 @@ def as_one(*layers: Any) -> Callable[[Tensor], Tensor]:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-def offload(model: nn.Module, blocks: nn.Module, device: torch.device | str) -> None:
+def offload(model: nn.Module, blocks: nn.Module, device: Device) -> None:
     """Keep the matrices of `blocks` on the host; each visits `device` while it is used.
 
     A pass then waits for its weights, but the device holds one of them at a time.
@@ -376,9 +375,7 @@ def offload(model: nn.Module, blocks: nn.Module, device: torch.device | str) -> 
         layer.register_forward_hook(leave)
 
 
-def part_of(
-    state: Mapping[str, Tensor], name: str, *, device: torch.device | str
-) -> dict[str, Tensor]:
+def part_of(state: Mapping[str, Tensor], name: str, *, device: Device) -> Weights:
     """Return what a state keeps under `name.`, on a device and in its own dtype."""
     kept = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
     return {key.removeprefix(f"{name}."): value.to(device) for key, value in kept.items()}

@@ -35,7 +35,7 @@ from videoar.encoders.text_encoder import PromptEncoder, TinyPromptEncoder
 from videoar.encoders.tiny_codec import TinyCodec
 from videoar.encoders.wan_codec import WanCodec
 from videoar.files import contents, replaced_folder, write_json
-from videoar.weights import AGAIN, CONFIG, META
+from videoar.weights import AGAIN, CONFIG, META, Device
 
 FORMAT = 1
 # Where these parts lie: in a folder of ours, of diffusers, of the original.
@@ -255,9 +255,7 @@ class Checkpoint:
             found = replace(found, weights=merged, format=f"{found.format} with {name}")
         return found
 
-    def codec(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> Codec:
+    def codec(self, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> Codec:
         """Load the codec, in any format."""
         place, kinds = self._place("codec"), (TinyCodec, PatchCodec, WanCodec)
         if (ours := place / "codec" / CONFIG).is_file():
@@ -268,7 +266,7 @@ class Checkpoint:
         return codec.to(dtype).eval()
 
     def text_encoder(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        self, *, dtype: torch.dtype | None = None, device: Device = "cpu"
     ) -> PromptEncoder:
         """Load the text side, in any format."""
         place = self._place("text")

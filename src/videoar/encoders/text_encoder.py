@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
 from videoar.checks import Count, Natural, Options, check, explained
-from videoar.weights import load_component, save_component, usable
+from videoar.weights import Device, load_component, save_component, usable
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
@@ -167,7 +167,7 @@ class PromptEncoder(Protocol):
     def tensors(self) -> Sequence[Tensor]:
         """Return the parameters: for counting."""
 
-    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def to(self, device: Device | None, dtype: torch.dtype | None) -> None:
         """Move it to a device or a precision, where they are not None."""
 
 
@@ -228,7 +228,7 @@ class TinyPromptEncoder:
         return self.encoder(self._padded(rows).to(self.encoder.norm.weight.device))
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "TinyPromptEncoder":
+    def load(cls, folder: Path, *, device: Device = "cpu") -> "TinyPromptEncoder":
         """Load what `save` wrote."""
         encoder = load_component(folder, TextEncoder, device=device)
         with usable(file := folder / "tokenizer.json"):
@@ -242,7 +242,7 @@ class TinyPromptEncoder:
     def tensors(self) -> Sequence[Tensor]:
         return list(self.encoder.parameters())
 
-    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def to(self, device: Device | None, dtype: torch.dtype | None) -> None:
         self.encoder.to(device, dtype)
 
 

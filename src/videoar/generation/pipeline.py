@@ -32,6 +32,7 @@ from videoar.generation.session import Session, resumed
 from videoar.generation.state import State
 from videoar.generation.stream import Generation
 from videoar.machine import check_device
+from videoar.weights import Device
 
 
 @dataclass
@@ -145,9 +146,7 @@ class VideoPipeline:
         meta = {**self.meta, **size, "sampling": sampling}
         return save_checkpoint(Path(folder), parts, meta, overwrite=overwrite)
 
-    def to(
-        self, device: str | torch.device | torch.dtype | None = None, dtype: Any = None
-    ) -> "VideoPipeline":
+    def to(self, device: Device | torch.dtype | None = None, dtype: Any = None) -> "VideoPipeline":
         """Move it to a device, or transformer and text encoder to a precision, or both."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
