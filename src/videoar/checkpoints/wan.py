@@ -170,9 +170,7 @@ def renamed(weights: Weights, top: Mapping[str, str], block: Mapping[str, str]) 
     return renamed
 
 
-def _config_of(
-    weights: Weights, stated: Mapping[str, Any], base: Path, *, file: Path
-) -> ModelConfig:
+def _config_of(weights: Weights, stated: Json, base: Path, *, file: Path) -> ModelConfig:
     """Read sizes from the config if there is one, and from the shapes of the weights if not."""
     if "num_attention_heads" in stated:
         patch = stated.get("patch_size", [1, 2, 2])
@@ -204,9 +202,7 @@ def _config_of(
         return ModelConfig()
 
 
-def _stated(
-    kind: type, stated: Mapping[str, Any], names: Mapping[str, str], fixed: Json, file: Path
-) -> Any:
+def _stated(kind: type, stated: Json, names: Mapping[str, str], fixed: Json, file: Path) -> Any:
     """Build a config of what diffusers states: fields by its names, and values we take for granted.
 
     What it does not state is as by default.
@@ -221,7 +217,7 @@ def _stated(
     return build_config(kind, values, file=file)
 
 
-def _head_dim(stated: Mapping[str, Any]) -> int | None:
+def _head_dim(stated: Json) -> int | None:
     if "dim" in stated and "num_heads" in stated:
         return stated["dim"] // stated["num_heads"]
     return stated.get("attention_head_dim", stated.get("head_dim"))
