@@ -40,9 +40,7 @@ def check_size(width: int, height: int) -> None:
 
 def open_container(path: str, offset: int, size: int) -> Any:
     """Open a file, or the bytes of a tar that begin at `offset`."""
-    name = path
-    if offset:
-        name = f"subfile,,start,{offset},end,{offset + size},,:{path}"
+    name = f"subfile,,start,{offset},end,{offset + size},,:{path}" if offset else path
     return av.open(name, options={"format_whitelist": DEMUXERS})
 
 
@@ -76,9 +74,7 @@ def _shown(container: Any) -> list[Any]:
     return [stream for stream in container.streams.video if not stream.disposition & cover]
 
 
-def frames_of(
-    container: Any, stream: Any, notes: list[str]
-) -> Iterator[tuple[av.VideoFrame, bool]]:
+def frames_of(stream: Any, notes: list[str]) -> Iterator[tuple[av.VideoFrame, bool]]:
     """Yield the frames of a stream in the order in which they are shown, with their moments.
 
     Beside each it says whether something was lost right before it: packets and frames that are
@@ -95,7 +91,7 @@ def frames_of(
     waiting, latest, rising = deque[int](), -math.inf, True
     begun = broken = False
     lost = 0
-    for packet in container.demux(stream):
+    for packet in stream.container.demux(stream):
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None:
             if not packet.size:

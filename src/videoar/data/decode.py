@@ -210,7 +210,7 @@ def _decode(source: Source, notes: list[str]) -> Iterator[_Raw]:
             step = 1 / float(rate)
             aspect = float(stream.sample_aspect_ratio or 1)
             time, first = -step, None
-            for frame, broken in containers.frames_of(container, stream, notes):
+            for frame, broken in containers.frames_of(stream, notes):
                 at = math.nan if frame.pts is None else frame.pts * unit
                 # Farther back another recording begins; a little, and its stamp is wrong.
                 guessed = first is not None and not (at >= time or at < time - 1)
