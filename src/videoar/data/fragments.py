@@ -50,9 +50,8 @@ def encode(frames: Frames, *, fps: float, first: int, index: int, lossless: bool
         )
         stream.pix_fmt = "bgr0"
         if not lossless:
-            frames = np.pad(
-                frames, ((0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)), "edge"
-            )
+            odd = [(0, side % 2) for side in frames.shape[1:3]]
+            frames = np.pad(frames, ((0, 0), *odd, (0, 0)), "edge")
             stream.pix_fmt = "yuv420p"
             # Untagged files are shown in one matrix by some players and in another by others.
             context = stream.codec_context

@@ -19,9 +19,7 @@ def turns(share: str) -> slice:
     return slice(number - 1, None, count) if number <= count else slice(0)
 
 
-Turn = Annotated[
-    str, Limit(lambda share: turns(share) != slice(0), "K/N with K up to N, such as 2/8")
-]
+Turn = Annotated[str, Limit(lambda x: turns(x) != slice(0), "K/N with K up to N, such as 2/8")]
 Rate = Annotated[float, Limit(lambda rate: 0 < rate <= 240, "a number above 0, up to 240")]
 Change = Annotated[float, Limit(lambda change: 0 < change < 1, "between 0 and 1")]
 TestShare = Annotated[float, Limit(lambda share: 0 < share <= 0.5, "a share above 0, up to 0.5")]
