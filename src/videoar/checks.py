@@ -323,10 +323,8 @@ def name_of(built: Any) -> str:
             f"{kind.__qualname__} is defined where no other program finds it: put it into a"
             " module of its own, and import it from there."
         )
-    stated = [
-        (f.name, getattr(built, f.name)) for f in known if getattr(built, f.name) != f.default
-    ]
-    values = [f"/{name}={json.dumps(value)}" for name, value in stated]
+    held = [(field, getattr(built, field.name)) for field in known]
+    values = [f"/{f.name}={json.dumps(value)}" for f, value in held if value != f.default]
     return f"{kind.__module__}:{kind.__qualname__}{''.join(values)}"
 
 
