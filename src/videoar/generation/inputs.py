@@ -156,8 +156,7 @@ def check_inputs(plan: Plan, *, encoded: bool, negative: str | None = None) -> N
     """Raise unless a video can be made of what is asked for, and of a negative prompt."""
     prompts, seeds = plan.prompts, plan.seeds
     for prompt in (*prompts, plan.options.negative_prompt):
-        if not isinstance(prompt, str):
-            raise ValueError(f"A prompt is {prompt!r}: use a text.")
+        check("A prompt", repr(prompt), isinstance(prompt, str), "a text")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
                 f"The prompt has {len(prompt)} characters: shorten it to {MAX_PROMPT_CHARACTERS}."
@@ -240,10 +239,8 @@ def lattice_of(pipe: Any, units: str | Scheme, num_frames: int | None) -> Units:
     lengths = []
     for name, stride in zip(("height", "width"), strides, strict=True):
         size, side = getattr(pipe, name), stride * pipe.transformer.config.patch
-        if size < side or size % side:
-            raise ValueError(
-                f"{name} is {size} pixels, but a token covers {side}: use a multiple of {side}."
-            )
+        covers, fits = f"{size} pixels, but a token covers {side}", size >= side and not size % side
+        check(name, covers, fits, f"a multiple of {side}")
         lengths.append(size // side)
     return Units(scheme, frames, *lengths)
 
