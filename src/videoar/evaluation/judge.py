@@ -64,9 +64,8 @@ def read(frames: Frames, *, fps: int = 16) -> Reading:
     step = height // 64
     video = frames[:, ::step, ::step].astype(np.float32)
     ground = np.median(video[:, ::2, ::2].reshape(-1, 3), axis=0)
-    far, nearest = min(
-        (np.linalg.norm(ground - rgb), name) for name, rgb in world.BACKGROUNDS.items()
-    )
+    colours = world.BACKGROUNDS.items()
+    far, nearest = min((np.linalg.norm(ground - rgb), name) for name, rgb in colours)
     masks = _find_masks(video - ground, palette=np.array(list(COLORS.values())) - ground)
     things = tuple(_see(color, mask, fps=fps) for color, mask in masks.items())
     return Reading(background=nearest if far < 80.0 else None, things=things)

@@ -208,7 +208,6 @@ class TrainedJudge(Footage):
         return [{"seen": seen, "scores": scores(seen, asked["told"])} for seen, asked in told]
 
     def describe(self, clips: Clips, *, fps: int) -> list[str]:
-        words = [seen.values() for seen in self.reader.read(clips)]
-        return [
-            ", ".join(w if isinstance(w, str) else " then ".join(w) for w in each) for each in words
-        ]
+        read = [seen.values() for seen in self.reader.read(clips)]
+        said = [[w if isinstance(w, str) else " then ".join(w) for w in words] for words in read]
+        return [", ".join(words) for words in said]

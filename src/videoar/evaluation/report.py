@@ -76,10 +76,8 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
         first, last = (found.sides(line, end) for end in ("first", "last"))
         both = tables.columns_of(first).items() if CHIEF in slopes else ()
         ends |= {(line, column): difference(last[key], first[key]) for key, column in both}
-    shown |= {COST: _cost(found), SEAMS: _seams(found)} | _grid(
-        DRIFT, "videos of", drifts, 1000, math.inf
-    )
-    shown |= _grid(ENDS, "videos of", ends)
+    shown |= {COST: _cost(found), SEAMS: _seams(found)}
+    shown |= _grid(DRIFT, "videos of", drifts, 1000, math.inf) | _grid(ENDS, "videos of", ends)
     real = found.entries[CODEC]
     if "nearest" in real["videos"][0]:
         each = {line: tables.nearest(found.samples(line), real) for line in (CODEC, *found.lines)}

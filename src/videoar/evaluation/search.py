@@ -180,9 +180,8 @@ def run(config: PrintUnits, report: Report) -> str:
     for count, _, parts in pareto(segments, frames):
         fitting = [found for curve in of_one for found in curve if found[0] <= count]
         single = min(fitting, key=lambda found: found[1])[2] if fitting else parts
-        ours, theirs = (
-            np.sum([costs[s.start, s.name][1::2] for s in each], axis=0) for each in (parts, single)
-        )
+        both = ([costs[s.start, s.name][1::2] for s in each] for each in (parts, single))
+        ours, theirs = (np.sum(each, axis=0) for each in both)
         row = {"passes": count * steps}
         row |= {"cost": f"{bootstrap_interval(ours):.4g}", "of one scheme": single[0].name}
         row |= {"minus that": f"{bootstrap_interval(ours - theirs):.4g}"}
