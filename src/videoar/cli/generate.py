@@ -117,9 +117,8 @@ def loaded(args: options.Sampling | options.Serve, *names: str) -> Any:
         torch.set_num_threads(args.threads)
     if args.graphs and not args.device.startswith("cuda"):
         say(f"--graphs changes nothing on {args.device}: passes are recorded on a CUDA device")
-    return VideoPipeline.from_pretrained(
-        args.model, **{name: getattr(args, name) for name in names}
-    )
+    given = {name: getattr(args, name) for name in names}
+    return VideoPipeline.from_pretrained(args.model, **given)
 
 
 def load(args: options.Sampling) -> Any:

@@ -109,10 +109,8 @@ def beginning(
         )
     check_size(given.shape[3], given.shape[2])
     kept = 1 + (given.shape[1] - 1) // stride * stride
-    whole = (frames[:kept] for frames in given)
-    return np.stack(
-        [fitted(frames, height=height, width=width, fit=fit or "crop") for frames in whole]
-    )
+    whole, fit = (frames[:kept] for frames in given), fit or "crop"
+    return np.stack([fitted(frames, height=height, width=width, fit=fit) for frames in whole])
 
 
 def _array(given: Any) -> np.ndarray:
