@@ -31,6 +31,8 @@ MAX_TOLD = 3
 """Of many differences, so many are told."""
 Rule = tuple[str, bool, str]
 """The name of a field, whether it is right, and what is."""
+Report = Callable[[str], None]
+"""Is told how far something is, in lines."""
 
 
 def hint(word: str, known: Iterable[str], says: str = "; did you mean {}?") -> str:

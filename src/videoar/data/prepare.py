@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videoar.checkpoints.checkpoint import Checkpoint
-from videoar.checks import check, check_same
+from videoar.checks import Report, check, check_same
 from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import ALL, Prepare, turns
@@ -49,7 +49,7 @@ HeldOut = Callable[[dict[Source, int]], set[Source]]
 """Of the clips of videos, which videos are held out."""
 
 
-def run(config: Prepare, show: Callable[[str], None] = lambda line: None) -> Json:
+def run(config: Prepare, show: Report = lambda line: None) -> Json:
     """Prepare a folder, or go on with it, and return its statistics; `show` hears how far it is.
 
     Of a share there are no statistics.
@@ -135,9 +135,7 @@ def _not_made(config: Prepare, sources: list[Source], work: Path, choose: HeldOu
     return [source for source, path in made.items() if not path.exists()]
 
 
-def _make_parts(
-    config: Prepare, sources: list[Source], todo: list[Source], show: Callable[[str], None]
-) -> None:
+def _make_parts(config: Prepare, sources: list[Source], todo: list[Source], show: Report) -> None:
     work = config.latents / WORK
     total = max(1, sum(source.size for source in sources))
     finished = before = total - sum(source.size for source in todo)
@@ -195,7 +193,7 @@ def _join(
     about: Json,
     encoder: PromptEncoder | None,
     choose: HeldOut,
-    show: Callable[[str], None],
+    show: Report,
 ) -> Json:
     """Put the parts of all videos together and return statistics; `latents.json` comes last."""
     work, apart = folder / WORK, folder / HELD_OUT_FOLDER

@@ -32,7 +32,7 @@ from videoar.files import Json, to_json
 from videoar.generation.config import AUTO, GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 
-Report, Asked, Made = Callable[[str], None], list[Json], Iterator[Clips]
+Asked, Made = list[Json], Iterator[Clips]
 UnitsOf = Callable[[range], PixelUnits]
 """Of some frames of a video, the unit in which every pixel is made."""
 Who = tuple[Judge, Json]

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from videoar.checks import Report
 from videoar.data.latents import LatentShards
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import Codec, to_frames
-from videoar.evaluation.entries import Report, features
+from videoar.evaluation.entries import features
 from videoar.evaluation.judge import Clips
 from videoar.files import Json, load, save
 

@@ -3,11 +3,11 @@
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from videoar.checks import import_extra
+from videoar.checks import Report, import_extra
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.statistics import CHIEF, Found
 from videoar.evaluation.tables import CODEC
@@ -19,7 +19,7 @@ Points = dict[str, list[tuple[float, ...]]]
 STYLE = {"svg.hashsalt": "videoar", "svg.fonttype": "path", "font.size": 9}
 
 
-def draw(found: Found, say: Callable[[str], None]) -> dict[str, str]:
+def draw(found: Found, say: Report) -> dict[str, str]:
     """Return the plots of a study by name, as SVG."""
     try:
         matplotlib = import_extra("matplotlib", MISSING)

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from videoar.checks import Report
 from videoar.core.schemes import KINDS, names, parse
 from videoar.core.tokens import Latents
 from videoar.data.latents import LatentShards, check_codec, text_module
-from videoar.evaluation.entries import Report
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.options import PrintUnits
 from videoar.evaluation.tables import cells, columns

@@ -20,13 +20,13 @@ import numpy as np
 
 from videoar import machine
 from videoar.checkpoints.checkpoint import Checkpoint
-from videoar.checks import check_same
+from videoar.checks import Report, check_same
 from videoar.core.schemes import KINDS
 from videoar.data.latents import LatentShards, check_codec
 from videoar.data.options import ALL, turns
 from videoar.evaluation import designs, entries, report
 from videoar.evaluation.designs import Design
-from videoar.evaluation.entries import Job, Report, UnitsOf, generated, load_pipeline, plan
+from videoar.evaluation.entries import Job, UnitsOf, generated, load_pipeline, plan
 from videoar.evaluation.judge import Judge
 from videoar.evaluation.metrics import PixelUnits
 from videoar.evaluation.nearest import find_nearest

@@ -9,13 +9,13 @@ import json
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import check, explained, hint
+from videoar.checks import Report, check, explained, hint
 from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.options import Suite, VBench, VBenchScore, VBenchTable
 from videoar.evaluation.tables import cells, markdown
@@ -71,7 +71,7 @@ def suite(config: Suite) -> tuple[list[Json], Json]:
     return [row for made in rows.values() for row in made], about
 
 
-def score(config: VBenchScore, report: Callable[[str], None]) -> str:
+def score(config: VBenchScore, report: Report) -> str:
     """Have VBench score every dimension that it can, and return the table.
 
     What is scored already is kept, unless its videos are others by now.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints, save_checkpoint
-from videoar.checks import Count, Finite, Options
+from videoar.checks import Count, Finite, Options, Report
 from videoar.data.batches import Batches
 from videoar.data.containers import duration
 from videoar.data.latents import LatentShards
@@ -30,7 +30,7 @@ from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
 from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Named, Objective, own_weights
-from videoar.training.run_folder import FOOTAGE, Report, checkpoints, save_sample
+from videoar.training.run_folder import FOOTAGE, checkpoints, save_sample
 
 Distance = Callable[[Video, Video], Tensor]
 """Makes a loss of the error and the video."""

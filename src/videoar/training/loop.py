@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from videoar import files, machine
-from videoar.checks import Count, Limit, Natural, Options
+from videoar.checks import Count, Limit, Natural, Options, Report
 from videoar.data.batches import Batches
 from videoar.generation.progress import Paced
 from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective, seeded
 from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
-from videoar.training.run_folder import LogLine, Report
+from videoar.training.run_folder import LogLine
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import save_checkpoint
-from videoar.checks import Options
+from videoar.checks import Options, Report
 from videoar.core.loss import on
 from videoar.data.batches import Batches
 from videoar.data.options import TestShare
@@ -24,7 +24,6 @@ from videoar.evaluation.reader import NOTHING, ReaderConfig, StateReader, scores
 from videoar.files import Json
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Named, Objective
-from videoar.training.run_folder import Report
 
 IGNORED = -1  # as a target
 CACHED = 4_000_000_000  # bytes of frames that are kept in memory

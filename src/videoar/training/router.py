@@ -18,7 +18,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import fingerprints
-from videoar.checks import Count, Finite, Options, check
+from videoar.checks import Count, Finite, Options, Report, check
 from videoar.core.schemes import KINDS, names, parse
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
@@ -31,7 +31,7 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.router import Router, RouterConfig
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Named, Objective
-from videoar.training.run_folder import COSTS, Report
+from videoar.training.run_folder import COSTS
 from videoar.training.text_to_video import Units
 from videoar.weights import read_safetensors, write_safetensors
 

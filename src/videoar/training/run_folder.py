@@ -24,7 +24,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -36,13 +36,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from videoar.checks import check_same, explained, interrupt
+from videoar.checks import Report, check_same, explained, interrupt
 from videoar.data.video import Frames, contact_sheet
 from videoar.files import Json, to_json, write_json, written_whole
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
-
-Report = Callable[[str], None]
 
 LogLine = dict[str, int | float]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
-from videoar.checks import Count, Natural, Options, check
+from videoar.checks import Count, Natural, Options, Report, check
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -31,7 +31,7 @@ from videoar.generation.progress import Paced
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import save_trained, trainable
 from videoar.training.objectives import FlowMatching, StageConfig, TextToVideo, draw_clip
-from videoar.training.run_folder import Report, save_sample
+from videoar.training.run_folder import save_sample
 
 SIZES = {"tiny": (6, 4), "small": (6, 5), "medium": (8, 8)}
 """Layers and heads of transformers of 1.8, 2.7 and 8.9 million parameters."""

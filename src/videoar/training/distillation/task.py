@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from videoar.checks import Count, explained
+from videoar.checks import Count, Report, explained
 from videoar.core.schemes import names
 from videoar.core.transformer import VideoTransformer
 from videoar.data.latents import LatentShards, check_codec
@@ -20,7 +20,6 @@ from videoar.training.distributed import recompute_activations
 from videoar.training.loop import TrainConfig
 from videoar.training.low_rank import networks_of, trainable
 from videoar.training.objectives import TextToVideo
-from videoar.training.run_folder import Report
 from videoar.training.text_to_video import GeneratorConfig, GeneratorTask, Units
 
 
