@@ -121,11 +121,10 @@ def judge() -> TrainConfig:
 def router() -> TrainConfig:
     """Who chooses the units of every segment: `videoar train router --task.checkpoint toy-base`."""
     task = RoutingConfig(latents=Path("runs/world-router"), num_videos=256)
-    rates = OptimizerConfig(
-        learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, decay_fraction=0.5
-    )
+    first = judge()
+    rates = replace(first.optimizer, learning_rate=1e-3, weight_decay=0.1, warmup_steps=20)
     how = {"steps": 200, "batch_size": 64, "optimizer": rates, "precision": "float32"}
-    return _named("router", judge(), task=task, **how)
+    return _named("router", first, task=task, **how)
 
 
 def toy() -> TrainConfig:
@@ -324,17 +323,15 @@ def find(name: str) -> TrainConfig:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    if ":" in name:
-        kinds = ImportError, AttributeError, ValueError, TypeError
-        with explained(f"Recipe {name!r} cannot be imported ({{}}): check both names.", *kinds):
-            config = import_named(name)
-            config = config() if callable(config) else config
-        if not isinstance(config, TrainConfig):
-            raise ValueError(
-                f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig."
-            )
-        return config
-    raise ValueError(
-        f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)},"
-        f" or package.module:function.{hint(name, RECIPES, ' Did you mean {}?')}"
-    )
+    if ":" not in name:
+        raise ValueError(
+            f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)},"
+            f" or package.module:function.{hint(name, RECIPES, ' Did you mean {}?')}"
+        )
+    kinds = ImportError, AttributeError, ValueError, TypeError
+    with explained(f"Recipe {name!r} cannot be imported ({{}}): check both names.", *kinds):
+        config = import_named(name)
+        config = config() if callable(config) else config
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"Recipe {name!r} returns {type(config).__name__}: return a TrainConfig.")
+    return config
