@@ -95,7 +95,7 @@ class FootageConfig(Options):
         codec = initial_codec(self.init, self.codec)
         lossless, clips = PatchCodec(PatchCodecConfig(stride=codec.stride)), config.out / FOOTAGE
         if not checkpoints(config.out):
-            self._prepare(clips, lossless, config, report)
+            self._prepare(lossless, config, report)
         elif _made_of(clips)[5:] != [source.key for source in self._list()]:
             report(f"{self.videos} has changed; the clips in {clips} stay as they were decoded")
         footage = Footage(clips, lossless, init=self.init)
@@ -106,11 +106,9 @@ class FootageConfig(Options):
     def _list(self) -> list[Source]:
         return list_sources(self.videos, captions="none").sources
 
-    def _prepare(
-        self, folder: Path, codec: PatchCodec, config: TrainConfig, report: Report
-    ) -> None:
+    def _prepare(self, codec: PatchCodec, config: TrainConfig, report: Report) -> None:
         """Decode the videos as `videoar prepare` does, with a codec that loses nothing."""
-        where = folder.with_suffix(".codec")
+        folder, where = config.out / FOOTAGE, config.out / f"{FOOTAGE}.codec"
         prepare = Prepare(
             videos=self.videos,
             latents=folder,
