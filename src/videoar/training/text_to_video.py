@@ -206,11 +206,9 @@ class GeneratorTask:
 
     def with_networks(self, module: TextToVideo) -> VideoPipeline:
         """Return the pipeline with what was trained of it."""
-        prompts = self.pipe.prompt_encoder.with_trained(module.text)
+        text = self.pipe.prompt_encoder.with_trained(module.text)
         # A router reads, and is right for, the transformer that it was trained beside.
-        return replace(
-            self.pipe, transformer=module.transformer, prompt_encoder=prompts, router=None
-        )
+        return replace(self.pipe, transformer=module.transformer, prompt_encoder=text, router=None)
 
     def videos(
         self, module: TextToVideo, step: int, *, count: int
@@ -267,7 +265,11 @@ class TextToVideoTask(GeneratorTask):
         self.units, self.made_of = schemes.names(task.units), (task.init, task.codec)
         loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
         codec = loaded.codec if loaded else codec_of(task)
-        shards = self._open(codec, report)
+        # Made first if they are of the world and not there.
+        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
+        shards = LatentShards(task.latents)
+        source = str(task.codec or task.init or shards.info.checkpoint)
+        check_codec(task.latents, shards.info, codec, checkpoint=source)
         pipe = loaded or make_generator(task, codec, shards)
         super().__init__(pipe, shards, config, report)
         self.clip_frames = min(task.flow.clip_frames, max(clip["frames"] for clip in shards.clips))
@@ -282,15 +284,6 @@ class TextToVideoTask(GeneratorTask):
         how: dict[str, Any] = {"config": task.flow, "stages": task.stages}
         self.objective = FlowMatching(module, schemes=self.schemes, **how)
         self.held_out = self._held_out()
-
-    def _open(self, codec: Codec, report: Report) -> LatentShards:
-        """Open the latents, made first if they are of the world and not there."""
-        task = self.task
-        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
-        shards = LatentShards(task.latents)
-        source = str(task.codec or task.init or shards.info.checkpoint)
-        check_codec(task.latents, shards.info, codec, checkpoint=source)
-        return shards
 
     def _sampling(self, init: GenerationConfig) -> GenerationConfig:
         """Return how the checkpoint samples: what its training does not say is of `init`."""
