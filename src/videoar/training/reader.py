@@ -68,9 +68,8 @@ class LabelledClips:
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
         made = [self.clip(index, self._window(rng)) for index in indices]
         video = from_frames(np.stack([clip for clip, _ in made]))
-        return {"video": video} | {
-            name: torch.tensor([targets[name] for _, targets in made]) for name in made[0][1]
-        }
+        words = {name: torch.tensor([own[name] for _, own in made]) for name in made[0][1]}
+        return {"video": video} | words
 
     def _window(self, rng: np.random.Generator) -> tuple[int, int]:
         """Draw the first and the last frame of a clip, of those that are stored."""
