@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from videoar.checkpoints import checkpoint
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from videoar.checkpoints.convert import convert
 from videoar.encoders.text_encoder import TinyPromptEncoder
+from videoar.generation.pipeline import VideoPipeline
 from videoar.weights import load_component, save_component
 
 
@@ -283,3 +286,28 @@ def test_bundled_names_are_found_and_suggested(
     assert Checkpoint.find("toy").source == tmp_path / "toy"
     with pytest.raises(ValueError, match=r"no checkpoint is called 'tpy' .*did you mean 'toy'"):
         Checkpoint.find("tpy")
+
+
+def test_weights_are_stored_in_less_than_they_compute_in(tmp_path: Path) -> None:
+    """Half a package, and no slower: bfloat16 takes a CPU three times as long."""
+    pipe = tiny_pipeline()
+    whole, half = (pipe.save_pretrained(tmp_path / "whole"), tmp_path / "half")
+    convert(Checkpoint.find(whole), half, format="videoar", dtype="bfloat16")
+
+    def computes_in(folder: Path, **options: Any) -> torch.dtype:
+        return VideoPipeline.from_pretrained(folder, **options).transformer.proj_out.weight.dtype
+
+    assert computes_in(half) == torch.bfloat16
+    about = json.loads((half / "videoar.json").read_text())
+    (half / "videoar.json").write_text(json.dumps(about | {"dtype": "float32"}))
+    loaded = VideoPipeline.from_pretrained(half)
+    for name, tensor in pipe.transformer.state_dict().items():
+        kept = loaded.transformer.state_dict()[name]
+        assert kept.dtype == torch.float32
+        torch.testing.assert_close(kept, tensor, atol=0, rtol=2**-8)
+    assert computes_in(half, dtype="float16") == torch.float16
+    convert(Checkpoint.find(half), tmp_path / "again", format="videoar", dtype="float16")
+    assert computes_in(tmp_path / "again") == torch.float16
+    (half / "videoar.json").write_text(json.dumps(about | {"dtype": "int3"}))
+    with pytest.raises(ValueError, match="cannot run in int3: choose the dtype"):
+        VideoPipeline.from_pretrained(half)

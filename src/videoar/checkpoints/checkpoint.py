@@ -81,6 +81,7 @@ class _Meta(TypedDict):
     prompts: list[str]
     height: int
     width: int
+    dtype: str
     config: dict[str, Any]
     versions: dict[str, Any]
     seconds: float
@@ -246,6 +247,7 @@ class Checkpoint:
         if self.meta:
             folder = self.source / "transformer"
             module = weights.load_component(folder, VideoTransformer)
+            module.to(weights.as_dtype(self.meta.get("dtype")))  # may be stored in less
             found = wan.TransformerWeights(module.state_dict(), module.config, folder, "videoar")
         else:
             found = wan.read_transformer(self.source, base=self.home)

@@ -94,6 +94,8 @@ def convert(
     if format == "videoar":
         checkpoint.check_preset(found, preset)
         meta = {**checkpoint.meta, "origin": found.format, "sampling": sampling}
+        if dtype is not None:
+            meta.pop("dtype", None)  # in which it was computed so far
         save_checkpoint(target, {"transformer": found.build(), **parts}, meta, overwrite=overwrite)
     elif format == "diffusers":
         with replaced_folder(target, marker="model_index.json", overwrite=overwrite) as folder:
