@@ -78,7 +78,6 @@ class BenchGpu:
     def __post_init__(self) -> None:
         known = ("how", set(self.how) <= set(HOW), f"some of {', '.join(HOW)}")
         check_options(self, ("minutes", self.minutes > 0, "above 0"), known, least={"repeats": 1})
-        machine.check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -235,6 +234,7 @@ def line(row: Json) -> dict[str, str]:
 
 def run(config: BenchGpu, report: Callable[[str], None] = say) -> str:
     """Run the tests that need a card, then every case; write the JSON and return the table."""
+    machine.check_device(config.device)
     began, tests = time.perf_counter(), "not run: the device is no CUDA device"
     if torch.device(config.device).type == "cuda":
         words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(TESTS)]

@@ -48,6 +48,9 @@ class Demo(Options):
     """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
     seconds: Finite = 60.0
     """Length of the long video."""
+    units: str = "cube:3x3x3"
+    """Unit scheme of the long video. `robot` hears a new instruction in units of three latent
+    frames; in shorter ones it often rests (`docs/results.md`)."""
 
 
 def demo(args: Demo) -> None:
@@ -69,7 +72,7 @@ def demo(args: Demo) -> None:
             videos.append(read_video(one.out))
     out.mkdir(exist_ok=True)
     side_by_side(videos, KINDS, scale=3).save(out / "units.webp", overwrite=True)
-    long = replace(long, seconds=args.seconds, out=minute)  # in the units of the checkpoint
+    long = replace(long, seconds=args.seconds, units=args.units, out=minute)
     fps = _row(long, rows)
     rows[-1]["seen"] = "see below, part by part"
     told = [

@@ -46,7 +46,7 @@ class Sampling(CheckpointOptions):
     """Length of the video, what is kept included; by default 4 more than that."""
     num_frames: Count | None = None
     """Length in frames, instead of seconds."""
-    model: str = "toy"
+    model: str = "robot"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     codec: str | None = None
     """Another codec: a checkpoint, or a file such as taew2_1.pth."""
@@ -175,7 +175,7 @@ class VBenchGenerate(Sampling, Suite):
 class Serve(CheckpointOptions):
     """Open a page on which a video is made while you watch, and told what comes next."""
 
-    model: str = "toy"
+    model: str = "robot"
     """Checkpoint: a bundled name, a folder, a file, or a Hugging Face repository."""
     host: str = "127.0.0.1"
     """Address to listen at; another than this machine's own prints a token that is asked for."""
