@@ -5,11 +5,14 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from videoar.checkpoints.checkpoint import Checkpoint
 
 ROBOT = Path(__file__).parents[2] / "examples" / "robot"
 WORLD = runpy.run_path(str(ROBOT / "tasks.py"))
@@ -113,3 +116,17 @@ def test_states_are_said_in_words() -> None:
     assert said("drawer", [0.0, -0.02, -0.075, -0.14]) == ["closed", "closed", None, "open"]
     assert said("faucet", [-1.5, 0.1, 1.6]) == ["left", "middle", "right"]
     assert all(len(scene.states) > 1 for scene in WORLD["SCENES"].values())
+
+
+def test_the_recipe_makes_a_model_like_the_bundled_one():
+    """A recipe that is shown beside a model is the one that made it."""
+    recipe, known = runpy.run_path(str(ROBOT / "recipe.py")), Checkpoint.find("robot")
+    robot, few = recipe["robot"](), recipe["few_robot"]()
+    sizes = {"latent_channels": 16, "text_dim": 128}  # of the codec and of the text encoder
+    assert replace(robot.task.model, **sizes) == known.transformer().config
+    assert list(robot.task.units) == list(few.task.units) == known.meta["units"]
+    assert few.task.teacher == str(robot.out / "checkpoint")
+    ours, theirs = few.task.distillation, known.meta["config"]["task"]["distillation"]
+    assert (ours.stage, ours.num_inference_steps) == ("consistency", 2)
+    assert ours.guidance_scale == theirs["guidance_scale"]
+    assert (few.steps, few.batch_size) == (known.meta["step"], known.meta["config"]["batch_size"])
