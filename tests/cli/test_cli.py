@@ -31,6 +31,7 @@ from videoar.data.batches import Batches
 from videoar.data.video import read_video
 from videoar.encoders.text_encoder import TextEncoder, TinyPromptEncoder
 from videoar.generation.progress import Paced, Progress, how_far
+from videoar.generation.timing import Timing
 from videoar.training.loop import TrainConfig
 from videoar.training.objectives import Objective
 from videoar.training.optimizer import OptimizerConfig
@@ -355,6 +356,8 @@ def test_ctrl_c_leaves_a_playable_file(checkpoint: str, tmp_path: Path) -> None:
 def test_progress_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     """A long generation says how long it will take, in plain lines when no terminal reads them."""
     line = how_far(80, 8, total=160, fps=16)
+    assert "5.0 of 10.0 s, 5.0 frames/s, 16 s left" in how_far(80, 8, total=160, fps=16, resumed=40)
+    assert Timing(frames=80, resumed=40, seconds=8.0).fps == 5.0
     lines = list[str]()
     paced = Paced(lines.append, every=0.2)
     paced.hear("at once")

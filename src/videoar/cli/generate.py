@@ -161,6 +161,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     pipe = pipe or load(args)
     if state:
         generation = pipe.resume(state).generation
+        generation.stats.resumed = generation.stats.frames
         file = unpacked(state, "file") | {"pending": state["pending"].numpy()}
         writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
     else:
@@ -190,7 +191,7 @@ def _write(pipe: Any, generation: Any, writer: Any, args: options.Generate) -> T
 
         def tell(frames: int, seconds: float) -> None:
             nonlocal due
-            show(how_far(frames, seconds, total=total, fps=fps))
+            show(how_far(frames, seconds, total=total, fps=fps, resumed=generation.stats.resumed))
             if (before := time.perf_counter()) >= due:
                 _save(args, generation, writer)
                 due = time.perf_counter() + SHARE * (time.perf_counter() - before)

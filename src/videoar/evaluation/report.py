@@ -83,9 +83,8 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
         each = {line: tables.nearest(found.samples(line), real) for line in (CODEC, *found.lines)}
         shown[NEAREST] = [{"videos of": line} | row for line, row in each.items()]
     shown = {title: rows for title, rows in shown.items() if rows}
-    text = [_what(found, about), _who(pairs), _price(found, drifts), *about["doubts"], ABOUT]
-    if not read:
-        text[1] = UNREAD
+    who = f"{_scores(found)}{_who(pairs)}" if read else UNREAD
+    text = [_what(found, about), who, _price(found, drifts), *about["doubts"], ABOUT]
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
     told = [f"# {title}", *text]
     for name, rows in shown.items():
@@ -192,6 +191,13 @@ def _what(found: Found, about: Json) -> str:
         f" {len(found.lines)} ways, of the same {settings['num_prompts']} prompts,"
         f" {settings['seeds']} of each, and measured ({about['hardware']}{commit})."
     )
+
+
+def _scores(found: Found) -> str:
+    """Say how many videos are all right."""
+    ways = {name: tables.by_prompt(found.samples(name))[CHIEF] for name in (*found.lines, CODEC)}
+    said = (f"{name} {bootstrap_interval(scores)}" for name, scores in ways.items())
+    return f"{CHIEF} right, of 100: {', '.join(said)}. "
 
 
 def _who(pairs: Mapping[str, Compared]) -> str:

@@ -43,9 +43,9 @@ class Progress:
         print(f"{start}{line}", end=end, file=self.file, flush=True)
 
 
-def how_far(frames: int, seconds: float, *, total: int, fps: float) -> str:
-    """Say how far a generation is after some seconds."""
-    rate = frames / seconds
+def how_far(frames: int, seconds: float, *, total: int, fps: float, resumed: int = 0) -> str:
+    """Say how far a generation is after some seconds; `resumed` frames were there before."""
+    rate = max(1, frames - resumed) / seconds
     return (
         f"{frames / fps:.1f} of {total / fps:.1f} s, {rate:.1f} frames/s, "
         f"{(total - frames) / rate:.0f} s left"

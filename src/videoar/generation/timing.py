@@ -13,6 +13,8 @@ class Timing:
 
     frames: int = 0
     """Finished pixel frames; once it is written, those in the file."""
+    resumed: int = 0
+    """Frames of these that were there when it went on: an earlier process took the time."""
     video_seconds: float = 0.0
     """Length of the written video."""
     units: int = 0
@@ -42,4 +44,4 @@ class Timing:
     @property
     def fps(self) -> float:
         """Frames per second, end to end."""
-        return self.frames / self.seconds
+        return (self.frames - self.resumed) / self.seconds
