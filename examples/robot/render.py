@@ -35,7 +35,7 @@ ATTEMPTS = 200
 VERSION = 1
 """Of what is rendered: clips of different versions do not go into one folder."""
 
-REMEDY = "pip install 'videoar[robot]' and, on Debian, apt-get install libosmesa6"
+REMEDY = "pip install -e '.[robot]' and, on Debian, apt-get install libosmesa6"
 
 
 @dataclass

@@ -188,7 +188,7 @@ def usable(file: Path) -> contextlib.AbstractContextManager[None]:
 def library(name: str) -> Any:
     """Import what the extra `wan` installs."""
     needed = f"Wan's codec and text encoder need {name.partition('.')[0]}"
-    return import_extra(name, f"{needed} ({{}}); run `pip install 'videoar[wan]'`")
+    return import_extra(name, f"{needed} ({{}}); run `pip install -e '.[wan]'`")
 
 
 # What trainers wrap around the weights; where there are several, the first is what is used.

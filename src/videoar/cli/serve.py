@@ -13,7 +13,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(args: options.Serve) -> None:
     """Load the model, say where the page is, and serve until Ctrl-C."""
-    uvicorn = import_extra("uvicorn", "serving needs more: `pip install videoar[app]` ({})")
+    uvicorn = import_extra("uvicorn", "serving needs more: `pip install -e '.[app]'` ({})")
     # Bound before the model is loaded, so that a port in use is told at once.
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:

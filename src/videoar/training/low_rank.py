@@ -25,7 +25,7 @@ def trainable(pipe: VideoPipeline, shards: LatentShards, *, rank: int | None) ->
     module = networks_of(pipe, shards).requires_grad_(True)
     own_weights(module)
     if rank is not None:
-        missing = "lora_rank needs peft, which is not installed: `pip install 'videoar[train]'`"
+        missing = "lora_rank needs peft, which is not installed: `pip install -e '.[train]'`"
         peft = import_extra("peft", missing)
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         module.text.requires_grad_(False)
