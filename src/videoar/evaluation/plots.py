@@ -12,7 +12,9 @@ from videoar.evaluation.metrics import bootstrap_interval
 from videoar.evaluation.statistics import CHIEF, Found
 from videoar.evaluation.tables import CODEC
 
-MISSING = "there are no plots, as matplotlib is missing ({}): pip install -e '.[report]' in the clone"
+MISSING = (
+    "there are no plots, as matplotlib is missing ({}): pip install -e '.[report]' in the clone"
+)
 CURVES = (CHIEF, "brightness", "contrast", "sharpness")
 Points = dict[str, list[tuple[float, ...]]]
 """Of lines by name: x, y, and the ends of its interval."""
