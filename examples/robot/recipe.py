@@ -30,7 +30,7 @@ def robot() -> TrainConfig:
         task=replace(
             first.task, units=UNITS, model=model, stages=stages, compile=True, num_validation=0
         ),
-        steps=20_000,
+        steps=12_459,  # what 17 minutes of an H200 were enough for
         batch_size=128,
         optimizer=replace(first.optimizer, decay_fraction=0.35),
         ema_decay=0.999,

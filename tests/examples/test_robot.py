@@ -130,3 +130,13 @@ def test_the_recipe_makes_a_model_like_the_bundled_one():
     assert (ours.stage, ours.num_inference_steps) == ("consistency", 2)
     assert ours.guidance_scale == theirs["guidance_scale"]
     assert (few.steps, few.batch_size) == (known.meta["step"], known.meta["config"]["batch_size"])
+
+
+def test_stories_tell_two_things_in_words_that_the_model_knows():
+    """A word that is strange to the model would be counted against its units."""
+    told, known = runpy.run_path(str(ROBOT / "told.py")), Checkpoint.find("robot").meta["words"]
+    for story, actions in told["STORIES"].items():
+        one, other = told["sides"](story)
+        assert one != other
+        assert len(set(actions)) == 2
+        assert words(one) | words(other) <= set(known)

@@ -161,7 +161,6 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     pipe = pipe or load(args)
     if state:
         generation = pipe.resume(state).generation
-        generation.stats.resumed = generation.stats.frames
         file = unpacked(state, "file") | {"pending": state["pending"].numpy()}
         writer = VideoWriter(target, fps=pipe.sampling.fps, state=file)
     else:

@@ -146,6 +146,7 @@ def resumed(pipe: Any, source: State | str | Path) -> Session:
     given = {"num_frames": num_frames, "conditioning": None, "started": time.perf_counter()}
     generation = Generation(pipe, plan, sampler, **given)
     generation.load_state_dict(source)
+    generation.stats.resumed = generation.stats.frames
     return Session(generation)
 
 
