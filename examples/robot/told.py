@@ -50,6 +50,8 @@ def main() -> None:
     given = parser.parse_args()
     pipe, (judge, _) = VideoPipeline.from_pretrained(given.model), find_judge(Judged(), given.model)
     stories = STORIES if given.story is None else {given.story: ("close", "open")}
+    if given.seeds * len(stories) < 2:
+        parser.error("one video of a kind has no interval: raise --seeds")
     lines = given.out.read_text().splitlines() if given.out.exists() else []
     rows = {tuple(row[:3]): row[3] for row in map(json.loads, lines)}
     size = round(SECONDS * pipe.sampling.fps)
@@ -65,8 +67,11 @@ def main() -> None:
                     made.change_at(k * size, prompts=[prompts[k % 2]], recompute=True)
                 video = np.concatenate(list(made), axis=1)
                 parts = np.split(video, given.parts, axis=1)
-                seen = [judge.describe(part, fps=pipe.sampling.fps)[0] for part in parts]
-                obeyed = [actions[k % 2] in said.split(", ") for k, said in enumerate(seen)]
+                obeyed = []
+                for k, part in enumerate(parts):
+                    asked = [{"told": {"action": actions[k % 2]}}]
+                    (looked,) = judge.look(part, asked, fps=pipe.sampling.fps)
+                    obeyed.append(looked["scores"]["action"] == 1)
                 rows[kind, text, seed] = obeyed
                 with given.out.open("a") as file:
                     file.write(json.dumps([kind, text, seed, obeyed]) + "\n")
