@@ -26,7 +26,8 @@ from videoar.serve.messages import Change, Control, Seen, Start, plain
 class Watched:
     """A session on a server: iterate for newly finished frames, `frames height width 3`.
 
-    A change that is refused is warned of: the stream goes on as it was.
+    A change that is refused is warned of, and the stream goes on as it was; so are words and
+    settings that the model's training did not know.
     """
 
     def __init__(self, socket: Any, name: str):
@@ -63,8 +64,9 @@ class Watched:
                 self._head, self._frames, self._fps = b"", 0, event["fps"]
             if event.get("fatal"):
                 raise ValueError(event["message"])
-            if event["type"] == "refused":
-                warnings.warn(event["message"], Note, stacklevel=3)
+            refused = [event["message"]] if event["type"] == "refused" else []
+            for line in [*refused, *event.get("notes", ())]:
+                warnings.warn(line, Note, stacklevel=3)
 
     def say(self, message: Control) -> None:
         """Send a message, such as `Pause` or `Seek`."""

@@ -281,11 +281,24 @@ def test_bundled_names_are_found_and_suggested(
 ) -> None:
     """A bundled name resolves to its folder, and a misspelt one is answered with the right one."""
     _checkpoint(tmp_path / "toy")
-    monkeypatch.setattr(checkpoint, "_assets", lambda: tmp_path)
+    monkeypatch.setattr(checkpoint, "assets", lambda: tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     assert Checkpoint.find("toy").source == tmp_path / "toy"
     with pytest.raises(ValueError, match=r"no checkpoint is called 'tpy' .*did you mean 'toy'"):
         Checkpoint.find("tpy")
+
+
+def test_footage_hides_no_bundled_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Videos in a folder `robot` are no model; a checkpoint of one's own there is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "robot" / "videos").mkdir(parents=True)
+    (tmp_path / "robot" / "settings.json").write_text("{}")
+    assert Checkpoint.find("robot").source == checkpoint.assets() / "robot"
+    assert Checkpoint.find("./robot").source == Path("robot")
+    _checkpoint(tmp_path / "toy")
+    assert Checkpoint.find("toy").source == Path("toy")
 
 
 def test_weights_are_stored_in_less_than_they_compute_in(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def sharing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     bundle = tmp_path / "bundle"
     shutil.copytree(whole, bundle / "first")
     tiny_pipeline(seed=2).save_pretrained(bundle / "third")
-    monkeypatch.setattr(checkpoint, "_assets", lambda: bundle)
+    monkeypatch.setattr(checkpoint, "assets", lambda: bundle)
     shutil.copytree(whole, bundle / "second")
     shutil.rmtree(bundle / "second" / "codec")
     _name(bundle / "second", {"codec": "first"})
@@ -51,7 +51,7 @@ def _same(first: VideoPipeline, second: VideoPipeline) -> bool:
 
 def test_the_package_holds_nothing_twice() -> None:
     """Every file of weights is there once: megabytes that all users download."""
-    assets = checkpoint._assets()
+    assets = checkpoint.assets()
     files = [file.read_bytes() for file in assets.rglob("*.safetensors")]
     assert len({hashlib.sha256(content).digest() for content in files}) == len(files) >= 5
     codecs = [Checkpoint.find(name).codec() for name in ("toy", "toy-base")]

@@ -129,7 +129,7 @@ def test_long_videos_are_judged_at_both_ends(config: Evaluate, tmp_path: Path) -
     long = replace(config, units=("frame",), num_prompts=2, seconds=9.0, out=tmp_path / "long")
     evaluate(long, lambda line: None)
     text = (long.out / "report.md").read_text()
-    assert "\n\nall right, of 100: frame " in text
+    assert "\n\nall right, of 100, as the judge of the procedural world reads: frame " in text
     assert ", real clips through the codec " in text
     (video, _) = _kept(tmp_path / "long")["frame"]
     assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)

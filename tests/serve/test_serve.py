@@ -118,8 +118,12 @@ def test_what_is_served_is_what_is_generated_offline(url: str, units: str) -> No
     assert served[:changed] == generated
 
 
-def test_a_client_changes_what_follows(url: str) -> None:
-    """Frames come as arrays; a change is answered, a wrong one refused in a sentence."""
+def test_a_client_changes_what_follows(url: str, engine, monkeypatch) -> None:
+    """Frames come as arrays; a change is answered, a wrong one refused in a sentence.
+
+    Words that the model never read are said, too.
+    """
+    monkeypatch.setitem(engine.pipe.meta, "words", f"{PROMPT} {OTHER}".split())
     recorded = warnings.catch_warnings(record=True, action="always")
     with recorded as notes, connect(url, PROMPT, units="frame") as watched:
         events, shown = [], 0
@@ -127,7 +131,7 @@ def test_a_client_changes_what_follows(url: str) -> None:
             shown += len(frames)
             events += watched.events
             if shown == 9:
-                watched.change(id=7, prompt=OTHER, recompute=True)
+                watched.change(id=7, prompt=f"{OTHER} zebra", recompute=True)
                 watched.change(id=8, units="frames")
                 watched.change(id=9, prompt="")
             if shown > 60:
@@ -136,10 +140,13 @@ def test_a_client_changes_what_follows(url: str) -> None:
     kinds = [event["type"] for event in events]
     assert kinds[0] == "begin"
     changes = [event for event in events if event["type"] == "changed"]
-    assert [(event["ids"], event["notes"]) for event in changes] == [([7], [])]
+    ((ids, (doubt,)),) = [(event["ids"], event["notes"]) for event in changes]
+    assert ids == [7]
+    assert "zebra" in doubt
     refused = {e["id"]: e["message"] for e in events if e["type"] == "refused"}
     assert "Did you mean frame" in refused[8]
-    assert [str(n.message) for n in notes if n.category is Note] == [refused[8], refused[9]]
+    said = [str(n.message) for n in notes if n.category is Note]
+    assert said == [refused[8], refused[9], doubt]
     assert "prompt is empty" in refused[9]
     units = [event for event in events if event["type"] == "unit"]
     assert units[5]["next"][0][0] == units[5]["cells"][0][0] + 1

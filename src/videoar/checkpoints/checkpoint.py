@@ -113,21 +113,26 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def bundled() -> list[str]:
     """Return the names of the checkpoints that come with the package."""
-    return sorted(path.parent.name for path in _assets().glob(f"*/{META}"))
+    return sorted(path.parent.name for path in assets().glob(f"*/{META}"))
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository."""
-    path = Path(name_or_path).expanduser()
+    """Find a checkpoint: what is there, else a bundled one, else a Hugging Face repository.
+
+    Footage may lie in a folder `robot`, and hides no bundled checkpoint: it holds no model.
+    """
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    models = (META, "model_index.json", *weights.WEIGHT_FILES)
+    hides = path.is_dir() and name in bundled() and not any(map(any, map(path.glob, models)))
     found = path.exists() or weights.split_entry(path)[0].is_file()
-    return path if found else _published(str(name_or_path))
+    return path if found and not hides else _published(name)
 
 
 def _published(name: str) -> Path:
     """Find a checkpoint by a name that means the same everywhere."""
     names = bundled()
     if name in names:
-        return _assets() / name
+        return assets() / name
     file = Path(name).suffix.startswith((".pt", ".safe"))
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not file:
         return _from_hub(name)
@@ -152,7 +157,8 @@ def _from_hub(name: str) -> Path:
             return Path(huggingface_hub.snapshot_download(name))
 
 
-def _assets() -> Path:
+def assets() -> Path:
+    """Return the folder of the checkpoints that come with the package."""
     return Path(__file__).parents[1] / "assets"
 
 

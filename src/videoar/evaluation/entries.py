@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from videoar.checkpoints.checkpoint import Checkpoint
+from videoar.checkpoints.checkpoint import Checkpoint, assets
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.evaluation.judge import WINDOW_SECONDS, WORLD, Clips, Judge, windows
@@ -70,7 +70,7 @@ def features(frames: Clips) -> Float[np.ndarray, "b c"]:
 
     Per latent channel: its mean and deviation over all places, and its mean change in time.
     """
-    codec = Checkpoint.find("toy").codec()
+    codec = Checkpoint.find(assets() / "toy").codec()
     stride = codec.stride[0]
     with torch.inference_mode():
         whole = 1 + (frames.shape[1] - 1) // stride * stride

@@ -83,7 +83,7 @@ def write(folder: Path, found: Found, about: Json, say: Callable[[str], None]) -
         each = {line: tables.nearest(found.samples(line), real) for line in (CODEC, *found.lines)}
         shown[NEAREST] = [{"videos of": line} | row for line, row in each.items()]
     shown = {title: rows for title, rows in shown.items() if rows}
-    who = f"{_scores(found)}{_who(pairs)}" if read else UNREAD
+    who = f"{_scores(found, about['judge'])}{_who(pairs)}" if read else UNREAD
     text = [_what(found, about), who, _price(found, drifts), *about["doubts"], ABOUT]
     drawn, title = plots.draw(found, say), about["design"].about or "A study"
     told = [f"# {title}", *text]
@@ -193,11 +193,11 @@ def _what(found: Found, about: Json) -> str:
     )
 
 
-def _scores(found: Found) -> str:
-    """Say how many videos are all right."""
+def _scores(found: Found, judge: str) -> str:
+    """Say how many videos are all right, and whose judge says so."""
     ways = {name: tables.by_prompt(found.samples(name))[CHIEF] for name in (*found.lines, CODEC)}
     said = (f"{name} {bootstrap_interval(scores)}" for name, scores in ways.items())
-    return f"{CHIEF} right, of 100: {', '.join(said)}. "
+    return f"{CHIEF} right, of 100, as the judge of {judge} reads: {', '.join(said)}. "
 
 
 def _who(pairs: Mapping[str, Compared]) -> str:

@@ -113,6 +113,7 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     jobs = _jobs(held["entries"], design, paths[0], about)
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
     said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": []}
+    said["judge"] = (config.judge or paths[0]) if mark else "the procedural world"
     for checkpoint in weights:
         made = [job for job in jobs if job.make is generated]
         own = [job.sampling for job in made if job.checkpoint == checkpoint]
