@@ -2,7 +2,7 @@
 
 Two tasks that undo each other are told in turn, with a prompt every four seconds; the judge of the
 checkpoint says what was done in each part. What was obeyed is kept
-as lines of `--out`, so a run that was stopped goes on.
+as lines of `--out`, so a run that was stopped goes on: another `--recall` needs another file.
 """
 
 import argparse
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--units", nargs="*", default=[*kinds.split(), "cube:3x3x3"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--parts", type=int, default=6, help="instructions of a video")
+    parser.add_argument(
+        "--recall", type=int, help="latent frames that stay at a new instruction; 0: the window"
+    )
     parser.add_argument("--story", help="of one thing alone, such as 'the arm {closes|opens} ...'")
     parser.add_argument("--out", type=Path, default=Path("told.jsonl"))
     given = parser.parse_args()
@@ -62,6 +65,8 @@ def main() -> None:
                 if (kind, text, seed) in rows:
                     continue
                 how = {"num_frames": given.parts * size, "seeds": [seed], "units": kind}
+                if given.recall is not None:
+                    how["recall_frames"] = given.recall or None
                 made = pipe.generate(prompts[:1], **how)
                 for k in range(1, given.parts):
                     made.change_at(k * size, prompts=[prompts[k % 2]], recompute=True)

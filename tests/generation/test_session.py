@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import SCHEMES, tiny_pipeline
 
 from videoar.checks import Note
+from videoar.generation.latents import known_tokens
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.session import Session
 from videoar.generation.state import packed, unpacked
@@ -142,10 +144,49 @@ def test_a_recomputed_cache_is_that_of_a_video_that_began_so(pipe) -> None:
     assert np.allclose(kept.numpy(), theirs[..., : kept.shape[-2], :].numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("units", SCHEMES)
+def test_a_new_prompt_is_read_with_the_last_frames_alone(pipe, units: str) -> None:
+    """What is begun of a segment stays behind whole ones; nothing else of a change does that."""
+    session = pipe.session(PROMPT, units=units, recall_frames=1)
+    _take(session, 5)
+    session.step()
+    generation, before = session.generation, session.generation.sampler
+    session.change(seed=4)
+    session.step()
+    assert generation.sampler is before
+    whole, length, begun = generation._whole, before.units.segment_frames, len(generation._open)
+    kept = [*range(whole - (length if begun else 1), whole)]
+    last = torch.cat([generation._past[t] for t in kept], dim=1)
+    session.change(prompt=OTHER)
+    again = session.branch()
+    session.step()
+    sampler = generation.sampler
+    assert generation.kept == kept
+    found = known_tokens(last, sampler.units, patch=2)
+    assert len(sampler.known) == len(found) + begun
+    for unit, known in found.items():
+        assert torch.equal(sampler.known[unit].tokens, known.tokens)
+    again.step()
+    assert np.array_equal(_frames(_take(session, 4)), _frames(_take(again, 4)))
+
+
+@pytest.mark.parametrize("how", [{"recompute": False}, {"over": 3}])
+def test_a_new_prompt_is_read_with_the_cache_if_that_is_said(pipe, how: dict) -> None:
+    """What is asked for wins over what the checkpoint does by default."""
+    found = []
+    for recall in (None, 1):
+        session = pipe.session(PROMPT, units="frame", recall_frames=recall)
+        _take(session, 5)
+        session.change(prompt=OTHER, **how)
+        found.append(_frames(_take(session, 5)))
+    assert np.array_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prompt": ""}, "prompt is empty"),
+        ({"recall_frames": 0}, "recall_frames is 0"),
         ({"prompt": "x" * 3000}, "3000 characters: shorten"),
         ({"prompt": OTHER, "over": 0}, "over is 0: use 1 to 1000 units"),
         ({"units": "frames"}, "Did you mean frame"),
@@ -190,20 +231,31 @@ def test_a_script_is_the_changes_made_by_hand(pipe) -> None:
 # ---------------------------------------------------------------- states
 
 
+MANY = ((0.5, {"prompt": OTHER, "over": 2}), (0.8, {"units": "cube:1x2x2"}))
+RECOMPUTED = (1.2, {"prompt": PROMPT, "recompute": True})
+
+
 @pytest.mark.parametrize(
-    ("units", "options"),
-    [*zip(SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}, {"first_steps": (4, 3)}]))],
+    ("units", "options", "changes"),
+    [
+        *(
+            (units, options, (*MANY, RECOMPUTED))
+            for units, options in zip(
+                SCHEMES, itertools.cycle([{}, GUIDED, {"lag": 1}, {"first_steps": (4, 3)}])
+            )
+        ),
+        *((units, {"recall_frames": 1}, (MANY[0], RECOMPUTED)) for units in SCHEMES),
+    ],
 )
 def test_a_saved_session_goes_on_bit_for_bit(
-    pipe, units: str, options: dict, tmp_path: Path
+    pipe, units: str, options: dict, changes: tuple, tmp_path: Path
 ) -> None:
     """Between any two units, in the middle of all changes, through a file and another pipeline."""
 
     def begin() -> Session:
         session = pipe.session(PROMPT, num_frames=33, units=units, **options)
-        session.change_at(0.5, prompt=OTHER, over=2)
-        session.change_at(0.8, units="cube:1x2x2")
-        session.change_at(1.2, prompt=PROMPT, recompute=True)
+        for second, change in changes:
+            session.change_at(second, **change)
         return session
 
     whole = _frames(list(begin()))

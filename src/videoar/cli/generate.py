@@ -166,7 +166,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
     else:
         generation = begin(args, pipe, prompt, image)
         for second, later in script:
-            change = {"prompts": [later], "recompute": args.recompute}
+            change = {"prompts": [later], "recompute": args.recompute or None}
             generation.change_at(frame := round(second * pipe.sampling.fps), **change)
             if frame >= generation.num_frames:
                 say(f"the video ends before {second:g} s, from which on {later!r} was to hold")

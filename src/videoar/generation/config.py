@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from videoar.checks import Limit, Natural, Options, check, typed
+from videoar.checks import Count, Limit, Natural, Options, check, typed
 from videoar.core.flow import renoise_step, sigma_steps
 from videoar.core.loss import FlowMatchingConfig
 from videoar.core.noise import mixed
@@ -61,6 +61,9 @@ class GenerationConfig(Options):
     """First latent frames that stay readable for ever: as many whole segments as fit."""
     moving_sinks: bool = True
     """Whether they follow the window; else their positions are those of the first frames."""
+    recall_frames: Count | None = None
+    """Latent frames, in whole segments, that are read with a new prompt, and none before them: the
+    past says what was told before. None: the window, and no key is computed anew unasked."""
     lag: int | float | str | None = None
     """Rows between the starts of two waves, or one of `schedules.SCHEDULES`."""
     context_noise: float = 0.0

@@ -46,7 +46,7 @@ class Assembler:
         rows, cells = sent(places[:, level == 0], tokens.device)
         self._open[:, cells] = tokens[:, rows]
         start, count = self.done % segment, unit.complete_frames - self.done
-        if not count:
+        if count <= 0:
             return None
         self.done = unit.complete_frames
         axes = "b (t h w) (c p q) -> b t c (h p) (w q)"

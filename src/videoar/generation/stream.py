@@ -1,5 +1,6 @@
 """A video in the making: units are sampled and decoded as they come."""
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -96,12 +97,13 @@ class Generation:
         """Number of first frames that condition the rest, and are not generated."""
         return 0 if self.conditioning is None else self.conditioning.shape[1]
 
-    def change(self, *, recompute: bool = False, over: int = 1, **changes: Any) -> None:
+    def change(self, *, recompute: bool | None = None, over: int = 1, **changes: Any) -> None:
         """Ask for something else from the next unit on; other units begin with the next segment.
 
         Args:
             recompute: compute the keys of the frames that a unit reads anew, with the new words, as
-                is always done for fields of `GenerationConfig`; else the cache stays.
+                is always done for fields of `GenerationConfig`; else the cache stays. These are
+                the last `recall_frames`, if the options have them, and then it is the default.
             over: units over which new prompts are blended with those before.
             changes: `prompts`, `seeds`, and fields of `GenerationConfig`.
 
@@ -121,7 +123,9 @@ class Generation:
         """Return what is computed and not decoded, once it is."""
         return None if self._ahead is None else self._ahead()
 
-    def _plan(self, *, recompute: bool = False, over: int = 1, **changes: Any) -> tuple[Plan, bool]:
+    def _plan(
+        self, *, recompute: bool | None = None, over: int = 1, **changes: Any
+    ) -> tuple[Plan, bool]:
         """Return what is asked for, and whether keys are to be new; raise if it cannot be."""
         plan = self.wanted or self.plan
         prompts, seeds = (changes.pop(name, getattr(plan, name)) for name in ("prompts", "seeds"))
@@ -132,6 +136,9 @@ class Generation:
         fps = plan.options.fps
         check("fps", fps, fps == self.plan.options.fps, "the rate that it began with")
         self.pipe.check(plan)
+        if recompute is None:
+            told = plan.prompts != self.plan.prompts and over == 1
+            recompute = told and plan.options.recall_frames is not None
         return plan, self._anew or recompute
 
     def _change(self, wanted: Plan) -> None:
@@ -179,6 +186,10 @@ class Generation:
         whole = [t for t in sorted(self._past) if t < self._whole]
         kept = [t for t in whole if t < first or t >= self._whole - last]
         kept = kept[len(kept) % units.segment_frames :]
+        if self._anew and options.recall_frames is not None:
+            # What is open of a segment stays where it is, behind whole ones.
+            most = math.ceil(options.recall_frames / units.segment_frames) * units.segment_frames
+            kept = kept[-(most if self._open else options.recall_frames) :]
         rest = None if self._frames is None else len(kept) + self._frames - self._whole
         sampler = self.pipe.sampler(self.plan, rest, text=text)
         sampler.on_step = self.sampler.on_step
@@ -188,7 +199,8 @@ class Generation:
         if kept:
             latents = torch.cat([self._past[t] for t in kept], dim=1)
             known = known_tokens(latents, units, patch=sampler.network.config.patch)
-        self._assembler.done, sampler.delivered = len(kept), len(known)
+        done = itertools.takewhile(lambda part: part.mask.all(), known.values())
+        self._assembler.done, sampler.delivered = len(kept), sum(1 for _ in done)
         for tokens in self._open:
             whole = torch.ones(tokens.shape[1], dtype=torch.bool)
             known[sampler.delivered] = Known(whole, tokens)

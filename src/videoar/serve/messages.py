@@ -50,7 +50,7 @@ class Change:
     seed: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    recompute: bool = False
+    recompute: bool | None = None
     over: int = 1
 
 

@@ -167,7 +167,7 @@ function remember(prompt) {
 
 function send() {
   if (!session) return start();
-  const how = { recompute: { recompute: true }, keep: {}, blend: { over: 8 } }[chosen("how")];
+  const how = { recompute: { recompute: true }, keep: { recompute: false }, blend: { over: 8 } }[chosen("how")];
   remember($("prompt").value);
   ask({ prompt: $("prompt").value, ...how });
 }
