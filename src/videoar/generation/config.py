@@ -114,6 +114,16 @@ class GenerationConfig(Options):
         window = max(window, parse(chosen).frames or 0)
         return self.replaced(units=chosen, window_frames=window, **changes)
 
+    def read_again(self, units: Units, past: list[int], whole: int) -> list[int]:
+        """Return what a new sampler reads of latent frames: whole segments of sinks and window."""
+        first, last = 0, whole
+        if self.window_frames is not None:
+            first = units.whole_segments(self.sink_frames, window=self.window_frames)
+            last = (self.window_frames - first) // units.segment_frames - 1
+            last *= units.segment_frames
+        kept = [t for t in past if t < whole and (t < first or t >= whole - last)]
+        return kept[len(kept) % units.segment_frames :]
+
     def sampler(self, units: Units) -> SamplerConfig:
         """Return the same for the core, over `units`.
 

@@ -178,18 +178,11 @@ class Generation:
         """Go on with a new sampler, for which the frames that a unit reads are known."""
         options = self.plan.options
         units, _ = self.pipe.settings(options, None)
-        first, last = 0, self._whole
-        if options.window_frames is not None:
-            first = units.whole_segments(options.sink_frames, window=options.window_frames)
-            last = (options.window_frames - first) // units.segment_frames - 1
-            last *= units.segment_frames
-        whole = [t for t in sorted(self._past) if t < self._whole]
-        kept = [t for t in whole if t < first or t >= self._whole - last]
-        kept = kept[len(kept) % units.segment_frames :]
-        if self._anew and options.recall_frames is not None:
+        kept = options.read_again(units, sorted(self._past), self._whole)
+        if self._anew and (recalled := options.recall_frames):
             # What is open of a segment stays where it is, behind whole ones.
-            most = math.ceil(options.recall_frames / units.segment_frames) * units.segment_frames
-            kept = kept[-(most if self._open else options.recall_frames) :]
+            length = units.segment_frames if self._open else 1
+            kept = kept[-math.ceil(recalled / length) * length :]
         rest = None if self._frames is None else len(kept) + self._frames - self._whole
         sampler = self.pipe.sampler(self.plan, rest, text=text)
         sampler.on_step = self.sampler.on_step
