@@ -26,8 +26,9 @@ from videoar.data.video import (
     read_video,
 )
 from videoar.evaluation.entries import find_judge
-from videoar.evaluation.judge import WINDOW_SECONDS, Judge, windows
+from videoar.evaluation.judge import WINDOW_SECONDS, WORLD, Clips, Judge, read, windows
 from videoar.evaluation.options import Judged
+from videoar.evaluation.reader import TrainedJudge
 from videoar.evaluation.speed import apart
 from videoar.evaluation.tables import cells, columns
 from videoar.files import check_folder
@@ -150,7 +151,22 @@ def watched(args: options.Generate, fps: int, judge: Judge) -> Iterator[tuple[fl
     size, frames = round(WINDOW_SECONDS * fps), decode_frames(args.out)
     for k, clip in enumerate(windows((frame[None, None] for frame in frames), size=size)):
         if clip.shape[1] > size // 2:
-            yield k * WINDOW_SECONDS, judge.describe(clip, fps=fps)[0]
+            yield k * WINDOW_SECONDS, described(judge, clip, fps=fps)
+
+
+def described(judge: Judge, clip: Clips, *, fps: int) -> str:
+    """Say what a judge sees in one clip; nothing if it reads none."""
+    if isinstance(judge, TrainedJudge):
+        (seen,) = judge.reader.read(clip)
+        return ", ".join(w if isinstance(w, str) else " then ".join(w) for w in seen.values())
+    if judge is not WORLD:
+        return ""
+    reading = read(clip[0], fps=fps)
+    said = [
+        f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
+        for thing in reading.things
+    ]
+    return f"{' and '.join(said) or 'nothing'} on {reading.background or 'another colour'}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -43,13 +43,6 @@ class Reading:
     """None for a colour far from all of `BACKGROUNDS`."""
     things: tuple[Seen, ...]
 
-    def __str__(self) -> str:
-        said = [
-            f"{thing.size} {thing.color} {thing.shape or 'thing'} {thing.motion or 'going astray'}"
-            for thing in self.things
-        ]
-        return f"{' and '.join(said) or 'nothing'} on {self.background or 'another colour'}"
-
 
 def read(frames: Frames, *, fps: int = 16) -> Reading:
     """Tell from pixels alone what a clip shows.
@@ -225,9 +218,6 @@ class Judge(Protocol):
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         """Return what is `seen` in each clip, and its `scores`."""
 
-    def describe(self, clips: Clips, *, fps: int) -> list[str]:
-        """Say what is seen in each clip."""
-
 
 class WorldJudge:
     """The judge of the procedural world, which is exact."""
@@ -254,9 +244,6 @@ class WorldJudge:
             seen = {"background": reading.background, "things": things}
             found.append({"scores": right, "seen": seen})
         return found
-
-    def describe(self, clips: Clips, *, fps: int) -> list[str]:
-        return [str(read(clip, fps=fps)) for clip in clips]
 
 
 WORLD = WorldJudge()

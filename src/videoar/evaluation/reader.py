@@ -188,9 +188,6 @@ class Footage:
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         return [{"seen": {}, "scores": {}} for _ in clips]
 
-    def describe(self, clips: Clips, *, fps: int) -> list[str]:
-        return ["" for _ in clips]
-
 
 class TrainedJudge(Footage):
     """The judge of labelled videos."""
@@ -206,8 +203,3 @@ class TrainedJudge(Footage):
     def look(self, clips: Clips, prompts: list[Json], *, fps: int) -> list[Json]:
         told = zip(self.reader.read(clips), prompts, strict=True)
         return [{"seen": seen, "scores": scores(seen, asked["told"])} for seen, asked in told]
-
-    def describe(self, clips: Clips, *, fps: int) -> list[str]:
-        read = [seen.values() for seen in self.reader.read(clips)]
-        said = [[w if isinstance(w, str) else " then ".join(w) for w in words] for words in read]
-        return [", ".join(words) for words in said]
