@@ -28,7 +28,7 @@ from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
 from videoar.data.sources import Source
 from videoar.data.video import Frames, VideoWriter
-from videoar.data.world import Scene, caption, render, scene_of
+from videoar.data.world import Scene, caption, random_clip, scene_of
 from videoar.encoders.codec import Codec, from_frames
 from videoar.files import replaced_folder, write_json
 from videoar.weights import write_safetensors
@@ -137,10 +137,7 @@ class WorldEncoder:
         num_frames = 1 + self.codec.stride[0] * (self.num_latents - 1)
         for first in range(0, len(indices), 16):
             scenes = [scene_of(index, seed=self.seed) for index in indices[first : first + 16]]
-            clips = [
-                render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
-                for scene, rng in scenes
-            ]
+            clips = [random_clip(*scene, num_frames=num_frames) for scene in scenes]
             # Half the time in bfloat16, and what is lost is below the precision of shards.
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 latents = self.codec.encode(from_frames(np.stack(clips))).float()

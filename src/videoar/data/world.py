@@ -138,6 +138,11 @@ def render(
     return frames.astype(np.uint8)
 
 
+def random_clip(scene: Scene, rng: np.random.Generator, *, num_frames: int) -> Frames:
+    """Draw frames of a scene from a random moment on."""
+    return render(scene, num_frames=num_frames, start=int(rng.integers(1000)))
+
+
 def find_path(thing: Thing, seconds: Series) -> Path:
     """Return where a thing is, and how big, at the given times."""
     drift_x, drift_y = DRIFTS.get(thing.motion, (0.0, 0.0))

@@ -23,7 +23,7 @@ from videoar.data.options import Prepare, TestShare
 from videoar.data.prepare import HELD_OUT_FOLDER, run
 from videoar.data.sources import Source, list_sources
 from videoar.data.video import Frames
-from videoar.data.world import FIRST_HELD_OUT, render, scene_of
+from videoar.data.world import FIRST_HELD_OUT, random_clip, scene_of
 from videoar.encoders.codec import PatchCodec, PatchCodecConfig, Video, from_frames, to_frames
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.evaluation.metrics import edges, moving, psnr, ssim, xpsnr
@@ -220,11 +220,8 @@ class WorldClips:
         return self.task.num_clips
 
     def get(self, indices: list[int], rng: np.random.Generator) -> dict[str, Any]:
-        clips = []
-        for index in indices:
-            scene, own = scene_of(index, seed=self.seed)
-            start = int(own.integers(1000))
-            clips.append(render(scene, num_frames=self.task.num_frames, start=start))
+        scenes = (scene_of(index, seed=self.seed) for index in indices)
+        clips = [random_clip(*scene, num_frames=self.task.num_frames) for scene in scenes]
         return {"video": from_frames(np.stack(clips))}
 
     def held_out(self, count: int) -> Iterator[Video]:
