@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from videoar.checks import check, explained
+from videoar.checks import explained
 from videoar.data.containers import Unusable, check_size
 from videoar.data.decode import Fit, read, readable, upright
 from videoar.data.sources import Source, list_sources
@@ -85,7 +85,6 @@ def beginning(
     """
     if image is not None and video is not None:
         raise ValueError("image and video both say how the video begins: give one of them.")
-    check("fit", fit, fit in (None, "crop", "letterbox"), "crop or letterbox")
     if image is None and video is None:
         if fit is not None:
             raise ValueError("fit says how image or video is resized: give one of them too.")

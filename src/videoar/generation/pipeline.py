@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from videoar import weights
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from videoar.checks import Count, check, check_types, checked
+from videoar.checks import Count, Options, check, checked, one_of
 from videoar.core.sampler import Sampler, SamplerConfig
 from videoar.core.schemes import Scheme, names
 from videoar.core.tokens import Known
@@ -36,7 +36,7 @@ from videoar.weights import Device
 
 
 @dataclass
-class VideoPipeline:
+class VideoPipeline(Options):
     """A generator with everything around it.
 
     pipe = VideoPipeline.from_pretrained("toy")
@@ -62,9 +62,6 @@ class VideoPipeline:
     """Whether a thread computes what follows while frames are decoded: see `stream.Generation`."""
     progress: bool = True
     """Whether a call shows on stderr how far it is: see `set_progress_bar_config`."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
     @classmethod
     @checked
@@ -191,7 +188,7 @@ class VideoPipeline:
         num_videos_per_prompt: Count = 1,
         seed: int | Sequence[int] | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: str = "video",
+        output_type: Annotated[str, one_of(inputs.OUTPUTS)] = "video",
         callback_on_step_end: inputs.OnStepEnd | None = None,
         **options: Any,
     ) -> Any:
@@ -227,8 +224,6 @@ class VideoPipeline:
             ValueError: an argument is outside its limits; nothing has been computed then.
             TypeError: there is no such keyword.
         """
-        kinds = inputs.OUTPUTS
-        check("output_type", output_type, output_type in kinds, f"one of {', '.join(kinds)}")
         given = {"units": units, "num_inference_steps": num_inference_steps}
         given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
         options |= {name: value for name, value in given.items() if value is not None}
@@ -243,7 +238,8 @@ class VideoPipeline:
             latent = output_type == "latent"
             made = begun.latents() if latent else np.concatenate(list(begun), axis=1)
         fps = float(options.get("fps", self.sampling.fps))
-        found = [kinds[output_type](x, fps, seed) for x, seed in zip(made, seeds, strict=True)]
+        kind = inputs.OUTPUTS[output_type]
+        found = [kind(x, fps, seed) for x, seed in zip(made, seeds, strict=True)]
         return found[0] if isinstance(prompt, str) and num_videos_per_prompt == 1 else found
 
     def stream(
