@@ -203,13 +203,6 @@ def check_options(options: Any, *rules: Rule, least: Mapping[str, float] = {}) -
         check(name, value, value is None or value >= low, f"{low} or more")
 
 
-def check_whole(name: str, value: Any, *, least: float = -math.inf) -> None:
-    """Raise unless a value is a whole number that is not below the least, or None."""
-    right = value is None or isinstance(value, numbers.Integral)
-    check(name, repr(value), right, "a whole number")
-    check(name, value, value is None or value >= least, f"{least} or more")
-
-
 def check_same(
     old: Any, new: Any, *, held: str, other: str, free: Collection[str] = (), options: Any = None
 ) -> None:

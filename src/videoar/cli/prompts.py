@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from videoar.checks import check_whole, explained, hint
+from videoar.checks import check, explained, hint
 from videoar.data.sources import name_problem
 from videoar.data.video import PICTURES, STREAMS
 
@@ -99,5 +99,6 @@ def _read(values: Any, *, default: str, seed: int) -> tuple[str, str, int]:
         name += ".mp4"
     first = values.get("seed", seed)
     first = int(first) if isinstance(first, str) and first.isdecimal() else first
-    check_whole("seed", first, least=0)
+    check("seed", repr(first), isinstance(first, int), "a whole number")
+    check("seed", first, first >= 0, "0 or more")
     return values["prompt"], name, first

@@ -68,7 +68,7 @@ def make_parts(
     frames = read(
         source,
         fps=config.fps,
-        sizes=config.pixels or (),
+        sizes=config.pixels,
         scene_cut=config.scene_cut,
         picture_fps=config.picture_fps,
         notes=notes,

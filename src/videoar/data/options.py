@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from videoar.checks import Count, Finite, Limit, Options, check_options
+from videoar.checks import Count, Finite, Limit, Options
 
 ALL = "1/1"  # the whole share
 
@@ -24,6 +24,10 @@ Rate = Annotated[float, Limit(lambda rate: 0 < rate <= 240, "a number above 0, u
 Change = Annotated[float, Limit(lambda change: 0 < change < 1, "between 0 and 1")]
 TestShare = Annotated[float, Limit(lambda share: 0 < share <= 0.5, "a share above 0, up to 0.5")]
 
+LENGTHS = Limit(lambda x: min(x, default=0) > 1, "lengths above 1, such as 61")
+SIZE = re.compile(r"[1-9]\d{1,3}x[1-9]\d{1,3}").fullmatch
+SIZES = Limit(lambda x: x and all(map(SIZE, x)), "widths and heights, such as 64x64 96x64")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Options):
@@ -39,11 +43,11 @@ class Prepare(Options):
     """From metadata.jsonl, metadata.csv, .txt beside the video or in the tar; none: without."""
     fps: Rate = 16.0
     """Frames per second of the clips."""
-    num_frames: tuple[int, ...] = (61, 29)
+    num_frames: Annotated[tuple[int, ...], LENGTHS] = (61, 29)
     """Lengths of clips, 1 + 4k: the longest, and shorter ones for what is left of a scene."""
     stride: Count | None = None
     """Frames from one clip to the next; by default the longest length."""
-    sizes: tuple[str, ...] = ("64x64",)
+    sizes: Annotated[tuple[str, ...], SIZES] = ("64x64",)
     """Widths and heights of clips; each video is cropped to the one of nearest shape."""
     scene_cut: Change | None = None
     """Mean change of a pixel, from 0 to 1, that ends a scene, such as 0.1; none is looked for."""
@@ -61,16 +65,8 @@ class Prepare(Options):
     """K/N on the K-th of N machines that share the folders: every N-th video is made. When all are
     done, the command without it puts the shares together."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(
-            self,
-            ("num_frames", min(self.num_frames, default=0) > 1, "lengths above 1, such as 61"),
-            ("sizes", self.pixels is not None, "widths and heights, such as 64x64 96x64"),
-        )
-
     @property
-    def pixels(self) -> list[tuple[int, int]] | None:
-        """Return the sizes as numbers; None if one of them is none."""
-        found = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size) for size in self.sizes]
-        return [(int(m[1]), int(m[2])) for m in found if m] if found and all(found) else None
+    def pixels(self) -> list[tuple[int, int]]:
+        """The sizes as numbers."""
+        pairs = (size.split("x") for size in self.sizes)
+        return [(int(width), int(height)) for width, height in pairs]

@@ -102,7 +102,7 @@ def _check_sizes(config: Prepare, codec: Codec) -> None:
         ends = f"{below} or {below + time_stride}: latent frames end at 1 + {time_stride} * k"
         check("num_frames", length, length == below, ends)
     high, wide = (2 * side for side in sides)  # transformers take patches of 2 x 2 latents
-    for width, height in config.pixels or ():
+    for width, height in config.pixels:
         fits = not (width % wide or height % high)
         check("a size", f"{width}x{height}", fits, f"multiples of {wide} and {high}")
 

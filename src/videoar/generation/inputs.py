@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar.checks import Note, check, check_names, check_whole, signal_of
+from videoar.checks import Note, check, check_names, signal_of
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
@@ -164,7 +164,7 @@ def check_inputs(plan: Plan, *, encoded: bool, negative: str | None = None) -> N
     if not encoded and not any(prompt.strip() for prompt in prompts):
         raise ValueError("The prompt is empty: describe the video in a few words.")
     for seed in seeds:
-        check_whole("seed", seed)
+        check("seed", repr(seed), isinstance(seed, numbers.Integral | None), "a whole number")
         right = seed is not None and 0 <= seed <= MAX_SEED
         check("seed", seed, right, f"0 to {MAX_SEED}")
     scale = plan.options.guidance_scale

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from videoar import weights
-from videoar.checks import explained
 from videoar.files import Json
 
 State = dict[str, Tensor]
@@ -25,8 +24,10 @@ def unpacked(state: State, name: str = "json") -> Any:
     Raises:
         ValueError: it is none.
     """
-    with explained("this is no state of a generation: give what `save` wrote", KeyError, ValueError):
+    try:
         return json.loads(state[name].cpu().numpy().tobytes())
+    except (KeyError, ValueError) as error:
+        raise ValueError("this is no state of a generation: give what `save` wrote") from error
 
 
 def copied(state: State) -> State:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from videoar.checkpoints.checkpoint import fingerprints
-from videoar.checks import Count, Finite, Options, Report, check
+from videoar.checks import Count, Finite, Limit, Options, Report
 from videoar.core.schemes import KINDS, names, parse
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
@@ -60,7 +60,7 @@ class RoutingConfig(Options):
     """Latent frames of a clip."""
     clips: Count = 256
     """Clips that are measured, the last quarter to test on."""
-    draws: Count = 4
+    draws: Annotated[int, Limit(lambda count: count >= 2, "2 or more")] = 4
     """Videos of every segment."""
     num_inference_steps: Count | None = None
     """Denoising steps; the checkpoint's own by default."""
@@ -74,7 +74,6 @@ class RoutingConfig(Options):
             LatentShards(self.latents)
 
     def build(self, config: TrainConfig, report: Report) -> "RoutingTask":
-        check("draws", self.draws, self.draws > 1, "2 or more")
         return RoutingTask(self, config, report)
 
 
