@@ -18,6 +18,7 @@ DEMUXERS = (
 )
 MIN_SIDE, MAX_PIXELS = 16, 2**26
 LOST = "damaged packets or frames left out"
+UNREADABLE = av.FFmpegError, OSError
 LEAST = 128  # bytes of a video; labels in tars have fewer
 
 
@@ -46,13 +47,11 @@ def open_container(path: str, offset: int, size: int) -> Any:
 
 def is_video(path: str, offset: int, size: int) -> bool:
     """Say by its content, whatever its name is, whether a file shows something that moves."""
-    try:
-        if size < LEAST or is_webp(path, offset):
-            return size >= LEAST
-        with open_container(path, offset, size) as container:
-            return bool(_shown(container))
-    except (av.FFmpegError, OSError):
-        return False
+    if size < LEAST or is_webp(path, offset):
+        return size >= LEAST
+    with contextlib.suppress(*UNREADABLE), open_container(path, offset, size) as container:
+        return bool(_shown(container))
+    return False
 
 
 def is_webp(path: str, offset: int) -> bool:
@@ -135,8 +134,6 @@ def pictured(container: Any) -> Any:
 
 def duration(path: str, offset: int, size: int) -> float:
     """Return the seconds that a header promises; 0 if it does not say."""
-    try:
-        with open_container(path, offset, size) as container:
-            return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError):
-        return 0.0
+    with contextlib.suppress(*UNREADABLE), open_container(path, offset, size) as container:
+        return (container.duration or 0) / av.time_base
+    return 0.0

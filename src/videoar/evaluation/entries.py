@@ -193,10 +193,9 @@ def read_overrides(text: str) -> Json:
                 f"{pair!r} changes no field of the sampling: write NAME=VALUE with a name among"
                 f" {', '.join(known)}"
             )
-        try:
+        changes[name] = value
+        with contextlib.suppress(ValueError):
             changes[name] = json.loads(value)
-        except ValueError:
-            changes[name] = value
     return changes
 
 

@@ -88,10 +88,8 @@ def claim(out: Path, config: Any) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:  # a file system without locks: what is written there has to do
-            pass
+        except OSError as error:  # else a file system without locks: what is written has to do
+            taken = isinstance(error, BlockingIOError)
         file.seek(0)
         process, _, host = file.read().partition(" on ")
         if taken or host not in ("", here):
