@@ -1,5 +1,6 @@
 """Batches as a function of the step."""
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,16 +58,14 @@ class Batches:
                 f"{most}, but one batch takes {batch_size}: add samples or lower batch_size"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self._order = (-1, np.zeros((0, 0), np.int64))  # epoch, batches x samples
+        self._order = functools.lru_cache(1)(self._batches_of)
         self._ready: dict[int, Future[dict[str, Any]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def indices(self, step: int) -> list[int]:
         """Return which samples are taken at `step`."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._batches_of(epoch))
-        return self._order[1][position].tolist()
+        return self._order(epoch)[position].tolist()
 
     def _batches_of(self, epoch: int) -> Int[np.ndarray, "batches samples"]:
         """Permute the samples and fill batches; one stands where its last sample does."""
