@@ -223,9 +223,8 @@ FIRST_SCENE = 2 * FIRST_HELD_OUT  # training ends below `FIRST_HELD_OUT`, valida
 
 def held_out_prompts(count: int, *, seed: int) -> list[Json]:
     """Return scenes that no training has seen, with a caption and a seed each."""
-    prompts = []
-    for i in range(count):
-        scene, rng = scene_of(FIRST_SCENE + i, seed=seed)
-        text = caption(scene, rng)
-        prompts.append({"prompt": text, "seed": seed + i, "scene": scene.to_json()})
-    return prompts
+    scenes = (scene_of(FIRST_SCENE + i, seed=seed) for i in range(count))
+    return [
+        {"prompt": caption(scene, rng), "seed": seed + i, "scene": scene.to_json()}
+        for i, (scene, rng) in enumerate(scenes)
+    ]

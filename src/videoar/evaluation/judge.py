@@ -158,20 +158,19 @@ def _name_motion(seconds: Series, track: Path) -> str | None:
         gain, (speed,) = _explain(x if speed_x else y, seconds)
         if speed / (speed_x + speed_y) > MIN_SPEED:
             gains.append((gain - 0.5, motion))
+    periodic = {"circling": (track[:, :2], MIN_ORBIT, 1.0)}
+    periodic |= {"growing": (radius, MIN_GROWTH * np.mean(radius), 4.0)}
     for stretch in (0.8, 0.9, 1.0, 1.1, 1.2):  # a generated motion may be a little slow or fast
         for phase in np.arange(0.0, 1.0, 0.05):
             turn = (seconds / (stretch * world.PERIODS["bouncing"]) + phase) % 1.0
             gain, (height,) = _explain(y, -4.0 * turn * (1.0 - turn))
             if height > MIN_BOUNCE:
                 gains.append((gain - 1.0, "bouncing"))
-        angle = 2.0 * np.pi * seconds / (stretch * world.PERIODS["circling"])
-        gain, swing = _explain(track[:, :2], np.cos(angle), np.sin(angle))
-        if np.hypot(*swing).min() > MIN_ORBIT:
-            gains.append((gain - 1.0, "circling"))
-        angle = 2.0 * np.pi * seconds / (stretch * world.PERIODS["growing"])
-        gain, swing = _explain(radius, np.cos(angle), np.sin(angle))
-        if np.hypot(*swing) > MIN_GROWTH * np.mean(radius):
-            gains.append((4.0 * gain - 1.0, "growing"))
+        for motion, (values, least, worth) in periodic.items():
+            angle = 2.0 * np.pi * seconds / (stretch * world.PERIODS[motion])
+            gain, swing = _explain(values, np.cos(angle), np.sin(angle))
+            if np.hypot(*swing).min() > least:
+                gains.append((worth * gain - 1.0, motion))
     gain, motion = max(gains)
     return motion if np.var(x) + np.var(y) - gain < MAX_STRAY else None
 
