@@ -144,7 +144,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
 
     state: dict[str, Any] = {}
     if args.resume is not None:
-        state, args = _resumed(args)
+        state, args = _resumed(args, args.resume)
     elif args.save_state is not None and args.save_state.exists() and not args.force:
         raise ValueError(f"{args.save_state} exists already: --resume it, or pass --force")
     target = check_output(args.out, overwrite=args.force or bool(state))
@@ -253,7 +253,6 @@ def read_script(args: options.Generate) -> list[tuple[float, str]]:
 
 def _save(args: options.Generate, generation: Any, writer: Any) -> None:
     """Write what `--resume` needs, if that is asked for."""
-    import numpy as np
     import torch
 
     from videoar.generation.state import packed
@@ -263,23 +262,22 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
         return
     held = {name: to_json(getattr(args, name)) for name in HELD}
     held |= {"out": str(writer.path.absolute()), "prompt": generation.begun.prompts[0]}
-    pending = torch.from_numpy(np.array(file.pop("pending"), dtype=np.uint8))
+    pending = torch.from_numpy(file.pop("pending"))
     parts = {"args": packed(held), "file": packed(file), "pending": pending}
     write_safetensors(args.save_state, generation.state_dict() | parts)
 
 
-def _resumed(args: options.Generate) -> tuple[dict[str, Any], options.Generate]:
+def _resumed(args: options.Generate, file: Path) -> tuple[dict[str, Any], options.Generate]:
     """Read a state, and the options it was made with."""
     from videoar.generation.state import unpacked
     from videoar.weights import read_safetensors
 
-    assert args.resume is not None
-    if not args.resume.exists():
-        raise ValueError(f"there is no {args.resume}: it is removed when its video is whole")
-    state = read_safetensors(args.resume)
+    if not file.exists():
+        raise ValueError(f"there is no {file}: it is removed when its video is whole")
+    state = read_safetensors(file)
     held = unpacked(state, "args")
     held |= {"out": Path(held["out"]), "lora": tuple(held["lora"])}
-    return state, replace(args, **held, resume=None, save_state=args.resume)
+    return state, replace(args, **held, resume=None, save_state=file)
 
 
 def summary(path: Path, done: Timing, *, scheme: str) -> str:
