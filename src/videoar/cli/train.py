@@ -1,7 +1,6 @@
 """`videoar train` and `videoar distill`."""
 
 import os
-from typing import Any
 
 from videoar.cli import options
 from videoar.cli.progress import say
@@ -9,7 +8,7 @@ from videoar.machine import check_device
 from videoar.training import loop, recipes
 
 
-def train(args: options.Train, *, config: Any = None) -> None:
+def train(args: options.Train, *, config: loop.TrainConfig | None = None) -> None:
     """Train a recipe, export a run, or list the recipes."""
     distils = isinstance(args, options.Distill)
     if args.list or args.recipe is None:

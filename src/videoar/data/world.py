@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from videoar.checks import Options, one_of
-from videoar.files import Json
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Masks = Float[np.ndarray, "frames height width"]
@@ -221,7 +220,7 @@ def scene_of(index: int, *, seed: int) -> tuple[Scene, np.random.Generator]:
 FIRST_SCENE = 2 * FIRST_HELD_OUT  # training ends below `FIRST_HELD_OUT`, validation soon after it
 
 
-def held_out_prompts(count: int, *, seed: int) -> list[Json]:
+def held_out_prompts(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Return scenes that no training has seen, with a caption and a seed each."""
     scenes = (scene_of(FIRST_SCENE + i, seed=seed) for i in range(count))
     return [

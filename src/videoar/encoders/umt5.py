@@ -10,7 +10,6 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ class UMT5PromptEncoder:
         else:
             model.save_pretrained(folder / encoder)
 
-    def tensors(self) -> Sequence[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Return the parameters, mapped: for counting."""
         return [tensor for name, tensor in self.weights().items() if name != TIED[0]]
 

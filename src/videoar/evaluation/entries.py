@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from videoar.checkpoints.checkpoint import Checkpoint, assets
 from videoar.data.video import VideoWriter
 from videoar.encoders.codec import from_frames, to_frames
 from videoar.evaluation.judge import WINDOW_SECONDS, WORLD, Clips, Judge, windows
 from videoar.evaluation.looks import pictures
-from videoar.evaluation.metrics import PixelUnits, motion, properties, seams, slope
+from videoar.evaluation.metrics import Features, PixelUnits, motion, properties, seams, slope
 from videoar.evaluation.options import Judged
 from videoar.evaluation.reader import FOOTAGE, Footage, TrainedJudge, held_out
 from videoar.files import Json, to_json
@@ -65,7 +64,7 @@ def coded(pipe: VideoPipeline, prompts: Asked, judge: Judge, *, num_frames: int)
         start = end
 
 
-def features(frames: Clips) -> Float[np.ndarray, "b c"]:
+def features(frames: Clips) -> Features:
     """Describe videos by the encoder of the bundled codec, a fixed network that saw no generator.
 
     Per latent channel: its mean and deviation over all places, and its mean change in time.

@@ -3,7 +3,6 @@
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -33,7 +32,7 @@ def draw(found: Found, say: Report) -> dict[str, str]:
         return {name: _figure(panels) for name, panels in plots.items() if panels}
 
 
-def _figure(panels: Mapping[str, Points]) -> str:
+def _figure(panels: dict[str, Points]) -> str:
     """Draw panels beside each other: curves with bands, or points with bars where they are few."""
     figure_of = import_extra("matplotlib.figure", MISSING).Figure
     figure = figure_of(figsize=(4 * len(panels), 4), layout="constrained")

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -166,7 +165,7 @@ class Score:
     """A score, or a sum of scores, and how far each prompt pulls it; the pulls sum to 0."""
 
     value: float
-    pulls: Mapping[str, float]
+    pulls: dict[str, float]
     of: str = ""
 
     def __str__(self) -> str:

@@ -4,7 +4,6 @@ import itertools
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor
 
 from videoar.core.tokens import Known, Latents, Tokens, gather
@@ -32,7 +31,7 @@ class Assembler:
 
     def __init__(self, units: Units, *, patch: int = 2):
         self.units, self.patch, self.done = units, patch, 0
-        self._open: Float[Tensor, "batch cells features"] | None = None
+        self._open: Tokens | None = None
         """The cells of a segment, whose frames are overwritten by those of the next one."""
 
     def add(self, unit: Unit, tokens: Tokens) -> Latents | None:

@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
 from videoar.checks import check_names
 from videoar.core.sampler import Finished
 from videoar.core.units import Unit
+from videoar.data.video import Frames
 from videoar.generation.config import GenerationConfig, Plan
 from videoar.generation.inputs import warned
 from videoar.generation.state import State, unpacked
@@ -58,7 +56,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._kept.clear()
 
-    def __iter__(self) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
+    def __iter__(self) -> Iterator[Frames]:
         while (done := self.step()) is not None:
             if done[1] is not None:
                 yield done[1][0]

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
 from videoar import weights
 from videoar.checks import check, check_same
@@ -22,7 +21,6 @@ from videoar.core.tokens import Known, Latents, Tokens
 from videoar.core.transformer import TextContext
 from videoar.core.units import Unit
 from videoar.encoders.codec import to_frames
-from videoar.files import Json
 from videoar.generation.config import Plan
 from videoar.generation.latents import Assembler, known_tokens
 from videoar.generation.state import State, about, copied, packed, unpacked
@@ -323,7 +321,7 @@ class Generation:
         return frames
 
     @torch.inference_mode()
-    def latents(self) -> Float[Tensor, "batch frames channels height width"]:
+    def latents(self) -> Latents:
         """Generate a clip to its end, and return what would be decoded to its frames."""
         assert self.num_frames is not None, "an endless stream has no end"
         count = 1 + math.ceil((self.num_frames - 1) / self._codec.stride[0])
@@ -373,7 +371,7 @@ class Generation:
         self._wait()
         about, now = unpacked(state).values()
         state = copied(state)
-        how: Json = {"other": "state", "options": {"begun": self.begun}}
+        how: dict[str, Any] = {"other": "state", "options": {"begun": self.begun}}
         check_same(about, self.about, held="the state is of a generation", **how)
         plan, device = Plan.from_json(now["plan"]), self.sampler.device
         if plan != self.plan or plan.stretch:

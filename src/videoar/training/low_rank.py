@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from videoar.checks import import_extra
 from videoar.data.latents import LatentShards, text_module
 from videoar.generation.pipeline import VideoPipeline
 from videoar.training.objectives import TextToVideo, own_weights
-from videoar.weights import write_safetensors
+from videoar.weights import Weights, write_safetensors
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 ADAPTER = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` of diffusers looks
@@ -40,7 +38,7 @@ def save_trained(pipe: VideoPipeline, folder: Path, meta: dict[str, Any]) -> Non
     """
     model = pipe.transformer
     layers: list[tuple[str, Any]] = list(model.named_modules())
-    updates = dict[str, Tensor]()
+    updates = Weights()
     for name, module in layers:
         if hasattr(module, "get_base_layer"):
             for side in ("lora_A", "lora_B"):

@@ -1,7 +1,6 @@
 """Objectives: which module is trained, and by which loss. No loop, no files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ class Objective(ABC):
         """The part of it that is wanted in the end: its weights are averaged and exported."""
         return self.module
 
-    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+    def optimizers(self, config: OptimizerConfig) -> dict[str, OptimizerConfig]:
         """Return the optimizers of children of the module, or of "" for all of it.
 
         `config` is that of the run.

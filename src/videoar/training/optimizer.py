@@ -1,6 +1,5 @@
 """Muon beside AdamW, and their schedule: what turns gradients into steps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +96,8 @@ class ParameterGroup:
         parameters: by name.
     """
 
-    def __init__(self, config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.config, self.parameters = config, dict(parameters)
+    def __init__(self, config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> None:
+        self.config, self.parameters = config, parameters
         self.steps = 0
         """How often they moved."""
         muon, decay = config.muon_learning_rate, config.weight_decay

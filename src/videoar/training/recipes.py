@@ -3,7 +3,6 @@
 A name on the command line is a function here, or `package.module:function` anywhere.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,7 +310,7 @@ ALL = (
     *(toy, router, toy_teacher, video, finetune),
     *(few_step, toy_start, toy_same, toy_dmd, wan_dmd),
 )
-RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe().name: recipe for recipe in ALL}
+RECIPES = {recipe().name: recipe for recipe in ALL}
 DISTILLATIONS = {name: recipe for name, recipe in RECIPES.items() if distils(recipe())}
 
 

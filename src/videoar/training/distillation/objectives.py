@@ -17,7 +17,7 @@ Then the last step of its units is taken again, side by side, each reading the f
 cache: gradients never enter the cache, and activations that are recomputed find it as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -227,7 +227,7 @@ class DistributionMatching(TeacherObjective):
     def result(self) -> nn.Module:
         return self.module.student
 
-    def optimizers(self, config: OptimizerConfig) -> Mapping[str, OptimizerConfig]:
+    def optimizers(self, config: OptimizerConfig) -> dict[str, OptimizerConfig]:
         critic, rate, muon = config, self.config.critic_learning_rate, config.muon_learning_rate
         if rate is not None:
             muon = muon and muon * rate / config.learning_rate

@@ -1,6 +1,5 @@
 """What the recipes of distillation train: a student, from a teacher, a critic and prompts."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +65,7 @@ def shared_traits(pipe: VideoPipeline) -> dict[str, Any]:
     }
 
 
-def forecast(networks: Mapping[str, VideoTransformer], *, lora: bool = False) -> str:
+def forecast(networks: dict[str, VideoTransformer], *, lora: bool = False) -> str:
     """Say what weights, gradients, averages and moments take, on one GPU and split among more.
 
     In float32, but for the teacher, which stays as it is stored. Activations come on top.
