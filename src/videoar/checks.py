@@ -10,7 +10,6 @@ import json
 import math
 import numbers
 import operator
-import os
 import re
 import signal
 import sys
@@ -279,7 +278,7 @@ def import_named(name: str) -> Any:
         ImportError, AttributeError, ValueError: it is not there, or the name is none.
     """
     module, _, attribute = name.partition(":")
-    here = os.getcwd()
+    here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     return getattr(importlib.import_module(module), attribute)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -102,7 +101,7 @@ def generate_several(
             hidden.unlink(missing_ok=True)
             print("videoar: stopped; the same command goes on from there", file=sys.stderr)
             return 128 + timing.interrupted
-        os.replace(hidden, target)
+        hidden.replace(target)
         say(f"{said}: {timing.frames} frames in {timing.seconds:.1f} s, seed {video.seed}")
     return 0
 

@@ -5,7 +5,6 @@ with the pixels if it is held out, and at last `KEY.json`. What has no `KEY.json
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def make_parts(
     """
     stem, length, count, note = str(work / source.key), duration(*source.place), 0, ""
     notes = list[str]()
-    held_out = os.path.exists(f"{stem}.heldout")
+    held_out = Path(f"{stem}.heldout").exists()
     frames = read(
         source,
         fps=config.fps,

@@ -11,8 +11,7 @@ import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def apart(job: Callable[..., Any], *args: object) -> Any:
     with ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=quiet) as pool:
         try:
             return pool.submit(job, *args).result()
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             raise ChildProcessError("a measurement died: is there too little memory?") from error
 
 

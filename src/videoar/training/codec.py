@@ -1,6 +1,5 @@
 """Training a codec: reconstruction of clips of the procedural world, or of own videos."""
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -125,7 +124,7 @@ class FootageConfig(Options):
         lengths = (max(self.fps * duration(*s.place), len(s.pictures)) for s in sources)
         after_first = sum(max(0, int(found) - length) for found in lengths)
         # Stored in 16 bits.
-        numbers = 3 * math.prod(size for pixels in prepare.pixels for size in pixels)
+        numbers = 3 * int(np.prod(prepare.pixels))
         room = int(self.max_gigabytes * 1e9 / (2 * numbers * length))
         if room < len(sources):
             raise ValueError(
