@@ -44,7 +44,7 @@ def save_component(folder: Path, module: nn.Module) -> None:
     save_weights(folder / WEIGHTS, module.state_dict(), fields)
 
 
-def save_weights(file: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def save_weights(file: Path, weights: Weights, config: Mapping[str, Any]) -> None:
     """Write tensors, which must not share memory, and their `config.json` beside them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Loaded tensors are a view of their file, so a file is replaced and never written over.
@@ -78,9 +78,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def write_safetensors(
-    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_safetensors(file: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> None:
     """Write a file whole or not at all; a full disk is an `OSError`, as it is elsewhere."""
     try:
         with written_whole(file) as partial:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from videoar.core.schemes import parse
 from videoar.core.units import Units
 from videoar.encoders.codec import Codec
 from videoar.evaluation.tables import columns
-from videoar.files import check_folder
+from videoar.files import Json, check_folder
 from videoar.generation.config import GenerationConfig
 from videoar.machine import LiveBytes, peak_bytes
 from videoar.weights import as_dtype, build_config
@@ -57,7 +56,7 @@ def info(args: options.Info) -> None:
     say(f"{about}\n\n{memory}".rstrip())
 
 
-def _history(meta: dict[str, Any]) -> str:
+def _history(meta: Json) -> str:
     """Say how a checkpoint was made, as far as it tells."""
 
     def pairs(name: str) -> str:
@@ -82,9 +81,7 @@ def _history(meta: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def _memory(
-    args: options.Info, found: TransformerWeights, codec: Codec | None, meta: dict[str, Any]
-) -> str:
+def _memory(args: options.Info, found: TransformerWeights, codec: Codec | None, meta: Json) -> str:
     """Forecast the memory of a video, for the kinds of unit that the model was trained with."""
     config, dtype, stated = found.config, as_dtype(args.dtype), dict(meta["sampling"])
     height, width = stated.pop("height"), stated.pop("width")

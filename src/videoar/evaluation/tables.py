@@ -2,8 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from videoar.evaluation import metrics
 from videoar.files import Json
 
 
-def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def cells(rows: Sequence[Json]) -> list[list[str]]:
     """Return rows by column as cells, the names of the columns first."""
     return [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
 

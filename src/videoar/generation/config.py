@@ -1,6 +1,5 @@
 """How to generate: the options that a checkpoint carries and a user may override."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from videoar.core.noise import mixed
 from videoar.core.sampler import SamplerConfig
 from videoar.core.schemes import Scheme, names, parse
 from videoar.core.units import Units, Visible
-from videoar.files import Json
+from videoar.files import Json, to_json
 from videoar.generation.schedules import OF_CLIPS, SCHEDULES
 from videoar.generation.unipc import GRIDS, grid, timestep, unipc_step
 
@@ -209,7 +208,7 @@ class Plan:
 
     def to_json(self) -> Json:
         options = vars(self.options) | {"units": names([self.options.units])[0]}
-        return json.loads(json.dumps(vars(self) | {"options": options}))
+        return to_json(vars(self) | {"options": options})
 
     @classmethod
     def from_json(cls, values: Json) -> "Plan":

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from videoar import weights
-from videoar.files import Json
 
 State = dict[str, Tensor]
 FORMAT = 1
@@ -35,7 +34,7 @@ def copied(state: State) -> State:
     return {name: each.clone(memory_format=torch.contiguous_format) for name, each in state.items()}
 
 
-def about(generation: Any) -> Json:
+def about(generation: Any) -> dict[str, Any]:
     """Say what this is a generation of: a state goes on in one that says the same."""
     pipe, units = generation.pipe, generation.sampler.units
     model, patch = generation.sampler.network, pipe.transformer.config.patch

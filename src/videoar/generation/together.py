@@ -1,6 +1,5 @@
 """Several streams side by side: their passes are one."""
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,7 +21,7 @@ class Caches(KVCache):
     Attention is each stream's own, with its own mask; all else of a pass is shared.
     """
 
-    def __init__(self, passes: Sequence[Pass]):
+    def __init__(self, passes: list[Pass]):
         self.caches, self.masks = ([each[name] for each in passes] for name in ("cache", "mask"))
         self.keep = self.caches[0].keep
 
@@ -41,7 +40,7 @@ class Caches(KVCache):
 
 
 @torch.inference_mode()
-def side_by_side(samplers: Sequence[Sampler]) -> list[Finished | None]:
+def side_by_side(samplers: list[Sampler]) -> list[Finished | None]:
     """Compute the next unit of every sampler; None: it is at its end.
 
     Passes of one network over as many tokens at the same sigmas are one, and give what each alone

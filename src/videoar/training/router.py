@@ -6,7 +6,6 @@ segments from the last to the first, and its gradient is exact: no choice has to
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +77,7 @@ class RoutingConfig(Options):
 
 
 def added_up(
-    values: Values, sizes: Sequence[int], logits: Choices | None = None
+    values: Values, sizes: list[int], logits: Choices | None = None
 ) -> tuple[Float[Tensor, "clips 3"], Choices]:
     """Return the values of whole clips, on average over choices, and what each choice leads to.
 
@@ -119,7 +118,7 @@ class Measured:
 class Routing(Objective):
     """Make small what whole clips cost on average over the choices of a router."""
 
-    def __init__(self, router: Router, sizes: Sequence[int]) -> None:
+    def __init__(self, router: Router, sizes: list[int]) -> None:
         self.module, self.sizes = router, sizes
 
     def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -57,7 +56,7 @@ def _begun(out: Path) -> bool:
     return (out / "log.jsonl").exists() or (out / "checkpoints").exists()
 
 
-def check_owner(out: Path, config: Any) -> None:
+def check_owner(out: Path, config: object) -> None:
     """Raise if `out` belongs to anything but the run `config`.
 
     A run that ended before it began, for a wrong name say, keeps no folder.
@@ -75,7 +74,7 @@ def check_owner(out: Path, config: Any) -> None:
 
 
 @contextlib.contextmanager
-def claim(out: Path, config: Any) -> Iterator[None]:
+def claim(out: Path, config: object) -> Iterator[None]:
     """Make `out` the folder of the run `config`, and of this process alone while it trains.
 
     A lock says whose it is; the system gives back those of processes that died.
