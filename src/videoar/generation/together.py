@@ -1,7 +1,5 @@
 """Several streams side by side: their passes are one."""
 
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -71,14 +69,16 @@ def side_by_side(samplers: list[Sampler]) -> list[Finished | None]:
 def _alike(one: Pass, other: Pass) -> bool:
     """Say whether two passes can be one."""
     shapes = [(each["tokens"].shape, each["text"][0][0].shape) for each in (one, other)]
-    same = partial(one["cache"].keep, torch.equal)  # compared once, as a GPU has to be waited for
-    return shapes[0] == shapes[1] and all(same(one[k], other[k]) for k in ("sigma", "unit"))
+    pairs, keep = ((one[k], other[k]) for k in ("sigma", "unit")), one["cache"].keep
+    # Compared once, as a GPU has to be waited for.
+    return shapes[0] == shapes[1] and all(keep(torch.equal, *pair) for pair in pairs)
 
 
 def _joined(passes: list[Pass]) -> Pass:
     """Return what a network is asked by all."""
     caches, texts = Caches(passes), (each["text"] for each in passes)
-    text = caches.keep(_texts, len(passes), *chain(*chain(*texts)))
+    flat = (each for text in texts for layer in text for each in layer)
+    text = caches.keep(_texts, len(passes), *flat)
     rows = len(text[0][0]) // len(passes)
     return passes[0] | {
         "tokens": _rows(*(each["tokens"] for each in passes)),

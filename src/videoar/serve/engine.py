@@ -1,7 +1,6 @@
 """Sessions that share one model: each gets a unit, then each the next, in a thread of its own."""
 
 import functools
-import itertools
 import secrets
 import threading
 import time
@@ -188,7 +187,7 @@ def _runs_of(units: Units, index: int) -> list[list[int]]:
 def _runs(units: Units, kept: Sequence[int], indices: Iterable[int]) -> list[list[int]]:
     """Return the runs of units in the video, whose `kept` frames are the lattice's first."""
     later = 1 + kept[-1] - len(kept) if kept else 0
-    own = itertools.chain.from_iterable(_runs_of(units, index) for index in indices)
+    own = (run for index in indices for run in _runs_of(units, index))
     return [[kept[t] if t < len(kept) else t + later, *rest] for t, *rest in own]
 
 
