@@ -15,7 +15,6 @@ import torch
 
 from videoar.checks import Note, check
 from videoar.core.transformer import ModelConfig, VideoTransformer
-from videoar.encoders.codec import Codec
 from videoar.encoders.tiny_codec import TinyCodec, TinyCodecConfig
 from videoar.encoders.wan_codec import WanCodec, WanCodecConfig
 from videoar.files import Json
@@ -293,7 +292,7 @@ def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": kind, name: sampling["shift"], "num_train_timesteps": 1000, **needed}
 
 
-def read_codec(source: Path, *, device: torch.device | str = "cpu") -> Codec:
+def read_codec(source: Path, *, device: torch.device | str = "cpu") -> TinyCodec | WanCodec:
     """Read a codec: a Wan folder, or a file of the original or of TAEHV (`taew2_1`)."""
     if source.is_dir():
         found = next((path for place in CODECS for path in sorted(source.glob(place))), None)

@@ -14,7 +14,6 @@ import stat
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +136,7 @@ class _Walk:
                 except (ValueError, csv.Error) as error:
                     self.rejected[self._name(path)] = str(error)
             if sequence:
-                self._add_video(self._name(folder), folder, sequence)
+                self._add_video(self._name(folder), folder, tuple(sequence))
 
     def _name(self, *parts: str) -> str:
         """Return a path below the root as it is printed: readable and in one line."""
@@ -173,10 +172,10 @@ class _Walk:
         else:
             self.rejected[name] = f"not a video: its name ends in {suffix or 'no suffix'}"
 
-    def _add_video(self, name: str, path: str, pictures: Sequence[str] = ()) -> None:
+    def _add_video(self, name: str, path: str, pictures: tuple[str, ...] = ()) -> None:
         stats = [os.stat(os.path.join(path, file)) for file in pictures or [path]]
         size, modified = sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
-        about = {"name": name, "path": path, "pictures": tuple(pictures)}
+        about = {"name": name, "path": path, "pictures": pictures}
         self.videos[name] = Source(captions=(), size=size, modified=modified, **about)
 
     def _add_metadata(self, content: str, shown: str) -> None:

@@ -20,7 +20,6 @@ from videoar.training import run_folder
 from videoar.training.distributed import gather, join, split, whole
 from videoar.training.objectives import Objective, seeded
 from videoar.training.optimizer import OptimizerConfig, ParameterGroup, ema_decay_at, learning_rate
-from videoar.training.run_folder import LogLine
 
 
 @runtime_checkable
@@ -215,7 +214,7 @@ class _Run:
             trained = {n: p for n, p in named if p.requires_grad}
             self.groups[name] = ParameterGroup(optimizer, trained)
         self.step = 0
-        self.window: list[LogLine] = []
+        self.window: list[run_folder.LogLine] = []
         """What steps computed and took since the last line of the log; part of a checkpoint."""
         self.began = time.perf_counter()
         if found := run_folder.checkpoints(config.out):
@@ -275,7 +274,7 @@ class _Run:
         one = machine.measure_matmul_rate(self.device, precision=self.config.precision)
         return one * self.ranks.count
 
-    def row(self) -> LogLine:
+    def row(self) -> run_folder.LogLine:
         """Return the log line of the steps since the last one, and begin anew."""
         window, self.window = self.window, []
         names = dict.fromkeys(name for terms in window for name in terms)
