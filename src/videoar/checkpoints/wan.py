@@ -6,7 +6,6 @@ Everything becomes a dictionary of tensors under our names, which are those of d
 import math
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def wan_names(weights: Weights) -> Weights:
     return renamed(weights, top, block)
 
 
-def renamed(weights: Weights, top: Mapping[str, str], block: Mapping[str, str]) -> Weights:
+def renamed(weights: Weights, top: dict[str, str], block: dict[str, str]) -> Weights:
     """Give tensors other names: by one table those of a block, by another the rest."""
     renamed = {}
     for key, tensor in weights.items():
@@ -201,7 +200,7 @@ def _config_of(weights: Weights, stated: Json, base: Path, *, file: Path) -> Mod
         return ModelConfig()
 
 
-def _stated(kind: type, stated: Json, names: Mapping[str, str], fixed: Json, file: Path) -> Any:
+def _stated(kind: type, stated: Json, names: dict[str, str], fixed: Json, file: Path) -> Any:
     """Build a config of what diffusers states: fields by its names, and values we take for granted.
 
     What it does not state is as by default.
@@ -285,7 +284,7 @@ def sampling(folder: Path, preset: str | None) -> dict[str, Any]:
     return PRESETS["wan"] | {"shift": float(shift), "step": step}
 
 
-def scheduler_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def scheduler_of(sampling: Json) -> dict[str, Any]:
     """Return the config of the scheduler of diffusers that samples so, or nearly."""
     ours = {step: (kind, name, needed) for kind, (step, name, needed) in SCHEDULERS.items()}
     kind, name, needed = ours.get(sampling.get("step", ""), ours["flow-match-euler"])

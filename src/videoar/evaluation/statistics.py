@@ -5,7 +5,6 @@ several checkpoints that differ in their seed of training, these are a level of 
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -89,7 +88,7 @@ def _p_value(mean: float, error: float, freedom: float) -> float:
     return 2 * NormalDist().cdf(-told * (8 * freedom + 1) / (8 * freedom + 3))
 
 
-def holm(values: Sequence[float]) -> list[float]:
+def holm(values: list[float]) -> list[float]:
     """Correct probabilities for how many there are (Holm 1979), in the order given."""
     found, least = [0.0] * len(values), 0.0
     for rank, place in enumerate(np.argsort(values, kind="stable").tolist()):
@@ -103,7 +102,7 @@ class Found:
     """What a study found: the entries by name, and the lines, whose members they are."""
 
     entries: Json
-    lines: Mapping[str, Sequence[str]]
+    lines: dict[str, list[str]]
 
     def samples(self, line: str) -> list[Json]:
         return [self.entries[name] for name in self.lines.get(line, [line])]
