@@ -59,14 +59,11 @@ def save_wan(folder: Path, found: TransformerWeights) -> None:
     save_weights(folder / FILE, wan_names(plain(found)), config)
 
 
-Format = Literal["videoar", "diffusers", "wan"]
-
-
 def convert(
     checkpoint: Checkpoint,
     target: Path,
     *,
-    format: Format,
+    format: Literal["videoar", "diffusers", "wan"],
     preset: str | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,

@@ -18,7 +18,8 @@ def print_units(args: PrintUnits) -> None:
     if args.search is not None:
         from videoar.evaluation import search  # with all that generates
 
-        return say(search.run(args, say))
+        say(search.run(args, say))
+        return
     size, rows, drawn = (args.frames, args.height, args.width), [], []
     sampling = GenerationConfig(window_frames=None, sink_frames=0)
     if args.model is not None:
@@ -37,7 +38,6 @@ def print_units(args: PrintUnits) -> None:
         drawn += [] if args.schedule is None else ["", f"{name}, {args.schedule}:", matrix(table)]
     say("{} x {} x {} tokens".format(*size))
     say("\n".join([columns(cells(rows)), *drawn]))
-    return None
 
 
 def matrix(rows: Rows) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -61,7 +62,7 @@ class LatentsInfo:
         return cls(codec=codec.fingerprint(), **shape, **about)
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Write clips of latents into a new folder: `with ShardWriter(...) as writer: writer.add(...)`.
 
     A shard stacks clips of one size into a tensor `latents`, `clips frames channels height width`,
@@ -80,9 +81,6 @@ class ShardWriter:
         self._index: list[dict[str, Any]] = []
         self._num_shards = 0
         self._sums = torch.zeros(3, info.channels, dtype=torch.float64)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the folder, unless an error ends the writing."""

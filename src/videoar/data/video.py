@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import islice
@@ -84,7 +84,7 @@ class _Written:
     fragments: int = 0
 
 
-class VideoWriter:
+class VideoWriter(AbstractContextManager["VideoWriter"]):
     """A video file that is written frame by frame, in bounded memory.
 
     Frames go to a hidden file beside the target, in fragments of `GROUP` frames, so that it plays
@@ -121,9 +121,6 @@ class VideoWriter:
     @property
     def num_frames(self) -> int:
         return self._written.frames + len(self._pending)
-
-    def __enter__(self) -> "VideoWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is None:
