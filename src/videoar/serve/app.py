@@ -22,7 +22,7 @@ from videoar.data.workers import perform
 from videoar.generation.pipeline import VideoPipeline
 from videoar.serve.decoding import decoder
 from videoar.serve.engine import Engine, Full, Live
-from videoar.serve.messages import Control, Event, Model, Refused, Start, plain
+from videoar.serve.messages import Control, Event, Refused, Start, plain
 
 FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
 KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -174,10 +174,7 @@ def _add_sessions(app: FastAPI, engine: Engine) -> None:
         if await _called(engine, engine.lives.pop, session, None) is None:
             raise HTTPException(404, NONE)
 
-    @app.get("/api/model")
-    async def model() -> Model:
-        """Return what can be asked for."""
-        return engine.model()
+    app.get("/api/model")(engine.model)
 
     @app.get("/api/messages")
     async def messages() -> dict[str, Any]:

@@ -284,7 +284,7 @@ class Engine(threading.Thread):
             raise ValueError(f"units {units[:100]!r} are none that a client may name: use frame")
 
     def model(self) -> messages.Model:
-        """Say what can be asked for."""
+        """Return what can be asked for."""
         pipe, sampling = self.pipe, self.pipe.sampling
         return messages.Model(
             prompts=list(pipe.meta.get("prompts", ())),
