@@ -5,8 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from videoar.checkpoints import wan
 from videoar.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from videoar.checkpoints.wan import FIELDS, FILE, FIXED, TransformerWeights, wan_names
@@ -65,7 +63,7 @@ def convert(
     *,
     format: Literal["videoar", "diffusers", "wan"],
     preset: str | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write a checkpoint in another format; without `dtype` every tensor keeps its bits.

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from videoar.data.clips import begin, read_done, read_parts
 from videoar.data.latents import EMPTY_TEXT, INDEX_NAME, INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import ALL, Prepare, turns
 from videoar.data.sources import Listing, Source, list_sources
-from videoar.data.video import Frames, contact_sheet
+from videoar.data.video import Frames, save_sheet
 from videoar.data.workers import perform
 from videoar.encoders.codec import Codec
 from videoar.encoders.text_encoder import PromptEncoder
@@ -232,8 +231,7 @@ def _join(
                 num_frames += length
                 if clip.shown is not None and number % every == 0 and len(shown) < SHEET_CLIPS:
                     shown.append(clip.shown.numpy())
-        sheet = contact_sheet(np.concatenate(shown), columns=9)
-        Image.fromarray(sheet).save(folder / SHEET)
+        save_sheet(np.concatenate(shown), folder / SHEET, columns=9)
         reasons = Counter(re.split(r"[:(,]| after| at ", reason)[0] for reason in rejected.values())
         statistics = {
             "videos": len(done),

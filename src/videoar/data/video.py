@@ -275,6 +275,11 @@ def contact_sheet(frames: Frames, *, columns: int = 8, gap: int = 2) -> Picture:
     return np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
 
 
+def save_sheet(frames: Frames, path: Path, *, columns: int) -> None:
+    """Write a contact sheet as a file of its own."""
+    Image.fromarray(contact_sheet(frames, columns=columns)).save(path)
+
+
 def _save_picture(frames: Frames, fps: float, path: Path, kind: str) -> None:
     count = len(frames)
     if kind == "png":

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -35,7 +34,7 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
 OUTPUTS: dict[str, Callable[[Any, float, int], Any]] = {
     "video": lambda frames, fps, seed: Video(frames=frames, fps=fps, seed=seed),
-    "np": lambda frames, *_: frames.astype(np.float32) / 255,
+    "np": lambda frames, *_: frames.astype("float32") / 255,
     "pil": lambda frames, *_: [Image.fromarray(frame) for frame in frames],
     "pt": lambda frames, *_: torch.from_numpy(frames).movedim(-1, 1).float() / 255,
     "latent": lambda latents, *_: latents,

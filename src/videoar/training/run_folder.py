@@ -32,11 +32,10 @@ from types import FrameType
 import numpy as np
 import safetensors
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from videoar.checks import Report, check_same, explained, interrupt
-from videoar.data.video import Frames, contact_sheet
+from videoar.data.video import Frames, save_sheet
 from videoar.files import Json, to_json, write_json, written_whole
 from videoar.machine import git_commit, hardware
 from videoar.training.distributed import Ranks, load, save, sizes
@@ -195,8 +194,7 @@ def read_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], *, rank
 def save_sample(out: Path, step: int, frames: Frames, *, columns: int = 8) -> None:
     """Keep a picture of what a validation saw."""
     (out / "samples").mkdir(exist_ok=True)
-    sheet = Image.fromarray(contact_sheet(frames, columns=columns))
-    sheet.save(out / "samples" / f"step-{step}.png")
+    save_sheet(frames, out / "samples" / f"step-{step}.png", columns=columns)
 
 
 class Log:
