@@ -41,7 +41,7 @@ NO_ITEM = {"sampler", "cache", "transformer"}
 LIGHT = {"__init__", "__main__", "cli.main"}
 MAX_FILE, MAX_FUNCTION = 400, 80
 # What is new here, and all of it with the parts around: see docs/decisions/size.md.
-MAX_CORE, MAX_TOTAL = 1250, 12850
+MAX_CORE, MAX_TOTAL = 1250, 12800
 
 
 def _module(path: Path) -> str:
