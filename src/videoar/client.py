@@ -107,8 +107,9 @@ def connect(url: str, prompt: str, *, token: str = "", **options: Any) -> Iterat
         raise ConnectionError(f"no server at {url} ({error.reason}): `videoar serve`") from error
     socket = f"ws://{urlsplit(url).netloc}/api/sessions/{name}{query}"
     try:
-        # Who reads slowly has the answers to its own pings in the queue.
-        with open_socket(socket, max_size=None, ping_interval=None) as opened:
+        # Who reads slowly has the answers to its own pings in the queue, and that to a goodbye.
+        how: dict[str, Any] = {"max_size": None, "max_queue": None, "ping_interval": None}
+        with open_socket(socket, **how) as opened:
             yield Watched(opened, name)
     finally:
         end = urllib.request.Request(f"{where}/{name}{query}", method="DELETE")

@@ -393,7 +393,8 @@ def test_hostile_messages_are_refused_and_others_do_not_notice(url: str, engine)
         bystander = other.fragments()
         while sent < 500:
             name = _begin(url)
-            with open_socket(f"{url.replace('http', 'ws')}/api/sessions/{name}") as socket:
+            place = f"{url.replace('http', 'ws')}/api/sessions/{name}"
+            with open_socket(place, max_queue=None, close_timeout=0.5) as socket:
                 told = sorted((_hostile(rng) for _ in range(50)), key=_too_large)
                 sent += len(told)
                 try:
