@@ -135,6 +135,13 @@ def test_every_recipe_trains(trained, name: str) -> None:
     assert any((checkpoint.parent / "samples").glob("step-*.png")) == pictures
 
 
+@pytest.mark.parametrize("name", ["video", "few-step"])
+def test_a_model_of_ones_own_hears_a_new_prompt(trained, name: str) -> None:
+    """It reads it with the last frame alone, before and after distillation."""
+    sampling = VideoPipeline.from_pretrained(trained(name)).sampling
+    assert (sampling.units, sampling.recall_frames) == ("chunk:2", 1)
+
+
 def test_the_toy_recipe_ends_in_a_pipeline_that_generates(trained) -> None:
     """Training and generation meet in the checkpoint: names, sizes, words, defaults."""
     pipe = VideoPipeline.from_pretrained(trained("toy"))
