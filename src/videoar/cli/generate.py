@@ -251,6 +251,7 @@ def read_script(args: options.Generate) -> list[tuple[float, str]]:
 
 def _save(args: options.Generate, generation: Any, writer: Any) -> None:
     """Write what `--resume` needs, if that is asked for."""
+    import numpy as np
     import torch
 
     from videoar.generation.state import packed
@@ -260,7 +261,7 @@ def _save(args: options.Generate, generation: Any, writer: Any) -> None:
         return
     held = {name: to_json(getattr(args, name)) for name in HELD}
     held |= {"out": str(writer.path.absolute()), "prompt": generation.begun.prompts[0]}
-    pending = torch.from_numpy(file.pop("pending"))
+    pending = torch.from_numpy(np.array(file.pop("pending"), dtype=np.uint8))
     parts = {"args": packed(held), "file": packed(file), "pending": pending}
     write_safetensors(args.save_state, generation.state_dict() | parts)
 

@@ -189,7 +189,7 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         os.fsync(self._file.fileno())
         self._resumable, written = True, dataclasses.astuple(self._written)
         tail = _tail(self.partial, self._written.size)
-        return {"written": written, "tail": tail, "pending": np.array(self._pending, np.uint8)}
+        return {"written": written, "tail": tail, "pending": [*self._pending]}
 
     def _holding(self, tail: str) -> Path:
         """Find the file of a state under the name that it has now."""
