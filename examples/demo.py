@@ -49,9 +49,8 @@ class Demo(Options):
     """Seconds and the prompts that hold from then on, as of `videoar generate --script`."""
     seconds: Finite = 60.0
     """Length of the long video."""
-    units: str = "cube:3x3x3"
-    """Unit scheme of the long video. `robot` hears a new instruction in units of three latent
-    frames; in shorter ones it often rests (`docs/results.md`)."""
+    units: str = "cube:2x3x3"
+    """Unit scheme of the long video."""
 
 
 def demo(args: Demo) -> None:

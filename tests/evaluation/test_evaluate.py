@@ -131,6 +131,9 @@ def test_long_videos_are_judged_at_both_ends(config: Evaluate, tmp_path: Path) -
     text = (long.out / "report.md").read_text()
     assert "\n\nall right, of 100, as the judge of the procedural world reads: frame " in text
     assert ", real clips through the codec " in text
+    assert (
+        f"\n\n2 videos of 9.0 s were made by {config.checkpoint}?num_inference_steps=1 in" in text
+    )
     (video, _) = _kept(tmp_path / "long")["frame"]
     assert set(video["first"]) == set(video["last"]) == set(ATTRIBUTES)
     assert len(video["curves"]["brightness"]) == 16  # eight slices of each of two whole windows

@@ -209,6 +209,14 @@ def test_a_wrong_change_is_refused_and_changes_nothing(pipe, change: dict, messa
     assert np.array_equal(_frames(_take(session, 3)), _frames(_take(plain, 3)))
 
 
+def test_a_change_in_the_past_is_refused(pipe) -> None:
+    """It would hold at once, which is not what was asked for."""
+    session = pipe.session(PROMPT, units="frame")
+    _take(session, 3)
+    with pytest.raises(ValueError, match="frame is 8: use 9, those that there are, or more"):
+        session.change_at(0.5, prompt=OTHER)
+
+
 def test_a_script_is_the_changes_made_by_hand(pipe) -> None:
     """At its moments, in a stream and in a clip, bit for bit."""
     by_hand = pipe.session(PROMPT, units="frame")

@@ -168,6 +168,7 @@ def make(args: options.Generate, pipe: Any = None) -> tuple[Timing, str, Path]:
             generation.change_at(frame := round(second * pipe.sampling.fps), **change)
             if frame >= generation.num_frames:
                 say(f"the video ends before {second:g} s, from which on {later!r} was to hold")
+                break  # as it does before those that follow
         warned(generation)
         writer = open_output(target, num_frames=generation.num_frames, fps=pipe.sampling.fps)
     timing = _write(pipe, generation, writer, args)

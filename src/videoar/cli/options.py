@@ -125,8 +125,8 @@ class Generate(Sampling):
     """File of prompts, in each line the second from which on one holds, and the prompt; lines that
     begin with # are remarks."""
     recompute: bool = False
-    """When the prompt changes, recompute the keys of what is read with it, as is done anyhow where
-    `recall_frames` says of what: see docs/live.md."""
+    """When the prompt changes, recompute the keys of what is read with it; a checkpoint with
+    `recall_frames`, such as `robot`, does so anyhow: see docs/live.md."""
     image: Path | None = None
     """Picture to begin with."""
     video: Path | None = None

@@ -112,7 +112,7 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     check_same(held["asked"], asked, held=f"{folder} holds a study", **how)
     jobs = _jobs(held["entries"], design, paths[0], about)
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
-    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": []}
+    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": held.get("doubts", [])}
     said["judge"] = (config.judge or paths[0]) if mark else "the procedural world"
     for checkpoint in weights:
         made = [job for job in jobs if job.make is generated]
@@ -142,8 +142,8 @@ def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) ->
 
     Steps that make seconds equal are measured, once.
     """
-    groups, ways = defaultdict[str, list[str]](list), Json()
-    for title, steps in _steps(design, lines, say):
+    groups, ways, doubts = defaultdict[str, list[str]](list), Json(), list[str]()
+    for title, steps in _steps(design, lines, say, doubts.append):
         for (line, several), cell in itertools.product(lines.items(), design.cells()):
             chosen = {} if steps is None else {"num_inference_steps": steps[cell.get("units")]}
             words = [line] if len(lines) > 1 or not cell | chosen else []
@@ -152,11 +152,11 @@ def _settled(design: Design, lines: Mapping[str, Sequence[str]], say: Report) ->
                 words.append(WORDS[name].format(text))
             ways[name := " ".join(words)] = several, cell | chosen
             groups[title].append(name)
-    return {"groups": groups, "entries": ways}
+    return {"groups": groups, "entries": ways, "doubts": doubts}
 
 
 def _steps(
-    design: Design, lines: Mapping[str, Sequence[str]], say: Report
+    design: Design, lines: Mapping[str, Sequence[str]], say: Report, doubt: Report
 ) -> Iterator[tuple[str, Mapping[str | None, int] | None]]:
     """Yield groups of entries that are compared, and the steps of kinds of unit in each."""
     kinds = design.units or (None,)
@@ -183,7 +183,9 @@ def _steps(
         seconds = [[run["seconds"] for run in runs] for runs in tries.values()]
         more = max(max(own) / min(own) for own in seconds) - 1
         steps = ", ".join(f"{kind} {n}" for kind, n in found.items())
-        say(f"equal {what}: {steps} steps; of {REPEATS} times, one took up to {more:.0%} more")
+        said = f"equal {what}: {steps} steps; of {REPEATS} times, one took up to {more:.0%} more"
+        say(said)
+        doubt(f"{said}.")
         yield f"equal {what}", found
 
 

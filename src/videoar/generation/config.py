@@ -62,7 +62,7 @@ class GenerationConfig(Options):
     """Whether they follow the window; else their positions are those of the first frames."""
     recall_frames: Count | None = None
     """Latent frames, in whole segments, that are read with a new prompt, and none before them: the
-    past says what was told before. None: the window, and no key is computed anew unasked."""
+    past says what was told before. None: all of the window, and no key is computed anew unasked."""
     lag: int | float | str | None = None
     """Rows between the starts of two waves, or one of `schedules.SCHEDULES`."""
     context_noise: float = 0.0

@@ -115,6 +115,8 @@ class Generation:
         """Ask for a change, see `change`, when so many frames are finished; in rising order."""
         self._wait()
         self._plan(**changes)
+        done = self.stats.frames
+        check("frame", frame, frame >= done, f"{done}, those that there are, or more")
         self.script.append((frame, changes))
 
     def _wait(self) -> Computed | None:
