@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -34,7 +35,7 @@ def _sentence(said: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", said)
 
 
-def read(kind: type, words: list[str], *, prog: str, default: Any = None) -> Any:
+def read(kind: type, words: Sequence[str], *, prog: str, default: Any = None) -> Any:
     """Read options into a dataclass; tyro's boxes become sentences."""
     box = io.StringIO()
     how: dict[str, Any] = {"prog": prog, "config": (tyro.conf.FlagCreatePairsOff,)}
