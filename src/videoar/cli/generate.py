@@ -1,5 +1,6 @@
 """`videoar generate`."""
 
+import itertools
 import json
 import math
 import secrets
@@ -240,7 +241,7 @@ def read_script(args: options.Generate) -> list[tuple[float, str]]:
             found.append((float(second), prompt))
     found.sort(key=lambda item: item[0])
     seconds = [second for second, _ in found]
-    if twice := [second for second in seconds if seconds.count(second) > 1]:
+    if twice := [one for one, other in itertools.pairwise(seconds) if one == other]:
         raise ValueError(f"two prompts hold from {twice[0]:g} s on: leave out one, such as PROMPT")
     if seconds[:1] != [0.0] or not math.isfinite(sum(seconds)):
         raise ValueError(

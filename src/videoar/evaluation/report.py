@@ -186,8 +186,7 @@ def _what(found: Found, about: Json) -> str:
     entries = [sample for line in found.lines for sample in found.samples(line)]
     videos, settings = sum(len(entry["videos"]) for entry in entries), entries[0]["settings"]
     commit = f"; commit {about['commit']}" if about["commit"] else ""
-    who = ", ".join(name.removesuffix("?") for name in about["design"].checkpoints)
-    made = f"{who} in {len(found.lines)} ways"
+    made = f"{', '.join(about['design'].checkpoints)} in {len(found.lines)} ways"
     return (
         f"{videos} videos of {settings['num_frames'] / settings['fps']:.1f} s were made by {made},"
         f" of the same {settings['num_prompts']} prompts, {settings['seeds']} of each, and measured"

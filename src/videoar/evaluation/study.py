@@ -61,7 +61,7 @@ def evaluate(config: Evaluate, say: Report) -> str:
     """Do a share of a study of one checkpoint under kinds of unit: see `compare`."""
     names = ("num_inference_steps", "shift", "guidance_scale")
     given = [f"{k}={getattr(config, k)}" for k in names if getattr(config, k) is not None]
-    line = f"{config.checkpoint}?{'&'.join(given)}"
+    line = "?".join([config.checkpoint, *(["&".join(given)] if given else [])])
     design = Design(
         about=f"Do the videos of {config.checkpoint} show what their prompts say?",
         checkpoints=(line,),
@@ -112,7 +112,11 @@ def compare(design: Design, lines: Mapping[str, Sequence[str]], config: Judged, 
     check_same(held["asked"], asked, held=f"{folder} holds a study", **how)
     jobs = _jobs(held["entries"], design, paths[0], about)
     said: Json = {"design": design, "groups": held["groups"], "commit": machine.git_commit()}
-    said |= {"hardware": machine.hardware("cpu"), "lattices": {}, "doubts": held.get("doubts", [])}
+    said |= {
+        "hardware": machine.hardware("cpu"),
+        "lattices": {},
+        "doubts": [*held.get("doubts", ())],
+    }
     said["judge"] = (config.judge or paths[0]) if mark else "the procedural world"
     for checkpoint in weights:
         made = [job for job in jobs if job.make is generated]

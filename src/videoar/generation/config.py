@@ -1,5 +1,6 @@
 """How to generate: the options that a checkpoint carries and a user may override."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -61,8 +62,8 @@ class GenerationConfig(Options):
     moving_sinks: bool = True
     """Whether they follow the window; else their positions are those of the first frames."""
     recall_frames: Count | None = None
-    """Latent frames, in whole segments, that are read with a new prompt, and none before them: the
-    past says what was told before. None: all of the window, and no key is computed anew unasked."""
+    """Latent frames that are read with a new prompt, and none before them: the past says what was
+    told before. None: all of the window, and no key is computed anew unasked."""
     lag: int | float | str | None = None
     """Rows between the starts of two waves, or one of `schedules.SCHEDULES`."""
     context_noise: float = 0.0
@@ -113,15 +114,25 @@ class GenerationConfig(Options):
         window = max(window, parse(chosen).frames or 0)
         return self.replaced(units=chosen, window_frames=window, **changes)
 
-    def read_again(self, units: Units, past: list[int], whole: int) -> list[int]:
-        """Return what a new sampler reads of latent frames: whole segments of sinks and window."""
+    def read_again(
+        self, units: Units, past: list[int], whole: int, *, told: bool, begun: bool
+    ) -> list[int]:
+        """Return what a new sampler reads of latent frames: whole segments of sinks and window.
+
+        With words that are `told`, only what is recalled; a segment that is `begun` stays where it
+        is, behind whole ones.
+        """
         first, last = 0, whole
         if self.window_frames is not None:
             first = units.whole_segments(self.sink_frames, window=self.window_frames)
             last = (self.window_frames - first) // units.segment_frames - 1
             last *= units.segment_frames
         kept = [t for t in past if t < whole and (t < first or t >= whole - last)]
-        return kept[len(kept) % units.segment_frames :]
+        kept = kept[len(kept) % units.segment_frames :]
+        if told and self.recall_frames is not None:
+            length = units.segment_frames if begun else 1
+            kept = kept[-math.ceil(self.recall_frames / length) * length :]
+        return kept
 
     def sampler(self, units: Units) -> SamplerConfig:
         """Return the same for the core, over `units`.

@@ -178,11 +178,8 @@ class Generation:
         """Go on with a new sampler, for which the frames that a unit reads are known."""
         options = self.plan.options
         units, _ = self.pipe.settings(options, None)
-        kept = options.read_again(units, sorted(self._past), self._whole)
-        if self._anew and (recalled := options.recall_frames):
-            # What is open of a segment stays where it is, behind whole ones.
-            length = units.segment_frames if self._open else 1
-            kept = kept[-math.ceil(recalled / length) * length :]
+        how = {"told": self._anew, "begun": bool(self._open)}
+        kept = options.read_again(units, sorted(self._past), self._whole, **how)
         rest = None if self._frames is None else len(kept) + self._frames - self._whole
         sampler = self.pipe.sampler(self.plan, rest, text=text)
         sampler.on_step = self.sampler.on_step
