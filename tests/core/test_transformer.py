@@ -136,6 +136,16 @@ def test_one_level_for_all_is_that_level_for_each() -> None:
     torch.testing.assert_close(_velocity(model, one), _velocity(model, each))
 
 
+@torch.no_grad()
+def test_videos_side_by_side_share_the_row_of_their_prompt() -> None:
+    """In training a prompt is encoded once for all its clips."""
+    model, inputs = tiny_transformer(), _inputs(Units(parse("frame"), 2, 2, 2), batch=6)
+    rows = torch.randn(2, 3, MODEL.text_dim, generator=torch.Generator().manual_seed(0))
+    shared, each = (model.encode_text(rows.repeat_interleave(times, 0)) for times in (1, 3))
+    expected = model(**inputs, text=each).velocity
+    torch.testing.assert_close(model(**inputs, text=shared).velocity, expected)
+
+
 @pytest.mark.parametrize("level", [1.0, 0.3, 0.01, 0.0])
 def test_predicting_clean_data_is_the_same_network_read_differently(level: float) -> None:
     """`velocity = (x - clean) / sigma`, with a floor under sigma: no division by zero at 0."""

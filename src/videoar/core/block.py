@@ -209,7 +209,9 @@ class Block(nn.Module):
 
         normed = F.layer_norm(x.float(), x.shape[-1:], norm2[0], norm2[1], self.eps)
         query = _rms_normed(ask(normed.type_as(x)), *query_norm).type_as(x)
-        attended = attend(query.view(heads).transpose(1, 2), *text).transpose(1, 2).flatten(2)
+        # Videos of one prompt, side by side, are queries of its one row.
+        query = query.view(len(text[0]), -1, x.shape[-1]).unflatten(2, heads[2:]).transpose(1, 2)
+        attended = attend(query, *text).transpose(1, 2).reshape(x.shape)
         x = x + text_out(attended)
 
         normed = modulated(x, runs, 3, self.eps)

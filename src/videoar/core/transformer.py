@@ -93,7 +93,7 @@ class VideoTransformer(nn.Module):
             coords: (t, h, w, level) of the tokens, alike for all rows or for each row its own.
             sigma: the sigma of every unit in this pass, one row for all videos or one for each.
             unit: for every token, the row of its unit in `sigma`.
-            text: from `encode_text`.
+            text: from `encode_text`; each of its rows is read by as many rows of `tokens`, in turn.
             mask: which keys a token may read; keys are the cached tokens, then these tokens.
             cache: read, and behind what is read the keys and values of these tokens are left.
             offset: added to the embedding of sigma: what else a pass should know.

@@ -130,12 +130,14 @@ class WorldEncoder:
     num_latents: int
     seed: int
     dtype: torch.dtype
+    two_things: float = 0.25
 
     def encode(self, indices: Sequence[int]) -> Iterator[Encoded]:
         """Yield videos, encoded in batches of 16."""
         num_frames = 1 + self.codec.stride[0] * (self.num_latents - 1)
         for first in range(0, len(indices), 16):
-            scenes = [scene_of(index, seed=self.seed) for index in indices[first : first + 16]]
+            how = {"seed": self.seed, "two_things": self.two_things}
+            scenes = [scene_of(index, **how) for index in indices[first : first + 16]]
             clips = [random_clip(*scene, num_frames=num_frames) for scene in scenes]
             # Half the time in bfloat16, and what is lost is below the precision of shards.
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):

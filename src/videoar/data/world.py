@@ -97,10 +97,13 @@ def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
     return list(options)[int(rng.integers(len(options)))]
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: one thing anywhere, or two small things in lanes where they never meet."""
+def sample_scene(rng: np.random.Generator, *, two_things: float = 0.25) -> Scene:
+    """Draw a scene: one thing anywhere, or two small things in lanes where they never meet.
+
+    `two_things` is the share of the scenes with two.
+    """
     lanes, sizes, motions = [(0.0, 0.0, EXTENT, EXTENT)], list(SIZES), MOTIONS
-    if rng.random() < 0.25:
+    if rng.random() < two_things:
         split = _pick(rng, LANE_MOTIONS)
         right, down = (EXTENT, EXTENT / 2) if split == "rows" else (EXTENT / 2, EXTENT)
         lanes = [(0.0, 0.0, right, down), (EXTENT - right, EXTENT - down, EXTENT, EXTENT)]
@@ -211,10 +214,12 @@ FIRST_HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
 
 
-def scene_of(index: int, *, seed: int) -> tuple[Scene, np.random.Generator]:
+def scene_of(
+    index: int, *, seed: int, two_things: float = 0.25
+) -> tuple[Scene, np.random.Generator]:
     """Scene number `index` of a world, and the generator for what else is random about it."""
     rng = np.random.default_rng([seed, index])
-    return sample_scene(rng), rng
+    return sample_scene(rng, two_things=two_things), rng
 
 
 FIRST_SCENE = 2 * FIRST_HELD_OUT  # training ends below `FIRST_HELD_OUT`, validation soon after it

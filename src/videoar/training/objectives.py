@@ -138,16 +138,16 @@ class FlowMatching(Objective):
     def loss(self, batch: Named, rng: torch.Generator, *, step: int = 0) -> Named:
         schemes, config, draws = self._at(step)
         scheme = schemes[int(torch.randint(len(schemes), (), **on(rng)))]
-        batch = {key: value.repeat_interleave(draws, 0) for key, value in batch.items()}
         dropped = torch.rand(len(batch["text"]), **on(rng)) < config.text_dropout
         words = self.module.without(batch["text"], dropped)
         latents, short = batch["latents"], config.short_probability
         if short and torch.rand((), **on(rng)) < short:
             first = 1 + int(torch.randint(2, (), **on(rng)))
-            times = max(1, min(config.clip_frames, latents.shape[1]) // first)
-            latents = latents[:, :first].repeat_interleave(times, 0)
-            words = words.repeat_interleave(times, 0)
-        clip, text = draw_clip(latents, scheme, config, rng), self.module.context(words)
+            draws *= max(1, min(config.clip_frames, latents.shape[1]) // first)
+            latents = latents[:, :first]
+        # A prompt is encoded once for all its clips, which stand side by side.
+        clip = draw_clip(latents.repeat_interleave(draws, 0), scheme, config, rng)
+        text = self.module.context(words)
         model = self.module.transformer
         loss = flow_matching_loss(model, clip, text, scheme=scheme, config=config, rng=rng)
         lattice = (side // model.config.patch for side in clip.shape[3:])

@@ -12,7 +12,7 @@ from torch import Tensor
 from tyro.conf import AvoidSubcommands, arg
 
 from videoar.checkpoints.checkpoint import Checkpoint, fingerprints
-from videoar.checks import Count, Natural, Options, Report, check
+from videoar.checks import Count, Natural, Options, Report, Share, check
 from videoar.core import schemes
 from videoar.core.loss import FlowMatchingConfig, flow_matching_loss
 from videoar.core.transformer import ModelConfig, VideoTransformer
@@ -98,6 +98,8 @@ class TextToVideoConfig(GeneratorConfig):
     """Videos of the world to encode, if the folder is not there; 0: it must be."""
     num_latents: int = 16
     """Latent frames per encoded video."""
+    two_things: Share = 0.25
+    """How many of the world's scenes have two things; of those of a validation a fourth have."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
     compile: bool = False
@@ -268,7 +270,8 @@ class TextToVideoTask(GeneratorTask):
         loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
         codec = loaded.codec if loaded else codec_of(task)
         # Made first if they are of the world and not there.
-        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
+        world = WorldEncoder(codec=codec, **self.encoding, two_things=task.two_things)
+        world.write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init or shards.info.checkpoint)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
