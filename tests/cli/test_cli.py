@@ -419,7 +419,7 @@ BAD = [
     (("generate", "ball", "--save-state", "s", "--out", "x.webp"), "has no state: write .mp4"),
     (("serve", "--port", "99999"), "port is 99999: use 0 to 65535"),
     (("serve", "--sessions", "0"), "sessions is 0"),
-    (("units", "chunk:0"), "0"),
+    (("units", "chunk:0"), "Units 'chunk:0': frames is 0: use 1 or more"),
     (("units", "chnk:2"), "Did you mean chunk:3?"),
     (("units",), "no scheme"),
     (("units", "frame", "--frames", "0"), "frames is 0: use 1 or more"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from videoar.checks import build_named, check, check_options, checked, hint, name_of
+from videoar.checks import build_named, check, check_options, checked, explained, hint, name_of
 
 Cells = tuple[tuple[int, int, int, int], ...]
 """The tokens of one unit: (t, h, w, level) indices into the grid of that level, the latents pooled
@@ -233,12 +233,14 @@ def parse(text: str) -> Scheme:
         for example, pattern, build in _KINDS:
             kind = re.sub(r"(?<=:).*", "", example)
             if match := re.fullmatch(kind + pattern, text.strip()):
-                return build(*match.groups())
+                with explained(f"Units {text!r}: {{}}"):
+                    return build(*match.groups())
     names = {example.partition(":")[0]: example for example, _, _ in _KINDS}
     kind = hint(re.split("[:/]", text[:100])[0], names, "{}")
     close = f" Did you mean {names[kind]}?" if kind else ""
-    known = ", ".join(names.values())
-    raise ValueError(f"Unknown units {text[:100]!r}: use one of {known}.{close}")
+    raise ValueError(
+        f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{close}"
+    )
 
 
 def names(units: Iterable[str | Scheme]) -> tuple[str, ...]:

@@ -127,8 +127,7 @@ class VideoTransformer(nn.Module):
 
     def _place(self, coords: Tensor) -> tuple[Tensor, Tensor]:
         """Return what tokens get for their levels, and the rotations of their positions."""
-        config = self.config
-        table = rope_table(coords, head_dim=config.head_dim, theta=config.rope_theta)
+        table = rope_table(coords, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         return self.scale_embedding(coords[..., 3].long()), table[..., None, None, :]
 
     def _modulation(

@@ -93,6 +93,9 @@ class Scene(Options):
         return cls(**data | {"things": tuple(Thing(**thing) for thing in data["things"])})
 
 
+Drawn = tuple[Scene, np.random.Generator]
+
+
 def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
     return list(options)[int(rng.integers(len(options)))]
 
@@ -214,9 +217,7 @@ FIRST_HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
 
 
-def scene_of(
-    index: int, *, seed: int, two_things: float = 0.25
-) -> tuple[Scene, np.random.Generator]:
+def scene_of(index: int, *, seed: int, two_things: float = 0.25) -> Drawn:
     """Scene number `index` of a world, and the generator for what else is random about it."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng, two_things=two_things), rng

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from videoar.checks import Note, check, check_names, signal_of
+from videoar.checks import Note, check, check_names, hint, signal_of
 from videoar.core.sampler import Sampler
 from videoar.core.schemes import Scheme, parse
 from videoar.core.tokens import Known, to_tokens
@@ -200,7 +200,8 @@ def doubts(pipe: Any, asked: Sequence[GenerationConfig], prompts: Sequence[str])
         what = "the model was trained on clean context, and reads noisy units with lag"
         found.append(f"{what} {', '.join(dict.fromkeys(noisy))}")
     if unknown := pipe.unknown_words(" ".join(prompts)):
-        found.append(f"in no caption of the model's training: {', '.join(unknown)}")
+        words = [word + hint(word, pipe.meta["words"], " (did you mean {}?)") for word in unknown]
+        found.append(f"in no caption of the model's training: {', '.join(words)}")
     if any(options.step == "renoise" and options.guidance_scale != 1 for options in asked):
         found.append("the model is distilled to sample without guidance, which takes a second pass")
     return found

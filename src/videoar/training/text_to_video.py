@@ -99,7 +99,7 @@ class TextToVideoConfig(GeneratorConfig):
     num_latents: int = 16
     """Latent frames per encoded video."""
     two_things: Share = 0.25
-    """How many of the world's scenes have two things; of those of a validation a fourth have."""
+    """How many of the world's scenes have two things; of those of its prompts a fourth have."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
     compile: bool = False
@@ -265,13 +265,13 @@ class TextToVideoTask(GeneratorTask):
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.encoding = {"num_latents": task.num_latents, "seed": config.seed, "dtype": dtype}
+        self.encoding = {"num_latents": task.num_latents, "two_things": task.two_things}
+        self.encoding |= {"seed": config.seed, "dtype": dtype}
         self.units, self.made_of = schemes.names(task.units), (task.init, task.codec)
         loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
         codec = loaded.codec if loaded else codec_of(task)
         # Made first if they are of the world and not there.
-        world = WorldEncoder(codec=codec, **self.encoding, two_things=task.two_things)
-        world.write(task.latents, task.num_videos, report)
+        WorldEncoder(codec=codec, **self.encoding).write(task.latents, task.num_videos, report)
         shards = LatentShards(task.latents)
         source = str(task.codec or task.init or shards.info.checkpoint)
         check_codec(task.latents, shards.info, codec, checkpoint=source)
