@@ -252,7 +252,8 @@ def test_what_is_misspelt_is_named(url: str) -> None:
 def test_who_does_not_read_is_not_computed_for(url: str, engine, wait) -> None:
     """A viewer that sees nothing costs a second of video and no more, however long it waits."""
     name = _begin(url)
-    with open_socket(f"{url.replace('http', 'ws')}/api/sessions/{name}") as socket:
+    where = f"{url.replace('http', 'ws')}/api/sessions/{name}"
+    with open_socket(where, close_timeout=0.5) as socket:
         live = engine.lives[name]
         wait(lambda: live.frames >= 16)
         made = live.frames
