@@ -25,6 +25,9 @@ from videoar.evaluation.study import evaluate
 from videoar.evaluation.tables import CLEAN, CODEC
 from videoar.generation.pipeline import VideoPipeline
 
+# What is made once is made by one worker.
+pytestmark = pytest.mark.xdist_group("evaluate")
+
 FPS = 16
 HOW: dict[str, Any] = {"fps": FPS, "judge": WORLD, "labels": {}}
 ATTRIBUTES = ("color", "shape", "motion", "size", "background", "count", "all")

@@ -22,6 +22,9 @@ from videoar.training.loop import TrainConfig, train
 from videoar.training.reader import LabelledClips
 from videoar.training.recipes import find
 
+# What is made once is made by one worker.
+pytestmark = pytest.mark.xdist_group("reader")
+
 COLORS = {"red": (220, 40, 30), "green": (40, 200, 60), "blue": (40, 60, 230)}
 FRAMES = 24
 

@@ -20,6 +20,9 @@ from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.timing import Timing
 from videoar.machine import peak_bytes
 
+# What is made once is made by one worker.
+pytestmark = pytest.mark.xdist_group("speed")
+
 PROMPT = "a red ball moves left"
 
 

@@ -26,6 +26,9 @@ from videoar.generation.config import GenerationConfig
 from videoar.generation.pipeline import VideoPipeline
 from videoar.generation.router import Router, RouterConfig
 
+# What is made once is made by one worker.
+pytestmark = pytest.mark.xdist_group("study")
+
 Lines = list[str]
 
 

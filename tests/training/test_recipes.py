@@ -27,6 +27,9 @@ from videoar.training.router import RoutingConfig
 from videoar.training.run_folder import read_log
 from videoar.training.text_to_video import TextToVideoConfig, learned
 
+# What is made once is made by one worker.
+pytestmark = pytest.mark.xdist_group("recipes")
+
 TOY_LATENTS = find("toy").task.latents
 # Of real weights: `test_wan_training.py` takes its steps.
 SMALL = [name for name in RECIPES if name != "wan-1.3b-dmd"]
