@@ -24,10 +24,10 @@ CONFIG = TextEncoderConfig(vocab_size=300, hidden_size=32, num_heads=2, max_toke
 PROMPTS = TinyPromptEncoder(TOKENIZER, TextEncoder(CONFIG).eval())
 
 
-@pytest.fixture
-def encoder() -> TextEncoder:
+@pytest.fixture(params=[None, 100.0], ids=["learned", "rotary"])
+def encoder(request: pytest.FixtureRequest) -> TextEncoder:
     """A tiny encoder with random weights."""
-    return TextEncoder(CONFIG).eval()
+    return TextEncoder(replace(CONFIG, rope_theta=request.param)).eval()
 
 
 @given(st.text())
@@ -153,6 +153,15 @@ def test_words_and_their_order_matter(encoder: TextEncoder) -> None:
     assert not torch.allclose(first[2], swapped[2])
 
 
+@torch.no_grad()
+def test_rotary_positions_tell_where_words_stand_to_each_other(encoder: TextEncoder) -> None:
+    """Without learned positions they alone do; and a checkpoint from before them has none."""
+    encoder.positions.weight.zero_()
+    there, back = encoder(torch.tensor([[5, 6, 7], [7, 6, 5]]))
+    alike = torch.allclose(there, back.flip(0), atol=1e-5)
+    assert alike == (encoder.config.rope_theta is None)
+
+
 def test_the_empty_prompt_is_zero_and_has_finite_gradients(encoder: TextEncoder) -> None:
     """It is the unconditional embedding of guidance; a softmax over nothing would be NaN."""
     rows = TinyPromptEncoder(TOKENIZER, encoder).encode(["", "a red ball"])
@@ -167,7 +176,7 @@ def test_the_empty_prompt_is_zero_and_has_finite_gradients(encoder: TextEncoder)
 def test_encoding_is_deterministic_and_survives_a_state_dict(encoder: TextEncoder) -> None:
     """The same weights give the same bits, in this process and after a checkpoint."""
     rows = TinyPromptEncoder(TOKENIZER, encoder).encode(["a red ball"])
-    copy = TextEncoder(CONFIG).eval()
+    copy = TextEncoder(encoder.config).eval()
     copy.load_state_dict(encoder.state_dict())
     assert torch.equal(TinyPromptEncoder(TOKENIZER, copy).encode(["a red ball"]), rows)
     assert torch.equal(TinyPromptEncoder(TOKENIZER, encoder).encode(["a red ball"]), rows)
@@ -182,5 +191,5 @@ def test_a_tokenizer_with_more_ids_than_the_encoder_is_refused() -> None:
 
 def test_heads_must_divide_the_channels() -> None:
     """A remainder would be dropped from attention."""
-    with pytest.raises(ValueError, match="hidden_size is 30: use a multiple of num_heads 4"):
+    with pytest.raises(ValueError, match="hidden_size is 30: use a multiple of twice num_heads 4"):
         TextEncoderConfig(hidden_size=30)

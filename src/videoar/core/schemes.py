@@ -237,10 +237,8 @@ def parse(text: str) -> Scheme:
                     return build(*match.groups())
     names = {example.partition(":")[0]: example for example, _, _ in _KINDS}
     kind = hint(re.split("[:/]", text[:100])[0], names, "{}")
-    close = f" Did you mean {names[kind]}?" if kind else ""
-    raise ValueError(
-        f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{close}"
-    )
+    near = f" Did you mean {names[kind]}?" if kind else ""
+    raise ValueError(f"Unknown units {text[:100]!r}: use one of {', '.join(names.values())}.{near}")
 
 
 def names(units: Iterable[str | Scheme]) -> tuple[str, ...]:

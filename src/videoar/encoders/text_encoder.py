@@ -11,16 +11,19 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
-from videoar.checks import Count, Natural, Options, check, explained
+from videoar.checks import Count, Natural, Options, Positive, check, explained
+from videoar.core.attention import rotate
 from videoar.weights import Device, load_component, save_component, usable
 
 PAD = 0
 """Token id of the places behind the end of a prompt."""
 Rows = Float[Tensor, "batch words channels"]
+Reads = Bool[Tensor, "batch 1 words words"]
+Rotations = Complex[Tensor, "words pairs"] | None
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
@@ -75,11 +78,14 @@ class TextEncoderConfig(Options):
     num_heads: Count = 4
     max_tokens: Count = 48
     """Longest prompt, in tokens."""
+    rope_theta: Positive | None = None
+    """Base of rotary positions beside the learned ones, which bind words to each other in a tenth
+    of the steps (`docs/log.md`); None: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        even = self.hidden_size % self.num_heads == 0
-        check("hidden_size", self.hidden_size, even, f"a multiple of num_heads {self.num_heads}")
+        even, twice = self.hidden_size % (2 * self.num_heads) == 0, "a multiple of twice num_heads"
+        check("hidden_size", self.hidden_size, even, f"{twice} {self.num_heads}")
 
 
 class TextEncoder(nn.Module):
@@ -109,9 +115,13 @@ class TextEncoder(nn.Module):
         # A row may always read itself: the softmax of an empty prompt must not be empty.
         itself = torch.eye(longest, dtype=torch.bool, device=token_ids.device)
         mask = rearrange(real, "batch words -> batch 1 1 words") | itself
-        x = self.embedding(token_ids) + self.positions.weight[:longest]
+        x, table = self.embedding(token_ids) + self.positions.weight[:longest], None
+        if (theta := self.config.rope_theta) is not None:
+            steps = torch.arange(0, size := x.shape[2] // self.config.num_heads, 2) / size
+            angles = torch.outer(torch.arange(longest), theta**-steps).to(x.device)
+            table = torch.polar(torch.ones_like(angles), angles)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, mask, table)
         return F.pad(self.norm(x) * real[..., None], (0, 0, 0, num_words - longest))
 
 
@@ -128,9 +138,11 @@ class _Layer(nn.Module):
         gelu = nn.GELU(approximate="tanh")
         self.ffn = nn.Sequential(nn.Linear(size, 4 * size), gelu, nn.Linear(4 * size, size))
 
-    def forward(self, x: Rows, mask: Bool[Tensor, "batch 1 words words"]) -> Rows:
+    def forward(self, x: Rows, mask: Reads, table: Rotations) -> Rows:
         pattern = "batch words (three heads channels) -> three batch heads words channels"
         q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, heads=self.num_heads)
+        if table is not None:
+            q, k = rotate(torch.stack([q, k]), table)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attended = rearrange(attended, "batch heads words channels -> batch words (heads channels)")
         x = x + self.out(attended)

@@ -144,9 +144,7 @@ def clips_of(
     check_codec(folder, shards.info, pipe.codec, checkpoint="the one that is searched")
     long = [k for k, clip in enumerate(shards.clips) if clip["frames"] >= frames][:count]
     if len(long) < 4:
-        raise ValueError(
-            f"{folder} has {len(long)} clips of {frames} latent frames: give 4 or more"
-        )
+        raise ValueError(f"{folder} has {len(long)} clips of {frames} latent frames: use 4 or more")
     batch = shards.get(long, np.random.default_rng(0))
     clips, words = batch["latents"][:, :frames], batch["text"]
     _, *stride = pipe.codec.stride

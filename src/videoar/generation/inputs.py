@@ -169,9 +169,7 @@ def check_inputs(plan: Plan, *, encoded: bool, negative: str | None = None) -> N
     scale = plan.options.guidance_scale
     check("guidance_scale", scale, 0 <= scale < math.inf, "0 or more")
     if len(prompts) != len(seeds):
-        raise ValueError(
-            f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many of both."
-        )
+        raise ValueError(f"There are {len(prompts)} prompts and {len(seeds)} seeds: give as many.")
     if negative and scale == 1:
         raise ValueError(
             "negative_prompt is what guidance leads away from, but guidance_scale is 1, which"

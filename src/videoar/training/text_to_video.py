@@ -87,7 +87,7 @@ class TextToVideoConfig(GeneratorConfig):
     model: AvoidSubcommands[ModelConfig | None] = None
     """The same, number by number."""
     text: AvoidSubcommands[text_encoder.TextEncoderConfig | None] = None
-    """Size of the text encoder of a run from nothing."""
+    """Size of the text encoder of a run from nothing; if it is not said, with rotary positions."""
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     """The objective."""
     stages: tuple[StageConfig, ...] = ()
@@ -138,7 +138,7 @@ def codec_of(task: TextToVideoConfig) -> Codec:
 
 def make_generator(task: TextToVideoConfig, codec: Codec, shards: LatentShards) -> VideoPipeline:
     """Make an untrained one, whose tokenizer knows the captions."""
-    text = task.text or text_encoder.TextEncoderConfig()
+    text = task.text or text_encoder.TextEncoderConfig(rope_theta=100.0)
     captions = map(text_encoder.as_read, shards.captions)
     tokenizer = text_encoder.train_tokenizer(captions, vocab_size=text.vocab_size)
     prompts = text_encoder.TinyPromptEncoder(tokenizer, text_encoder.TextEncoder(text))
@@ -265,7 +265,7 @@ class TextToVideoTask(GeneratorTask):
     def __init__(self, task: TextToVideoConfig, config: TrainConfig, report: Report):
         self.task = task
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.encoding = {"num_latents": task.num_latents, "two_things": task.two_things}
+        self.encoding: Json = {"num_latents": task.num_latents, "two_things": task.two_things}
         self.encoding |= {"seed": config.seed, "dtype": dtype}
         self.units, self.made_of = schemes.names(task.units), (task.init, task.codec)
         loaded = VideoPipeline.from_pretrained(task.init, codec=task.codec) if task.init else None
