@@ -100,4 +100,4 @@ def test_the_command_searches_on_prepared_clips(
     assert head.split()[0] == "passes"
     assert parse(last.split()[-1]).frames == 2
     assert main([*words[:4], "9", "--search", checkpoint, str(folder)]) == 2
-    assert "give 4 or more" in capsys.readouterr().err
+    assert "use 4 or more" in capsys.readouterr().err
