@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from videoar.core.transformer import ModelConfig
+from videoar.encoders.text_encoder import TextEncoderConfig
 from videoar.training import recipes
 from videoar.training.loop import TrainConfig
+from videoar.training.optimizer import OptimizerConfig
 
 CUBES = ("cube:1x2x2", "cube:2x2x2", "cube:2x3x3")
 UNITS = ("frame", "chunk:2", "chunk:3", "key-detail:4", "multiscale:4,2,1", *CUBES)
@@ -23,16 +25,16 @@ def robot() -> TrainConfig:
     model = ModelConfig(**SHAPE, rope_theta=100.0, prediction="clean")
     steps = zip(first.task.stages, (2500, 1000), strict=True)
     stages = tuple(replace(stage, steps=count) for stage, count in steps)
+    how = {"stages": stages, "compile": True, "num_validation": 0}
     return replace(
         first,
         name="robot",
         out=Path("runs/robot"),
-        task=replace(
-            first.task, units=UNITS, model=model, stages=stages, compile=True, num_validation=0
-        ),
+        # As it was made: without rotary positions of words, and at rates that bind none of two.
+        task=replace(first.task, units=UNITS, model=model, text=TextEncoderConfig(), **how),
         steps=12_459,  # what 17 minutes of an H200 were enough for
         batch_size=128,
-        optimizer=replace(first.optimizer, decay_fraction=0.35),
+        optimizer=OptimizerConfig(learning_rate=3e-3, muon_learning_rate=0.02, decay_fraction=0.35),
         ema_decay=0.999,
         device="cuda",
         log_every=50,
