@@ -191,5 +191,8 @@ def test_a_tokenizer_with_more_ids_than_the_encoder_is_refused() -> None:
 
 def test_heads_must_divide_the_channels() -> None:
     """A remainder would be dropped from attention."""
-    with pytest.raises(ValueError, match="hidden_size is 30: use a multiple of twice num_heads 4"):
+    with pytest.raises(ValueError, match="hidden_size is 30: use a multiple of num_heads 4"):
         TextEncoderConfig(hidden_size=30)
+    assert TextEncoderConfig(hidden_size=12).hidden_size == 12
+    with pytest.raises(ValueError, match="hidden_size is 12: use a multiple of twice num_heads 4"):
+        TextEncoderConfig(hidden_size=12, rope_theta=100.0)

@@ -27,7 +27,7 @@ from videoar.data.latents import INFO_NAME, LatentsInfo, ShardWriter
 from videoar.data.options import Prepare
 from videoar.data.sources import Source
 from videoar.data.video import Frames, VideoWriter
-from videoar.data.world import Scene, caption, random_clip, scene_of
+from videoar.data.world import TWO_THINGS, Scene, caption, random_clip, scene_of
 from videoar.encoders.codec import Codec, from_frames
 from videoar.files import replaced_folder, write_json
 from videoar.weights import write_safetensors
@@ -130,7 +130,7 @@ class WorldEncoder:
     num_latents: int
     seed: int
     dtype: torch.dtype
-    two_things: float = 0.25
+    two_things: float = TWO_THINGS
 
     def encode(self, indices: Sequence[int]) -> Iterator[Encoded]:
         """Yield videos, encoded in batches of 16."""

@@ -55,6 +55,10 @@ LANE_MOTIONS = {
 }
 
 
+TWO_THINGS = 0.25
+"""How many of the scenes have two things."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Thing(Options):
     """One moving shape, in words of `SHAPES`, `COLORS`, `SIZES` and `MOTIONS`."""
@@ -94,13 +98,14 @@ class Scene(Options):
 
 
 Drawn = tuple[Scene, np.random.Generator]
+"""A scene, and the generator for what else is random about it."""
 
 
 def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
     return list(options)[int(rng.integers(len(options)))]
 
 
-def sample_scene(rng: np.random.Generator, *, two_things: float = 0.25) -> Scene:
+def sample_scene(rng: np.random.Generator, *, two_things: float = TWO_THINGS) -> Scene:
     """Draw a scene: one thing anywhere, or two small things in lanes where they never meet.
 
     `two_things` is the share of the scenes with two.
@@ -217,7 +222,7 @@ FIRST_HELD_OUT = 1_000_000
 """Scenes from this index on are never trained on."""
 
 
-def scene_of(index: int, *, seed: int, two_things: float = 0.25) -> Drawn:
+def scene_of(index: int, *, seed: int, two_things: float = TWO_THINGS) -> Drawn:
     """Scene number `index` of a world, and the generator for what else is random about it."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng, two_things=two_things), rng

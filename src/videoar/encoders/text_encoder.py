@@ -79,13 +79,15 @@ class TextEncoderConfig(Options):
     max_tokens: Count = 48
     """Longest prompt, in tokens."""
     rope_theta: Positive | None = None
-    """Base of rotary positions beside the learned ones, which bind words to each other in a tenth
-    of the steps (`docs/log.md`); None: none."""
+    """Base of rotary positions beside the learned ones, with which words are sooner bound to each
+    other (`docs/log.md`); None: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        even, twice = self.hidden_size % (2 * self.num_heads) == 0, "a multiple of twice num_heads"
-        check("hidden_size", self.hidden_size, even, f"{twice} {self.num_heads}")
+        pairs = self.rope_theta is not None  # which are rotated
+        right = self.hidden_size % ((1 + pairs) * self.num_heads) == 0
+        says = f"a multiple of {'twice ' * pairs}num_heads {self.num_heads}"
+        check("hidden_size", self.hidden_size, right, says)
 
 
 class TextEncoder(nn.Module):
@@ -118,8 +120,7 @@ class TextEncoder(nn.Module):
         x, table = self.embedding(token_ids) + self.positions.weight[:longest], None
         if (theta := self.config.rope_theta) is not None:
             steps = torch.arange(0, size := x.shape[2] // self.config.num_heads, 2) / size
-            angles = torch.outer(torch.arange(longest), theta**-steps).to(x.device)
-            table = torch.polar(torch.ones_like(angles), angles)
+            table = torch.exp(1j * torch.outer(torch.arange(longest), theta**-steps)).to(x.device)
         for layer in self.layers:
             x = layer(x, mask, table)
         return F.pad(self.norm(x) * real[..., None], (0, 0, 0, num_words - longest))

@@ -9,7 +9,6 @@ from typing import Any
 
 from videoar.checks import explained, hint, import_named
 from videoar.core.loss import FlowMatchingConfig
-from videoar.core.schemes import KINDS
 from videoar.encoders.tiny_codec import TinyCodecConfig
 from videoar.generation.config import GenerationConfig
 from videoar.training.codec import FootageConfig, ReconstructionConfig
@@ -22,7 +21,8 @@ from videoar.training.reader import JudgeConfig
 from videoar.training.router import RoutingConfig
 from videoar.training.text_to_video import TextToVideoConfig
 
-TOY_UNITS = ("frame", "chunk:2", "chunk:3", *KINDS[2:], "cube:2x2x2")
+CUBES = ("cube:1x2x2", "cube:2x2x2")
+TOY_UNITS = ("frame", "chunk:2", "chunk:3", "key-detail:4", "multiscale:4,2,1", *CUBES)
 SAMPLING = GenerationConfig(guidance_scale=3.0)
 # What a thing looks like is learned 20 times as fast from pictures as from clips.
 PICTURES = FlowMatchingConfig(context="noisy", clip_frames=1, sink_frames=0)

@@ -19,7 +19,7 @@ from videoar.core.transformer import ModelConfig, VideoTransformer
 from videoar.data.batches import Batches
 from videoar.data.clips import WorldEncoder
 from videoar.data.latents import LatentShards, check_codec, read_held_out, read_info
-from videoar.data.world import FIRST_HELD_OUT, held_out_prompts
+from videoar.data.world import FIRST_HELD_OUT, TWO_THINGS, held_out_prompts
 from videoar.encoders import text_encoder
 from videoar.encoders.codec import Codec
 from videoar.evaluation.judge import Clips
@@ -98,8 +98,8 @@ class TextToVideoConfig(GeneratorConfig):
     """Videos of the world to encode, if the folder is not there; 0: it must be."""
     num_latents: int = 16
     """Latent frames per encoded video."""
-    two_things: Share = 0.25
-    """How many of the world's scenes have two things; of those of its prompts a fourth have."""
+    two_things: Share = TWO_THINGS
+    """How many of the scenes to encode have two things; of those that are asked for a fourth has."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
     compile: bool = False
