@@ -99,7 +99,7 @@ class TextToVideoConfig(GeneratorConfig):
     num_latents: int = 16
     """Latent frames per encoded video."""
     two_things: Share = TWO_THINGS
-    """How many of the scenes to encode have two things; of those that are asked for a fourth has."""
+    """How many of the scenes to encode have two things; of those asked for a fourth has."""
     init: Path | None = None
     """Checkpoint to begin with, a bundled name or a folder: transformer, text encoder, words."""
     compile: bool = False
